@@ -1,0 +1,95 @@
+"""A prunable block: one consumer, the producers that feed it, and the units that can be removed from it."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Where the units of a block live along one dimension of one parameter or buffer.
+
+    Args:
+        tensor: Dotted path from the model, e.g. `"encoder.layer.0.intermediate.dense.weight"`.
+        dim: Dimension along which units are removed.
+        index: `(units, r)` int64; row `u` holds the entries along `dim` that unit `u` owns.
+    """
+
+    tensor: str
+    dim: int
+    index: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An integer attribute of a module that is proportional to the number of units kept.
+
+    Args:
+        module: Dotted path of the module (`""` is the model itself).
+        name: Attribute name, e.g. `"num_heads"`.
+        before: Value with all units.
+        per_unit: Value that each unit contributes; `before == per_unit * units`.
+    """
+
+    module: str
+    name: str
+    before: int
+    per_unit: int
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One consumer linear, the producers whose output rows feed it, and its units (ALGORITHM section 1).
+
+    Args:
+        name: Unique dotted name shown to users, e.g. `"encoder.layer.0.attention"`; `include`/`exclude` match it.
+        kind: `"mlp"` or `"attention"`.
+        consumer: Dotted path of the consumer module (`nn.Linear` or `Conv1D`).
+        columns: `(units, c)` int64; row `u` holds the consumer's input columns that unit `u` owns.
+        slices: Every tensor that shrinks with the units: the consumer's own columns, the producers' rows, biases.
+        attributes: Integer attributes that must follow the number of units for the forward to stay correct.
+        parameters_per_unit: Parameters that removing one unit frees, over all slices.
+    """
+
+    name: str
+    kind: str
+    consumer: str
+    columns: torch.Tensor
+    slices: tuple[Slice, ...]
+    attributes: tuple[Attribute, ...]
+    parameters_per_unit: int
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.columns.shape[0]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that belong to the block's units."""
+        return self.units * self.parameters_per_unit
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A candidate block that is left whole, and what the user can do about it.
+
+    Args:
+        name: Dotted path of the consumer (or of the module that holds it).
+        kind: `"mlp"`, `"attention"` or `"unknown"`.
+        reason: What was found.
+        advice: What the user can do.
+    """
+
+    name: str
+    kind: str
+    reason: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What a model offers for pruning: `blocks` in the order of the forward, and `refusals`."""
+
+    blocks: tuple[Block, ...]
+    refusals: tuple[Refusal, ...]

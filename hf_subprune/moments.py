@@ -1,0 +1,179 @@
+"""Second moments of a consumer's input: all that selection and reweighting need of the data (ALGORITHM section 2).
+
+Tensors only. Rows (tokens) stream through a `MomentAccumulator`; memory does not depend on their number.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# Products are split into this many column panels, of which only the upper triangle is computed.
+_PANELS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments of a consumer's inputs `B` `(rows, n)` and targets `Y = A W` `(rows, m)`, without the bias.
+
+    With an intercept both are centred, `B - mean(B)` and `Y - mean(Y)`; without, the means are zero.
+
+    Args:
+        H: `(n, n)`, `B'B`, symmetric.
+        C: `(n, m)`, `B'Y`.
+        t: `||Y||_F^2`.
+        rows: Number of rows (tokens) summed over.
+        input_mean: `(n,)`, mean of `B`, zeros without an intercept.
+        target_mean: `(m,)`, mean of `Y`, zeros without an intercept.
+        intercept: Whether the consumer has a bias that can take up the difference of the means.
+    """
+
+    H: torch.Tensor
+    C: torch.Tensor
+    t: float
+    rows: int
+    input_mean: torch.Tensor
+    target_mean: torch.Tensor
+    intercept: bool
+
+
+class MomentAccumulator:
+    """Sums second moments over batches of rows; accumulators of the same shape add up with `+=`.
+
+    A batch is multiplied in its own precision, float32 at least, and added in `dtype`. Rows are shifted by the mean
+    of the first batch before they are multiplied, so that centring cancels no digits (intercept only).
+
+    Args:
+        n: Number of consumer inputs.
+        m: Number of targets, when targets are passed to `update` (variant `asym`); `None` when the target is the
+            input times the consumer's weight (`layer`, `seq`), which needs no sums of its own.
+        intercept: Whether moments are centred.
+        dtype: Of the sums; float64 holds them to 1e-15 relative, float32 to about 1e-6.
+        device: Where the sums live.
+        shift: `(n,)`, the shift to use instead of the first batch's mean, so that accumulators can be added.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        m: int | None = None,
+        *,
+        intercept: bool,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+        shift: torch.Tensor | None = None,
+    ):
+        self.n, self.m, self.intercept, self.dtype = n, m, intercept, dtype
+        self.rows = 0
+        self.shift = shift if intercept else None
+        self._gram = torch.zeros(n, n, dtype=dtype, device=device)  # upper triangle of panels only
+        self._sum = torch.zeros(n, dtype=torch.float64, device=device)
+        if m is not None:
+            self._cross = torch.zeros(n, m, dtype=dtype, device=device)
+            self._target_sum = torch.zeros(m, dtype=torch.float64, device=device)
+            self._target_square = torch.zeros((), dtype=torch.float64, device=device)
+
+    def update(self, inputs: torch.Tensor, targets: torch.Tensor | None = None) -> None:
+        """Add a batch of rows.
+
+        Args:
+            inputs: `(rows, n)`, any floating dtype; upcast to float32 before the product.
+            targets: `(rows, m)`, the consumer's original output without its bias, when `m` was given.
+
+        Raises:
+            ValueError: the shapes do not fit, or targets are missing or unexpected.
+        """
+        if inputs.ndim != 2 or inputs.shape[1] != self.n:
+            raise ValueError(f"Moments of {self.n} inputs take rows of that width, got shape {tuple(inputs.shape)}.")
+        if (targets is None) != (self.m is None):
+            raise ValueError("Targets must be passed exactly when the accumulator was made with `m`.")
+        if len(inputs) == 0:
+            return
+        x = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
+        if self.intercept:
+            if self.shift is None:
+                self.shift = x.mean(0)
+            x = x - self.shift.to(x)
+        self.rows += len(x)
+        self._sum += x.sum(0, dtype=torch.float64)
+        width = -(-self.n // _PANELS)
+        for start in range(0, self.n, width):
+            panel = slice(start, start + width)
+            self._gram[panel, start:] += x[:, panel].T @ x[:, start:]
+        if targets is not None:
+            if targets.shape != (len(x), self.m):
+                raise ValueError(f"Targets must have shape {(len(x), self.m)}, got {tuple(targets.shape)}.")
+            y = targets.detach().to(x)
+            self._cross += x.T @ y
+            self._target_sum += y.sum(0, dtype=torch.float64)
+            self._target_square += y.square().sum(dtype=torch.float64)
+
+    def __iadd__(self, other: "MomentAccumulator") -> "MomentAccumulator":
+        """Add the sums of another accumulator, which must have the same shape and shift."""
+        if other.rows == 0:
+            return self
+        if (self.n, self.m, self.intercept) != (other.n, other.m, other.intercept):
+            raise ValueError("Only accumulators of the same shape can be added.")
+        if self.rows == 0:
+            self.shift = other.shift
+        elif self.intercept and not torch.equal(self.shift, other.shift):  # type: ignore[arg-type]
+            raise ValueError("Only accumulators with the same shift can be added.")
+        self.rows += other.rows
+        for name in ("_gram", "_sum", *(("_cross", "_target_sum", "_target_square") if self.m is not None else ())):
+            getattr(self, name).add_(getattr(other, name))
+        return self
+
+    def moments(self, weight: torch.Tensor | None = None) -> Moments:
+        """The moments of everything added so far.
+
+        Args:
+            weight: `(n, m)`, the consumer's weight, inputs by outputs; required when no targets were added, for
+                which the target is `B @ weight`.
+
+        Raises:
+            ValueError: no row was added, or the weight is missing.
+        """
+        if self.rows == 0:
+            raise ValueError("No row was added: there are no moments to compute.")
+        width = -(-self.n // _PANELS)
+        H = self._gram.clone()
+        for start in range(0, self.n, width):
+            H[start + width :, start : start + width] = H[start : start + width, start + width :].T
+        H.diagonal(0).copy_(self._gram.diagonal())
+        mean = torch.zeros_like(self._sum)
+        if self.intercept:
+            mean = self._sum / self.rows
+            H -= torch.outer(self._sum, mean).to(H)
+            shift = self.shift.to(mean)  # type: ignore[union-attr]
+        else:
+            shift = mean
+        if self.m is None:
+            if weight is None:
+                raise ValueError("The consumer's weight is needed: no targets were added.")
+            W = weight.detach().to(H)
+            C = H @ W
+            t = float((W * C).sum(dtype=torch.float64))
+            target_mean = (mean + shift).to(H) @ W
+            return Moments(H, C, t, self.rows, (mean + shift).to(H), target_mean, self.intercept)
+        C, t = self._cross.clone(), float(self._target_square)
+        target_mean = torch.zeros_like(self._target_sum)
+        if self.intercept:
+            target_mean = self._target_sum / self.rows
+            C -= torch.outer(self._sum, target_mean).to(C)
+            t -= float(self._target_sum @ target_mean)
+        return Moments(H, C, t, self.rows, (mean + shift).to(H), target_mean.to(H), self.intercept)
+
+
+def pool(accumulators: list[MomentAccumulator]) -> MomentAccumulator:
+    """A new accumulator holding the sums of all of the given ones, which are left as they were."""
+    first = accumulators[0]
+    total = MomentAccumulator(
+        first.n,
+        first.m,
+        intercept=first.intercept,
+        dtype=first.dtype,
+        device=first._gram.device,
+        shift=next((a.shift for a in accumulators if a.rows), None),
+    )
+    for accumulator in accumulators:
+        total += accumulator
+    return total
