@@ -1,0 +1,285 @@
+"""Advance calibration batches through a model one segment at a time, at the cost of one forward a stream in all.
+
+A *segment* is a part of the model that the forward calls exactly once and that holds blocks: as a rule one layer. To
+run segment `t` on a batch, the whole model is called with every finished segment stubbed to return its stored output
+and with the forward stopped right behind segment `t`. Whatever the model does between its layers (masks, position
+embeddings, a bias shared by all layers, the hand-over from encoder to decoder) runs as its authors wrote it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .blocks import Block
+
+Batch = dict[str, Any]
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+class _Reached(BaseException):
+    """Ends a forward at the module that was asked for; not an `Exception`, so that no model code swallows it."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the model that one forward calls once.
+
+    Args:
+        path: Dotted path of the module; `""` is the model itself.
+        blocks: The blocks inside, in the order in which the forward reaches their consumers.
+        calls: How often one forward calls each of their consumers, in the same order (1 but for shared layers).
+    """
+
+    path: str
+    blocks: tuple[Block, ...]
+    calls: tuple[int, ...]
+
+    @property
+    def chain(self) -> str:
+        """Path of the container that holds the segment; segments of one container follow one another."""
+        return self.path.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The segments in forward order.
+
+    Args:
+        segments: In the order in which the forward calls them.
+        retain_all: Whether every segment's output must be kept (a later part reads it), not only each chain's last.
+        unreached: Blocks whose consumer the forward does not call on this data.
+    """
+
+    segments: tuple[Segment, ...]
+    retain_all: bool
+    unreached: tuple[Block, ...]
+
+
+def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
+    """Split a model into segments by watching one forward on `batch` (a small one will do).
+
+    The split is checked on the spot: replayed segment by segment, each must see exactly the inputs that it saw in the
+    plain forward.
+    """
+    modules = dict(model.named_modules())
+    calls: dict[str, int] = {}
+    paths = {path for block in blocks for path in _ancestors(block.consumer)}
+
+    def count(path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[path] = calls.get(path, 0) + 1  # a dict keeps the order of the first calls
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in paths:
+            stack.callback(modules[path].register_forward_pre_hook(count(path)).remove)
+        call(model, batch)
+
+    reached = sorted((b for b in blocks if b.consumer in calls), key=lambda b: list(calls).index(b.consumer))
+    unreached = tuple(b for b in blocks if b.consumer not in calls)
+    members: dict[str, list[Block]] = {}
+    for block in reached:
+        members.setdefault(_segment_path(block.consumer, modules, calls), []).append(block)
+    for path in list(members):  # a segment inside another one is part of it
+        outer = next((p for p in members if p != path and _inside(path, p)), None)
+        if outer is not None:
+            members[outer] = [b for b in reached if b in members[outer] or b in members[path]]
+            del members[path]
+    order = list(calls)
+    segments = [
+        Segment(path, tuple(inside), tuple(calls[b.consumer] for b in inside))
+        for path, inside in sorted(members.items(), key=lambda item: order.index(item[0]))
+    ]
+    for retain_all in (False, True):
+        if _replays_exactly(model, segments, batch, retain_all):
+            return Plan(tuple(segments), retain_all, unreached)
+    whole = Segment("", tuple(reached), tuple(calls[b.consumer] for b in reached))
+    return Plan((whole,), False, unreached)
+
+
+class Stream:
+    """Batches on their way through a model: the stored outputs of the segments that are finished.
+
+    Args:
+        model: In eval mode. The weights that it has when a segment runs are the ones that are used.
+        plan: From `plan`.
+        batches: Inputs of the model's forward.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, batches: Sequence[Batch]):
+        self.model, self.plan, self.batches = model, plan, batches
+        self.position = 0
+        self._outputs: list[dict[str, Any]] = [{} for _ in batches]
+        self._next: list[Any] = [None] * len(batches)
+
+    @property
+    def segment(self) -> Segment:
+        """The segment that `run` runs."""
+        return self.plan.segments[self.position]
+
+    def run(
+        self,
+        index: int,
+        *,
+        inputs: Mapping[str, Callable[[torch.Tensor], None]] | None = None,
+        outputs: Mapping[str, Callable[[torch.Tensor], None]] | None = None,
+        stop_at: str | None = None,
+    ) -> None:
+        """Run the current segment on one batch; its output is remembered until `step`.
+
+        Args:
+            index: Of the batch.
+            inputs: For each module path, what to call with the module's first input whenever it is called.
+            outputs: For each module path, what to call with the module's output.
+            stop_at: Path of a block's consumer: end behind its last call instead of at the end of the segment (the
+                segment's output is then not computed).
+        """
+        segment = self.segment
+        with ExitStack() as stack:
+            for path, tap in (inputs or {}).items():
+                hook = self.model.get_submodule(path).register_forward_pre_hook(_input_hook(tap), with_kwargs=True)
+                stack.callback(hook.remove)
+            for path, tap in (outputs or {}).items():
+                hook = self.model.get_submodule(path).register_forward_hook(lambda _m, _a, y, tap=tap: tap(y))
+                stack.callback(hook.remove)
+            remaining = 1
+            if stop_at is not None:
+                remaining = dict(zip((b.consumer for b in segment.blocks), segment.calls, strict=True))[stop_at]
+
+            def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+                nonlocal remaining
+                remaining -= 1
+                if remaining == 0:
+                    self._next[index] = output if stop_at is None else None
+                    raise _Reached
+
+            target = self.model.get_submodule(segment.path if stop_at is None else stop_at)
+            stack.callback(target.register_forward_hook(stop).remove)
+            stack.enter_context(_stubbed(self.model, self.plan, self.position, self._outputs[index]))
+            call(self.model, self.batches[index])
+
+    def step(self) -> None:
+        """Go on to the next segment, once every batch has been run to the end of the current one."""
+        segment = self.segment
+        for stored, output in zip(self._outputs, self._next, strict=True):
+            if not self.plan.retain_all:
+                for other in [p for p in stored if p.rpartition(".")[0] == segment.chain]:
+                    del stored[other]
+            stored[segment.path] = output
+        self._next = [None] * len(self.batches)
+        self.position += 1
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """The model's forward on a batch, on the model's device, without gradients or key/value cache.
+
+    Returns `None` when the forward was stopped on purpose.
+    """
+    device = getattr(model, "device", None)
+    arguments = {k: v.to(device) if isinstance(v, torch.Tensor) and device is not None else v for k, v in batch.items()}
+    if "use_cache" in signature(model.forward).parameters:
+        arguments.setdefault("use_cache", False)
+    with torch.no_grad():
+        try:
+            return model(**arguments)
+        except _Reached:
+            return None
+
+
+def _ancestors(path: str) -> list[str]:
+    """`"a.b.c"` -> `["", "a", "a.b", "a.b.c"]`."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
+
+
+def _inside(path: str, outer: str) -> bool:
+    return outer == "" or path.startswith(outer + ".")
+
+
+def _segment_path(consumer: str, modules: Mapping[str, nn.Module], calls: Mapping[str, int]) -> str:
+    """The outermost container element around a consumer, or the nearest module around that which is called once."""
+    ancestors = _ancestors(consumer)[:-1]
+    depth = next(
+        (i for i in range(1, len(ancestors)) if isinstance(modules[ancestors[i - 1]], _CONTAINERS)), len(ancestors) - 1
+    )
+    while depth > 0 and calls.get(ancestors[depth], 0) != 1:
+        depth -= 1
+    return ancestors[depth]
+
+
+def _input_hook(tap: Callable[[torch.Tensor], None]) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tap(args[0] if args else next(iter(kwargs.values())))
+
+    return hook
+
+
+@contextmanager
+def _stubbed(model: nn.Module, plan: Plan, position: int, stored: Mapping[str, Any]) -> Iterator[None]:
+    """Finished segments return stored outputs: their own, or the one of the last finished segment of their chain."""
+    latest = {path.rpartition(".")[0]: output for path, output in stored.items()}
+    with ExitStack() as stack:
+        for segment in plan.segments[:position]:
+            output = stored[segment.path] if segment.path in stored else latest[segment.chain]
+            module = model.get_submodule(segment.path)
+            had = module.__dict__.get("forward")  # accelerate's hooks put a forward on the instance, too
+            module.forward = lambda *_args, _output=output, **_kwargs: _output  # type: ignore[method-assign]
+            if had is None:
+                stack.callback(module.__dict__.pop, "forward")
+            else:
+                stack.callback(module.__dict__.__setitem__, "forward", had)
+        yield
+
+
+@dataclass
+class _Seen:
+    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def _watched(model: nn.Module, paths: Sequence[str], seen: _Seen) -> Iterator[None]:
+    def note_inputs(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.inputs[path] = [x.clone() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+
+        return hook
+
+    def note_output(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            seen.outputs[path] = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in paths:
+            module = model.get_submodule(path)
+            stack.callback(module.register_forward_pre_hook(note_inputs(path), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(note_output(path)).remove)
+        yield
+
+
+def _replays_exactly(model: nn.Module, segments: Sequence[Segment], batch: Batch, retain_all: bool) -> bool:
+    """Whether each segment sees, when it is run alone, the inputs that it sees in the plain forward."""
+    plain = _Seen()
+    paths = [s.path for s in segments]
+    with _watched(model, paths, plain):
+        call(model, batch)
+    stream = Stream(model, Plan(tuple(segments), retain_all, ()), [batch])
+    for path in paths:
+        alone = _Seen()
+        with _watched(model, [path], alone):
+            stream.run(0)
+        if path not in alone.inputs or len(alone.inputs[path]) != len(plain.inputs[path]):
+            return False
+        if not all(torch.equal(x, y) for x, y in zip(alone.inputs[path], plain.inputs[path], strict=True)):
+            return False
+        stream.step()
+    return True
