@@ -1,0 +1,231 @@
+"""What a pruning run did and what it measured: dataclasses, JSON, and a table to read."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from .blocks import Refusal
+
+REPORT_NAME = "subprune_report.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block before and after.
+
+    Args:
+        name: Of the block, as in `hf-subprune inspect`.
+        kind: `"mlp"` or `"attention"`.
+        consumer: Dotted path of the module that reads the units and got new weights.
+        units_before: Number of units before.
+        units_after: Number of units after.
+        kept_units: Indices into the original units, sorted.
+        kept_columns: Indices into the original consumer's input columns, sorted.
+        fitted_error: Relative error `||A W - B_S V||^2 / ||A W||^2` of the consumer's output on the rows fitted on.
+        held_out_error: The same on rows that were never fitted on.
+        shrinkage: The strength of the pull towards the original weights that was used (dimensionless); `None` when
+            nothing was reweighted.
+        method: How the units were selected.
+        guarantee: Lower bound on the captured fraction of what the best choice of this size could capture, in [0, 1];
+            `None` when none was computed.
+        seconds: Wall time of selection and reweighting.
+    """
+
+    name: str
+    kind: str
+    consumer: str
+    units_before: int
+    units_after: int
+    kept_units: tuple[int, ...]
+    kept_columns: tuple[int, ...]
+    fitted_error: float
+    held_out_error: float
+    shrinkage: float | None
+    method: str
+    guarantee: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure of the whole model before and after pruning."""
+
+    before: float
+    after: float
+
+    @property
+    def ratio(self) -> float:
+        """`after / before`."""
+        return self.after / self.before
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune` did.
+
+    Args:
+        model: Name or path of the model that was pruned.
+        architecture: Class of the model.
+        config: The `PruneConfig`, as a dict.
+        blocks: Per block, in forward order.
+        refusals: What was left whole and why.
+        layout: `"stock"` or `"ragged"`.
+        layout_reason: Why.
+        parameters: Number of parameters of the whole model.
+        macs: Multiply-accumulates of one forward on one sample of `measured_on`.
+        latency: Median seconds of a forward on `measured_on`.
+        measured_on: Batch size, length, device and threads of the figures above.
+        drift: Output of the pruned against the original model, on held-out samples (see `evaluation.Drift`).
+        data: Description of the calibration data.
+        seconds: Wall time of each stage.
+        peak_memory: Largest resident size of the process by the end of the run, bytes.
+        versions: Of the packages that matter.
+    """
+
+    model: str
+    architecture: str
+    config: dict[str, Any]
+    blocks: tuple[BlockReport, ...]
+    refusals: tuple[Refusal, ...]
+    layout: str
+    layout_reason: str
+    parameters: Change
+    macs: Change
+    latency: Change
+    measured_on: dict[str, Any]
+    drift: dict[str, float]
+    data: dict[str, Any]
+    seconds: dict[str, float]
+    peak_memory: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PruneReport":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: the format is another one, or fields are missing or unknown.
+        """
+        values = dict(values)
+        found = values.pop("format", None)
+        if found != FORMAT:
+            raise ValueError(f"A report of format {FORMAT} is expected, found format {found!r}: was it written by another version?")
+        expected = {f.name for f in fields(cls)}
+        if set(values) != expected:
+            missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)
+            raise ValueError(f"Not a pruning report: missing fields {missing}, unknown fields {unknown}.")
+        try:
+            values["blocks"] = tuple(
+                BlockReport(**{**b, "kept_units": tuple(b["kept_units"]), "kept_columns": tuple(b["kept_columns"])})
+                for b in values["blocks"]
+            )
+            values["refusals"] = tuple(Refusal(**r) for r in values["refusals"])
+            for name in ("parameters", "macs", "latency"):
+                values[name] = Change(**values[name])
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"Not a pruning report: {error}.") from error
+        return cls(**values)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `subprune_report.json` into `folder` (made if need be) and return the file's path."""
+        path = Path(folder) / REPORT_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PruneReport":
+        """Read a report from its file or from the folder that holds it.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is not a report; the message says what is wrong with it.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / REPORT_NAME
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read as a pruning report: {error}") from error
+
+    def __str__(self) -> str:
+        return render(self.summary(), self.block_table())
+
+    def summary(self) -> Table:
+        """The whole model before and after, as a rich table."""
+        on = self.measured_on
+        table = Table(title=f"{self.architecture} pruned, {self.layout} layout", title_justify="left")
+        for name in ("", "before", "after", "ratio"):
+            table.add_column(name, justify="left" if not name else "right")
+        table.add_row("parameters", *_change(self.parameters, lambda x: f"{x / 1e6:.2f} M"))
+        table.add_row("MACs a sample", *_change(self.macs, lambda x: f"{x / 1e9:.3f} G"))
+        table.add_row("latency", *_change(self.latency, lambda x: f"{x * 1e3:.1f} ms"))
+        for name, value in self.drift.items():
+            table.add_row(f"held-out {name.replace('_', ' ')}", "", f"{value:.4f}", "")
+        table.caption = (
+            f"Latency: batch {on.get('batch_size')}, length {on.get('length')}, {on.get('device')}, "
+            f"{on.get('threads')} threads. Layout: {self.layout_reason}"
+        )
+        table.caption_justify = "left"
+        return table
+
+    def block_table(self) -> Table:
+        """One row a block, as a rich table."""
+        table = Table(title="Blocks", title_justify="left")
+        table.add_column("block")
+        table.add_column("kind")
+        for name in ("units", "kept", "error fitted", "held out", "shrinkage", "of the optimum"):
+            table.add_column(name, justify="right")
+        for b in self.blocks:
+            table.add_row(
+                b.name,
+                b.kind,
+                str(b.units_before),
+                str(b.units_after),
+                f"{b.fitted_error:.4f}",
+                f"{b.held_out_error:.4f}",
+                "" if b.shrinkage is None else f"{b.shrinkage:.2g}",
+                "" if b.guarantee is None else f">= {b.guarantee:.1%}",
+            )
+        table.caption = (
+            "Errors are relative squared errors of the consumer's output. "
+            "Of the optimum: at least this part of what any choice of this size could keep."
+        )
+        table.caption_justify = "left"
+        return table
+
+
+def render(*parts: Any, width: int = 120) -> str:
+    """Rich renderables as plain text."""
+    console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
+    console.print(Group(*parts))
+    return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
+
+
+def refusal_table(refusals: Sequence[Refusal]) -> Table | Text:
+    """What is left whole, why, and what to do, as a rich table."""
+    if not refusals:
+        return Text("Nothing was refused.")
+    table = Table(title="Left whole", title_justify="left")
+    for name in ("block", "kind", "reason", "what you can do"):
+        table.add_column(name, overflow="fold")
+    for r in refusals:
+        table.add_row(r.name, r.kind, r.reason, r.advice)
+    return table
+
+
+def _change(change: Change, form: Any) -> tuple[str, str, str]:
+    return form(change.before), form(change.after), f"{change.ratio:.3f}"
