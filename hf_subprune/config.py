@@ -1,15 +1,94 @@
 """What the user asks for: one strict dataclass, saved as sorted JSON."""
 
+import inspect
 import json
-from dataclasses import asdict, dataclass, field, fields
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import yaml
 
 CONFIG_NAME = "subprune_config.json"
 
 UNIT_KINDS = ("mlp", "attention")
 VARIANTS = ("layer", "seq", "asym")
 LAYOUTS = ("auto", "stock", "ragged")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a field of `PruneConfig` accepts, kept in its annotation: `name: Annotated[type, rule] = default`.
+
+    Args:
+        allowed: The accepted values in words, said by the error.
+        types: The accepted types; `bool` passes for no number.
+        accepts: Whether a value of the right type is in range.
+    """
+
+    allowed: str
+    types: tuple[type, ...]
+    accepts: Callable[[Any], bool]
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value as it is stored: lists become tuples, dicts are copied.
+
+        Raises:
+            ValueError: the value is out of range or not one of the known ones.
+            TypeError: the value has the wrong type.
+        """
+        if isinstance(value, list):
+            value = tuple(value)
+        message = f"PruneConfig.{name} takes {self.allowed}; got {value!r}"
+        if not isinstance(value, self.types) or (isinstance(value, bool) and bool not in self.types):
+            raise TypeError(f"{message} of type {type(value).__name__}.")
+        try:
+            accepted = self.accepts(value)
+        except TypeError as error:
+            raise TypeError(f"{message}.") from error
+        if not accepted:
+            raise ValueError(f"{message}.")
+        return dict(value) if isinstance(value, dict) else value
+
+
+def _one_of(choices: tuple[str, ...]) -> Rule:
+    return Rule(f"one of {', '.join(map(repr, choices))}", (str,), lambda value: value in choices)
+
+
+def _whole(minimum: int) -> Rule:
+    return Rule(f"a whole number, {minimum} or more", (int,), lambda value: value >= minimum)
+
+
+def _is_fraction(value: Any) -> bool:
+    return not isinstance(value, bool) and 0 < value <= 1
+
+
+def _is_keep(value: Any) -> bool:
+    if isinstance(value, dict):
+        return len(value) > 0 and set(value) <= set(UNIT_KINDS) and all(map(_is_fraction, value.values()))
+    return _is_fraction(value)
+
+
+def _is_shrinkage(value: Any) -> bool:
+    return value == "auto" if isinstance(value, str) else 0 <= value < math.inf
+
+
+_KINDS = ", ".join(map(repr, UNIT_KINDS))
+_KEEP = Rule(f"a fraction in (0, 1], or a dict of one fraction per unit kind ({_KINDS})", (int, float, dict), _is_keep)
+_UNITS = Rule(
+    f"one or more of {_KINDS}",
+    (tuple,),
+    lambda value: len(value) > 0 and set(value) <= set(UNIT_KINDS) and len(set(value)) == len(value),
+)
+_SHRINKAGE = Rule("'auto' or a finite number, 0 or more", (str, int, float), _is_shrinkage)
+_SWITCH = Rule("True or False", (bool,), lambda value: True)
+_PATTERNS = Rule(
+    "a tuple of block name patterns, such as ('encoder.layer.0.*',)",
+    (tuple,),
+    lambda value: all(isinstance(pattern, str) and pattern for pattern in value),
+)
 
 
 @dataclass
@@ -35,9 +114,9 @@ class PruneConfig:
             Number of further samples, never fitted on, that the report measures output drift on. When the data holds
             fewer than `samples + held_out`, a fifth of what there is is held out (at least one sample).
         max_length (`int`, default `256`):
-            Tokens a text sample is truncated to.
+            Tokens a text sample is truncated to; fewer where the model or its tokenizer takes fewer.
         batch_size (`int`, default `16`):
-            Samples in one calibration batch.
+            Most samples in one calibration batch; few samples make smaller ones, so that both folds have some.
         reweight (`bool`, default `True`):
             Compute new weights for the layer that follows the removed units. `False` only removes.
         shrinkage (`"auto"` or `float`, default `"auto"`):
@@ -57,17 +136,85 @@ class PruneConfig:
         TypeError: a value has the wrong type.
     """
 
-    keep: float | dict[str, float] = 0.5
-    units: tuple[str, ...] = UNIT_KINDS
-    variant: str = "layer"
-    layout: str = "auto"
-    samples: int = 128
-    held_out: int = 32
-    max_length: int = 256
-    batch_size: int = 16
-    reweight: bool = True
-    shrinkage: float | str = "auto"
-    round_to: int = 1
-    include: tuple[str, ...] = field(default=())
-    exclude: tuple[str, ...] = field(default=())
-    seed: int = 0
+    keep: Annotated[float | dict[str, float], _KEEP] = 0.5
+    units: Annotated[tuple[str, ...], _UNITS] = UNIT_KINDS
+    variant: Annotated[str, _one_of(VARIANTS)] = "layer"
+    layout: Annotated[str, _one_of(LAYOUTS)] = "auto"
+    samples: Annotated[int, _whole(1)] = 128
+    held_out: Annotated[int, _whole(1)] = 32
+    max_length: Annotated[int, _whole(1)] = 256
+    batch_size: Annotated[int, _whole(1)] = 16
+    reweight: Annotated[bool, _SWITCH] = True
+    shrinkage: Annotated[float | str, _SHRINKAGE] = "auto"
+    round_to: Annotated[int, _whole(1)] = 1
+    include: Annotated[tuple[str, ...], _PATTERNS] = ()
+    exclude: Annotated[tuple[str, ...], _PATTERNS] = ()
+    seed: Annotated[int, _whole(0)] = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        spec = type(self).__dataclass_fields__.get(name)
+        if spec is None:
+            raise AttributeError(f"PruneConfig has no field {name!r}. Fields: {_field_names()}.")
+        super().__setattr__(name, spec.type.__metadata__[0].check(name, value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON holds it: tuples as lists, dicts copied."""
+        values = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PruneConfig":
+        """The config of a dict; fields left out take their defaults.
+
+        Raises:
+            ValueError: a key is not a field, or a value is out of range.
+            TypeError: a value has the wrong type.
+        """
+        if unknown := sorted(map(str, set(values) - {spec.name for spec in fields(cls)})):
+            raise ValueError(f"PruneConfig has no field {', '.join(map(repr, unknown))}. Fields: {_field_names()}.")
+        return cls(**values)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `subprune_config.json` into `folder`, which is made if missing, and return the file's path."""
+        path = Path(folder) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "PruneConfig":
+        """Read a config from a folder that holds `subprune_config.json`, or from a JSON or YAML file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file holds no mapping of known fields to allowed values.
+            TypeError: a value has the wrong type.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / CONFIG_NAME
+        if not file.is_file():
+            raise FileNotFoundError(f"No pruning config at {file}: give a folder that holds {CONFIG_NAME}, or a file.")
+        try:
+            text = file.read_text(encoding="utf-8")
+            values = yaml.safe_load(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
+        except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"The pruning config {file} is corrupted, save it again: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"The pruning config {file} must hold fields and values, got {type(values).__name__}.")
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"In the pruning config {file}: {error}") from error
+
+
+def _field_names() -> str:
+    return ", ".join(spec.name for spec in fields(PruneConfig))
+
+
+def field_help() -> dict[str, str]:
+    """What each field of `PruneConfig` means, as one paragraph of its docstring; empty under `python -OO`."""
+    arguments = inspect.getdoc(PruneConfig) or ""
+    arguments = arguments.partition("Args:\n")[2].partition("\nRaises:")[0]
+    entries = re.findall(r"^    (\w+) \(.*?\):\n((?:^        .*\n?)+)", arguments, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
