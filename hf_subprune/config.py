@@ -5,9 +5,9 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import yaml
 
@@ -152,10 +152,9 @@ class PruneConfig:
     seed: Annotated[int, _whole(0)] = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
-        spec = type(self).__dataclass_fields__.get(name)
-        if spec is None:
-            raise AttributeError(f"PruneConfig has no field {name!r}. Fields: {_field_names()}.")
-        super().__setattr__(name, spec.type.__metadata__[0].check(name, value))
+        if name not in _RULES:
+            raise AttributeError(f"PruneConfig has no field {name!r}. Fields: {', '.join(_RULES)}.")
+        super().__setattr__(name, _RULES[name].check(name, value))
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON holds it: tuples as lists, dicts copied."""
@@ -170,8 +169,8 @@ class PruneConfig:
             ValueError: a key is not a field, or a value is out of range.
             TypeError: a value has the wrong type.
         """
-        if unknown := sorted(map(str, set(values) - {spec.name for spec in fields(cls)})):
-            raise ValueError(f"PruneConfig has no field {', '.join(map(repr, unknown))}. Fields: {_field_names()}.")
+        if unknown := sorted(map(str, set(values) - set(_RULES))):
+            raise ValueError(f"PruneConfig has no field {', '.join(map(repr, unknown))}. Fields: {', '.join(_RULES)}.")
         return cls(**values)
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -208,8 +207,9 @@ class PruneConfig:
             raise type(error)(f"In the pruning config {file}: {error}") from error
 
 
-def _field_names() -> str:
-    return ", ".join(spec.name for spec in fields(PruneConfig))
+_RULES: dict[str, Rule] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(PruneConfig, include_extras=True).items()
+}
 
 
 def field_help() -> dict[str, str]:
