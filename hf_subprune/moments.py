@@ -3,6 +3,7 @@
 Tensors only. Rows (tokens) stream through a `MomentAccumulator`; memory does not depend on their number.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,16 +16,16 @@ _PANELS = 4
 class Moments:
     """Moments of a consumer's inputs `B` `(rows, n)` and targets `Y = A W` `(rows, m)`, without the bias.
 
-    With an intercept both are centred, `B - mean(B)` and `Y - mean(Y)`; without, the means are zero.
+    With an intercept `H`, `C` and `t` are those of `B - mean(B)` and `Y - mean(Y)`; without, of `B` and `Y`.
 
     Args:
         H: `(n, n)`, `B'B`, symmetric.
         C: `(n, m)`, `B'Y`.
         t: `||Y||_F^2`.
         rows: Number of rows (tokens) summed over.
-        input_mean: `(n,)`, mean of `B`, zeros without an intercept.
-        target_mean: `(m,)`, mean of `Y`, zeros without an intercept.
-        intercept: Whether the consumer has a bias that can take up the difference of the means.
+        input_mean: `(n,)`, mean of `B` over the rows.
+        target_mean: `(m,)`, mean of `Y` over the rows.
+        intercept: Whether the consumer has a bias that can take up the means, which are then subtracted.
     """
 
     H: torch.Tensor
@@ -139,28 +140,25 @@ class MomentAccumulator:
         for start in range(0, self.n, width):
             H[start + width :, start : start + width] = H[start : start + width, start + width :].T
         H.diagonal(0).copy_(self._gram.diagonal())
-        mean = torch.zeros_like(self._sum)
+        mean = self._sum / self.rows
+        input_mean = mean
         if self.intercept:
-            mean = self._sum / self.rows
-            H -= torch.outer(self._sum, mean).to(H)
-            shift = self.shift.to(mean)  # type: ignore[union-attr]
-        else:
-            shift = mean
+            H.addr_(self._sum.to(H), mean.to(H), alpha=-1)
+            input_mean = mean + self.shift.to(mean)  # type: ignore[union-attr]
+        input_mean = input_mean.to(H)
         if self.m is None:
             if weight is None:
                 raise ValueError("The consumer's weight is needed: no targets were added.")
             W = weight.detach().to(H)
             C = H @ W
             t = float((W * C).sum(dtype=torch.float64))
-            target_mean = (mean + shift).to(H) @ W
-            return Moments(H, C, t, self.rows, (mean + shift).to(H), target_mean, self.intercept)
+            return Moments(H, C, t, self.rows, input_mean, input_mean @ W, self.intercept)
         C, t = self._cross.clone(), float(self._target_square)
-        target_mean = torch.zeros_like(self._target_sum)
+        target_mean = self._target_sum / self.rows
         if self.intercept:
-            target_mean = self._target_sum / self.rows
-            C -= torch.outer(self._sum, target_mean).to(C)
+            C.addr_(self._sum.to(C), target_mean.to(C), alpha=-1)
             t -= float(self._target_sum @ target_mean)
-        return Moments(H, C, t, self.rows, (mean + shift).to(H), target_mean.to(H), self.intercept)
+        return Moments(H, C, t, self.rows, input_mean, target_mean.to(H), self.intercept)
 
 
 def pool(accumulators: list[MomentAccumulator]) -> MomentAccumulator:
@@ -177,3 +175,34 @@ def pool(accumulators: list[MomentAccumulator]) -> MomentAccumulator:
     for accumulator in accumulators:
         total += accumulator
     return total
+
+
+def combine(parts: Sequence[Moments]) -> Moments:
+    """Moments of the rows of all parts together; centred ones are shifted to the common mean first.
+
+    Raises:
+        ValueError: no part was given, or some parts are centred and some are not.
+    """
+    if not parts:
+        raise ValueError("There are no moments to combine.")
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if len({part.intercept for part in parts}) > 1:
+        raise ValueError("Centred and raw moments cannot be combined.")
+    rows = sum(part.rows for part in parts)
+    input_mean, target_mean = torch.zeros_like(first.input_mean), torch.zeros_like(first.target_mean)
+    H, C, t = torch.zeros_like(first.H), torch.zeros_like(first.C), 0.0
+    for part in parts:
+        H += part.H
+        C += part.C
+        t += part.t
+        input_mean += part.input_mean * (part.rows / rows)
+        target_mean += part.target_mean * (part.rows / rows)
+    if first.intercept:
+        for part in parts:
+            x, y = part.input_mean - input_mean, part.target_mean - target_mean
+            H.addr_(x, x, alpha=part.rows)
+            C.addr_(x, y, alpha=part.rows)
+            t += part.rows * float(y.square().sum(dtype=torch.float64))
+    return Moments(H, C, t, rows, input_mean, target_mean, first.intercept)

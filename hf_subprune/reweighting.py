@@ -1,0 +1,173 @@
+"""New weights for the units that stay: least squares with shrinkage to the original weights (ALGORITHM section 2).
+
+Weights are `(inputs, outputs)`. Tensors only.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .moments import Moments, combine
+
+# Multiples of mean(diag H) tried by cross-fitting. At infinity the weights stay as they are.
+SHRINKAGE_GRID = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0, math.inf)
+
+
+def solve(H: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """`H^-1 C` by Cholesky, with as little added to the diagonal as makes it succeed.
+
+    Args:
+        H: `(k, k)` symmetric positive semi-definite.
+        C: `(k, m)`.
+
+    Returns:
+        The `(k, m)` solution, in the dtype of `H`, and the jitter: the multiple of each diagonal entry that had to be
+        added (0.0 when none).
+
+    Raises:
+        RuntimeError: `H` is not positive semi-definite up to rounding, or an entry is not finite.
+    """
+    diagonal = H.diagonal()
+    if len(H) == 0:
+        return C.to(H), 0.0
+    if not (torch.isfinite(H).all() and torch.isfinite(C).all() and (diagonal >= 0).all()):
+        raise RuntimeError(
+            "The moments are not finite or have a negative diagonal: check the calibration activations."
+        )
+    # A unit diagonal makes the jitter relative to each column, whatever its scale; dead columns get weight zero.
+    scale = torch.where(diagonal > 0, diagonal, 1).rsqrt()
+    scaled = H * scale[:, None] * scale
+    scaled.diagonal().copy_(torch.where(diagonal > 0, scaled.diagonal(), 1))
+    eps = torch.finfo(H.dtype).eps
+    for jitter in (0.0, *(eps * 10.0**e for e in range(1, 6))):
+        attempt = scaled if jitter == 0 else scaled + torch.diag(torch.full_like(diagonal, jitter))
+        factor, info = torch.linalg.cholesky_ex(attempt)
+        # A pivot at the level of rounding errors passes the factorisation and still makes garbage of the solution.
+        if int(info) == 0 and float(factor.diagonal().min()) > math.sqrt(4 * eps):
+            return torch.cholesky_solve(C.to(H) * scale[:, None], factor) * scale[:, None], jitter
+    raise RuntimeError(
+        f"The moments of {len(H)} columns are not positive semi-definite: Cholesky failed with a relative jitter of "
+        f"{jitter:.1e}. Accumulate them in float64."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Reweighted:
+    """New weights of the consumer on the kept columns.
+
+    Args:
+        V: `(k, m)`, inputs by outputs.
+        bias_shift: `(m,)`, to be added to the consumer's bias; zeros without an intercept.
+        jitter: Relative amount added to the diagonal for the factorisation to succeed.
+    """
+
+    V: torch.Tensor
+    bias_shift: torch.Tensor
+    jitter: float
+
+
+def bias_shift(moments: Moments, columns: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """`(m,)`: `mean(Y) - mean(B)_S V`, what a bias must take up for given weights; zeros without an intercept."""
+    if not moments.intercept:
+        return torch.zeros_like(moments.target_mean)
+    return moments.target_mean - moments.input_mean[columns] @ V.to(moments.input_mean)
+
+
+def reweight(moments: Moments, W: torch.Tensor, columns: torch.Tensor, shrinkage: float) -> Reweighted:
+    """Least squares weights on the kept columns, pulled towards the original ones.
+
+    `V = (H_SS + l I)^-1 (C_S + l W_S)` with `l = shrinkage * mean(diag H)`.
+
+    Args:
+        moments: Of the consumer's input and target.
+        W: `(n, m)`, the original weight.
+        columns: `(k,)` int64, the kept columns, sorted.
+        shrinkage: lambda >= 0; infinity keeps the original weights.
+
+    Raises:
+        RuntimeError: the moments are not positive semi-definite.
+    """
+    H = moments.H
+    W_kept = W.to(H)[columns]
+    jitter = 0.0
+    if math.isinf(shrinkage):
+        V = W_kept
+    else:
+        ridge = shrinkage * float(H.diagonal().mean())
+        H_kept = H[columns][:, columns]
+        H_kept.diagonal().add_(ridge)
+        V, jitter = solve(H_kept, moments.C[columns] + ridge * W_kept)
+    return Reweighted(V, bias_shift(moments, columns, V), jitter)
+
+
+def relative_error(moments: Moments, columns: torch.Tensor, V: torch.Tensor, shift: torch.Tensor) -> float:
+    """`||Y - B_S V - shift||_F^2 / ||Y||_F^2` on the rows of the moments, from the moments alone.
+
+    With an intercept `Y` in the denominator is centred, and the numerator includes the difference of the means that
+    a bias fitted on other rows leaves.
+
+    Args:
+        moments: Of any rows, of the same consumer.
+        columns: `(k,)` int64, kept columns.
+        V: `(k, m)`.
+        shift: `(m,)`, the change of the bias.
+    """
+    V = V.to(moments.H)
+    H_kept = moments.H[columns][:, columns]
+    error = moments.t + float((V * (H_kept @ V - 2 * moments.C[columns])).sum(dtype=torch.float64))
+    if moments.intercept:
+        mismatch = moments.target_mean - moments.input_mean[columns] @ V - shift.to(V)
+        error += moments.rows * float(mismatch.square().sum(dtype=torch.float64))
+    return max(error, 0.0) / moments.t if moments.t > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """Result of cross-fitting.
+
+    Args:
+        shrinkage: The chosen lambda.
+        fitted: Relative error at each lambda of the grid on the rows fitted on, mean over folds.
+        held_out: The same on the rows left out.
+        grid: The lambdas.
+    """
+
+    shrinkage: float
+    fitted: tuple[float, ...]
+    held_out: tuple[float, ...]
+    grid: tuple[float, ...]
+
+
+def cross_fit(
+    folds: Sequence[Moments],
+    W: torch.Tensor,
+    columns: torch.Tensor | Callable[[Moments, float], torch.Tensor],
+    grid: Sequence[float] = SHRINKAGE_GRID,
+) -> CrossFit:
+    """Choose the shrinkage that does best on rows not fitted on, from the folds' moments alone.
+
+    Args:
+        folds: Moments of two or more disjoint parts of the calibration rows.
+        W: `(n, m)`, the original weight.
+        columns: `(k,)` int64, kept columns; or a function of the moments fitted on and lambda that selects them.
+        grid: Values of lambda to try.
+
+    Raises:
+        ValueError: fewer than two folds, or an empty grid.
+    """
+    if len(folds) < 2 or not grid:
+        raise ValueError(f"Cross-fitting takes two or more folds and a grid, got {len(folds)} and {len(grid)}.")
+    fitted, held_out = [0.0] * len(grid), [0.0] * len(grid)
+    total = sum(fold.t for fold in folds)
+    for index, left_out in enumerate(folds):
+        rest = combine([fold for other, fold in enumerate(folds) if other != index])
+        for position, shrinkage in enumerate(grid):
+            S = columns(rest, shrinkage) if callable(columns) else columns
+            new = reweight(rest, W, S, shrinkage)
+            fitted[position] += relative_error(rest, S, new.V, new.bias_shift) / len(folds)
+            share = left_out.t / total if total > 0 else 0.0
+            held_out[position] += share * relative_error(left_out, S, new.V, new.bias_shift)
+    best = min(range(len(grid)), key=held_out.__getitem__)
+    return CrossFit(grid[best], tuple(fitted), tuple(held_out), tuple(grid))

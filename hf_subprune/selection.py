@@ -1,0 +1,260 @@
+"""Which units to keep: greedy selection as a pivoted Cholesky factorisation (ALGORITHM section 3).
+
+Given second moments `H` `(n, n)` and `C` `(n, m)`, the objective of a set of columns S is
+`F(S) = tr(C_S' H_SS^-1 C_S)`, the part of `||A W||_F^2` that new weights on S can explain. It grows with S. A unit is
+one column or a group of columns. Tensors only; usable without a model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+METHODS = ("auto", "greedy", "backward", "stochastic")
+
+# Columns are scaled to a unit diagonal. What is left of a column's squared norm below this multiple of the rounding
+# error is noise: the column is a combination of those already chosen.
+_EXHAUSTED = 64.0
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """Nested sets of units and their objective, from one run.
+
+    Args:
+        order: `(stop,)` int64; the first `k` entries are the set of size `k`, for `start <= k <= stop`.
+        start: Smallest size for which the path is defined (0 for greedy, the last size reached by backward).
+        objective: `(stop - start + 1,)` float64, `F` at the sizes `start ... stop`.
+        method: `"greedy"`, `"backward"` or `"stochastic"`.
+        t: `||A W||_F^2`, when it was given.
+    """
+
+    order: torch.Tensor
+    start: int
+    objective: torch.Tensor
+    method: str
+    t: float | None = None
+
+    @property
+    def gains(self) -> torch.Tensor:
+        """`(stop - start,)` float64, what each further unit adds to the objective."""
+        return self.objective.diff()
+
+    @property
+    def errors(self) -> torch.Tensor:
+        """`(stop - start + 1,)` float64, the squared error `t - F` at the sizes `start ... stop`."""
+        if self.t is None:
+            raise ValueError("The error needs `t = ||A W||_F^2`, which was not given with the moments.")
+        return (self.t - self.objective).clamp_min(0.0)
+
+    def kept(self, k: int) -> torch.Tensor:
+        """`(k,)` int64, the units of the set of size `k`, sorted."""
+        if not self.start <= k <= len(self.order):
+            raise ValueError(f"The path holds the sizes {self.start} to {len(self.order)}, not {k}.")
+        return self.order[:k].sort().values
+
+    def weights(self, H: torch.Tensor, C: torch.Tensor, k: int, groups: torch.Tensor | None = None) -> torch.Tensor:
+        """`(k * c, m)`, the least squares weights `H_SS^-1 C_S` of the set of size `k`, in the order of `kept(k)`."""
+        from .reweighting import solve  # reweighting does not import this module
+
+        columns = columns_of(self.kept(k), groups).to(H.device)
+        return solve(H[columns][:, columns], C[columns])[0]
+
+
+def columns_of(units: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+    """Sorted columns of units: `units` themselves without groups, else the sorted entries of `groups[units]`."""
+    return units if groups is None else groups.to(units.device)[units].reshape(-1).sort().values
+
+
+def check_problem(H: torch.Tensor, C: torch.Tensor, groups: torch.Tensor | None = None) -> torch.Tensor:
+    """The groups `(units, c)` of a selection problem, after checking that its tensors fit together.
+
+    Raises:
+        ValueError: a shape does not fit, an entry is not finite, or groups overlap or point outside of `H`.
+    """
+    n = H.shape[0]
+    if H.ndim != 2 or H.shape[1] != n or C.ndim != 2 or C.shape[0] != n:
+        raise ValueError(f"Moments must be H (n, n) and C (n, m), got {tuple(H.shape)} and {tuple(C.shape)}.")
+    if not (torch.isfinite(H).all() and torch.isfinite(C).all()):
+        raise ValueError("The moments hold infinite or missing values: check the calibration activations.")
+    if groups is None:
+        return torch.arange(n, device=H.device)[:, None]
+    if groups.ndim != 2 or groups.numel() > n or groups.min() < 0 or groups.max() >= n:
+        raise ValueError(f"Groups must be (units, c) columns below {n}, got shape {tuple(groups.shape)}.")
+    if len(groups.unique()) != groups.numel():
+        raise ValueError("Groups must not share columns.")
+    return groups.to(H.device)
+
+
+def greedy(
+    H: torch.Tensor,
+    C: torch.Tensor,
+    k: int,
+    *,
+    groups: torch.Tensor | None = None,
+    t: float | None = None,
+    epsilon: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Path:
+    """Add `k` units, each time the one that adds most to `F` (the paper's greedy, Algorithm 1).
+
+    Args:
+        H: `(n, n)` symmetric positive semi-definite.
+        C: `(n, m)`.
+        k: Number of units to choose.
+        groups: `(units, c)` int64, the columns of each unit; single columns when `None`.
+        t: `||A W||_F^2`, for the errors of the path.
+        epsilon: When given, stochastic greedy: each step looks at `units / k * log(1 / epsilon)` random candidates.
+        generator: Of the random candidates.
+
+    Returns:
+        The path of sizes 0 to `k`. Units that add nothing (dead, or dependent on those chosen) come last.
+
+    Raises:
+        ValueError: `k` or the tensors do not fit.
+    """
+    groups = check_problem(H, C, groups)
+    sample = None
+    if epsilon is not None:
+        if not 0 < epsilon < 1:
+            raise ValueError(f"epsilon must lie between 0 and 1, got {epsilon}.")
+        sample = max(1, min(len(groups), -int(-len(groups) / max(k, 1) * -torch.tensor(epsilon).log().item() // 1)))
+    order, gains = _eliminate(H, C, groups, k, sample=sample, generator=generator)
+    objective = torch.cat([gains.new_zeros(1), gains.cumsum(0)])
+    return Path(order, 0, objective, "greedy" if epsilon is None else "stochastic", t)
+
+
+def backward(
+    H: torch.Tensor, C: torch.Tensor, k: int, *, groups: torch.Tensor | None = None, t: float | None = None
+) -> Path:
+    """Remove units from the full set, each time the one whose loss lowers `F` least, until `k` are left.
+
+    The removal cost of a unit is `tr(V_g' P_gg^-1 V_g)` with `P = H_SS^-1` and `V = P C_S`; downdating `P` and
+    `V` is the same recursion as that of greedy, so this is greedy on `(H^-1, H^-1 C)` with the smallest gain instead
+    of the largest.
+
+    Args and errors are those of `greedy`. Returns the path of sizes `k` to `units`.
+    """
+    groups = check_problem(H, C, groups)
+    units = len(groups)
+    H, C, _ = _scaled(H.double(), C.double())
+    rows = groups.reshape(-1)
+    position = torch.arange(len(rows), device=H.device).view_as(groups)
+    H, C = H[rows][:, rows], C[rows]
+    # A dependent column has no finite inverse; this much on the unit diagonal makes it one that costs nothing.
+    H.diagonal().add_(1e-10)
+    factor = torch.linalg.cholesky(H)
+    full = float(torch.linalg.solve_triangular(factor, C, upper=False).square().sum())
+    P = torch.cholesky_inverse(factor)
+    removed, costs = _eliminate(P, torch.cholesky_solve(C, factor), position, units - k, smallest=True)
+    mask = torch.ones(units, dtype=torch.bool, device=removed.device)
+    mask[removed] = False
+    order = torch.cat([mask.nonzero()[:, 0], removed.flip(0)])
+    objective = full - torch.cat([costs.new_zeros(1), costs.cumsum(0)])
+    return Path(order, k, objective.flip(0), "backward", t)
+
+
+def _scaled(H: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`H` and `C` with columns scaled to a diagonal near one, by powers of two so that nothing is rounded."""
+    diagonal = H.diagonal().double()
+    scale = torch.where(diagonal > 0, torch.exp2(-(diagonal.clamp_min(1e-300).log2() / 2).round()), 0.0).to(H.dtype)
+    return H * scale[:, None] * scale, C * scale[:, None], scale
+
+
+def _eliminate(H, C, groups, steps, *, smallest=False, sample=None, generator=None):
+    """`steps` pivots of largest (or smallest) gain. Returns their order and float64 gains."""
+    units, c = groups.shape
+    if not 0 <= steps <= units:
+        raise ValueError(f"Asked for {steps} of {units} units.")
+    if not smallest:
+        H, C, _ = _scaled(H.double(), C.double())
+    R = C.clone()
+    D = H[groups[:, :, None], groups[:, None, :]].clone()
+    floor = _EXHAUSTED * torch.finfo(H.dtype).eps * D.diagonal(dim1=1, dim2=2).abs()
+    L = H.new_zeros(steps * c, H.shape[0])
+    order = torch.empty(steps, dtype=torch.int64, device=H.device)
+    gains = torch.zeros(steps, dtype=torch.float64, device=H.device)
+    left = torch.ones(units, dtype=torch.bool, device=H.device)
+    for step in range(steps):
+        candidates = left.nonzero()[:, 0]
+        if sample is not None and len(candidates) > sample:
+            chosen = torch.randperm(len(candidates), generator=generator)[:sample]
+            candidates = candidates[chosen.to(H.device)]
+        blocks = D[candidates] + torch.diag_embed(floor[candidates] + torch.finfo(H.dtype).tiny)
+        factor = torch.linalg.cholesky(blocks)
+        value = torch.linalg.solve_triangular(factor, R[groups[candidates]], upper=False).square().sum((1, 2))
+        best = int(value.argmin() if smallest else value.argmax())
+        unit = int(candidates[best])
+        pivot = groups[unit]
+        done = L[: step * c]
+        rows = torch.linalg.solve_triangular(factor[best], H[pivot] - done[:, pivot].T @ done, upper=False)
+        v = torch.linalg.solve_triangular(factor[best], R[pivot], upper=False)
+        L[step * c : (step + 1) * c] = rows
+        R -= rows.T @ v
+        part = rows[:, groups].permute(1, 0, 2)  # (units, c of the pivot, c)
+        D -= part.transpose(1, 2) @ part
+        order[step], gains[step], left[unit] = unit, value[best], False
+    return order, gains
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The units kept in one block.
+
+    Args:
+        kept: `(k,)` int64, sorted.
+        objective: `F(kept)`.
+        method: The method that ran: `"greedy"`, `"backward"` or `"stochastic"`.
+        path: Nested sets that the choice started from.
+        swaps: Number of exchanges made by swap refinement.
+        swap_gain: What they added to the objective.
+    """
+
+    kept: torch.Tensor
+    objective: float
+    method: str
+    path: Path
+    swaps: int = 0
+    swap_gain: float = 0.0
+
+
+def select(
+    H: torch.Tensor,
+    C: torch.Tensor,
+    k: int,
+    *,
+    groups: torch.Tensor | None = None,
+    t: float | None = None,
+    method: str = "auto",
+    swaps: int | None = None,
+    epsilon: float = 0.01,
+    generator: torch.Generator | None = None,
+) -> Selection:
+    """Choose `k` units to keep.
+
+    Args:
+        H: `(n, n)`, with the shrinkage that reweighting will use already added.
+        C: `(n, m)`, likewise; times `M^(1/2)` when errors are weighed by a metric `M`.
+        k: Number of units to keep.
+        groups: `(units, c)` int64, columns of each unit; single columns when `None`.
+        t: `||A W||_F^2`, for the errors of the path.
+        method: `"greedy"`, `"backward"`, `"stochastic"`, or `"auto"`: backward when less than a quarter goes.
+        swaps: Largest number of exchanges in swap refinement; `None` goes on until none improves, 0 does none.
+        epsilon: Of stochastic greedy.
+        generator: Of stochastic greedy.
+
+    Raises:
+        ValueError: `k`, the method or the tensors do not fit.
+    """
+    if method not in METHODS:
+        raise ValueError(f"Unknown method {method!r}: choose from {', '.join(METHODS)}.")
+    units = H.shape[0] if groups is None else len(groups)
+    if method == "auto":
+        method = "backward" if units - k < units / 4 else "greedy"
+    if method == "backward":
+        path = backward(H, C, k, groups=groups, t=t)
+    else:
+        path = greedy(
+            H, C, k, groups=groups, t=t, epsilon=epsilon if method == "stochastic" else None, generator=generator
+        )
+    objective = float(path.objective[k - path.start])
+    return Selection(path.kept(k), objective, method, path)

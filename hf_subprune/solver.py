@@ -1,0 +1,209 @@
+"""Solve one block from its moments: which units to keep, the new weights, and how good both are.
+
+The tensor stages in their order: shrinkage, selection, reweighting, certificate. Tensors only.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .certificates import Certificate, certify
+from .importance import scores
+from .moments import Moments, combine
+from .reweighting import cross_fit, relative_error, reweight
+from .selection import columns_of, greedy, select
+
+# What selection uses before cross-fitting has chosen, and what is used when there are no two folds to cross-fit on.
+_PRIOR_SHRINKAGE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A block's error against the number of units kept, along nested greedy sets.
+
+    Args:
+        order: `(units,)` int64; the first `k` are the greedy set of size `k`.
+        errors: `(units + 1,)` float64, squared error at 0 ... units kept, shrinkage and metric included. Without a
+            metric in the units of `||Y||^2`; with one, in those of the loss.
+        total: The squared error of keeping nothing, the scale of `errors`.
+    """
+
+    order: torch.Tensor
+    errors: torch.Tensor
+    total: float
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSolution:
+    """What to do to one block.
+
+    Args:
+        kept_units: `(k,)` int64, sorted.
+        kept_columns: `(k * c,)` int64, sorted; the rows of `V`.
+        V: `(k * c, m)`, the consumer's new weight, inputs by outputs.
+        bias_shift: `(m,)`, to be added to the consumer's bias; zeros without one.
+        shrinkage: lambda of the reweighting; infinity when the weights stay as they are.
+        fitted_error: Relative error on all rows fitted on.
+        held_out_error: Relative error on folds not fitted on, by cross-fitting; `None` with fewer than two folds.
+        method: How units were chosen: `"greedy"`, `"backward"`, `"stochastic"`, or the name of an importance.
+        swaps: Number of exchanges made by swap refinement.
+        swap_gain: What they added to the objective, as a fraction of the objective.
+        jitter: Relative amount added to the diagonal for the factorisation to succeed.
+        certificate: Bounds on the selection; `None` for importances that do not maximise the objective.
+    """
+
+    kept_units: torch.Tensor
+    kept_columns: torch.Tensor
+    V: torch.Tensor
+    bias_shift: torch.Tensor
+    shrinkage: float
+    fitted_error: float
+    held_out_error: float | None
+    method: str
+    swaps: int
+    swap_gain: float
+    jitter: float
+    certificate: Certificate | None
+
+
+def regularise(
+    moments: Moments, W: torch.Tensor, shrinkage: float, root: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`(H + l I, (C + l W) root, t)` of the problem that selection solves, `l = shrinkage * mean(diag H)`.
+
+    Args:
+        moments: Of the block.
+        W: `(n, m)`.
+        shrinkage: lambda, finite.
+        root: `(m, r)` with `M = root root'`; none weighs all outputs equally.
+
+    Returns:
+        `H` `(n, n)`, `C` `(n, m or r)`, and the squared error of keeping nothing. With a root it is that of the target
+        `B W`, an approximation where the target is another model's.
+    """
+    W = W.to(moments.H)
+    ridge = shrinkage * float(moments.H.diagonal().mean())
+    H = moments.H.clone()
+    H.diagonal().add_(ridge)
+    C = moments.C + ridge * W
+    if root is None:
+        return H, C, moments.t + ridge * float(W.square().sum(dtype=torch.float64))
+    C = C @ root.to(H)
+    return H, C, float((W @ root.to(H)).mul(C).sum(dtype=torch.float64))
+
+
+def metric_root(M: torch.Tensor) -> torch.Tensor:
+    """`(m, r)` root of a symmetric positive semi-definite `M` `(m, m)`: `M = root root'`, null directions dropped."""
+    values, vectors = torch.linalg.eigh(M.double())
+    live = values > values[-1].clamp_min(0.0) * len(M) * torch.finfo(M.dtype).eps
+    return vectors[:, live] * values[live].sqrt()
+
+
+def block_curve(
+    total: Moments,
+    W: torch.Tensor,
+    groups: torch.Tensor | None = None,
+    *,
+    shrinkage: float = _PRIOR_SHRINKAGE,
+    output_metric: torch.Tensor | None = None,
+) -> Curve:
+    """The error of a block at every number of units kept, in one greedy run.
+
+    Args:
+        total: Moments of all rows.
+        W: `(n, m)`, the consumer's weight, inputs by outputs.
+        groups: `(units, c)` int64.
+        shrinkage: lambda, finite.
+        output_metric: `(m, m)`, `M`; makes errors of different blocks comparable.
+    """
+    root = None if output_metric is None else metric_root(output_metric)
+    H, C, t = regularise(total, W, shrinkage, root)
+    units = len(H) if groups is None else len(groups)
+    path = greedy(H, C, units, groups=groups, t=t)
+    return Curve(path.order, path.errors, t)
+
+
+def solve_block(
+    folds: Sequence[Moments],
+    total: Moments | None,
+    W: torch.Tensor,
+    groups: torch.Tensor | None,
+    k: int,
+    *,
+    shrinkage: float | str = "auto",
+    importance: str = "greedy",
+    method: str = "auto",
+    swaps: int | None = None,
+    reweight_kept: bool = True,
+    output_metric: torch.Tensor | None = None,
+    gradient: torch.Tensor | None = None,
+    certificates: bool = True,
+    generator: torch.Generator | None = None,
+) -> BlockSolution:
+    """Choose `k` units of a block and the weights on them.
+
+    Args:
+        folds: Moments of disjoint parts of the calibration rows; two or more for cross-fitting.
+        total: Moments of all rows; combined from the folds when `None`.
+        W: `(n, m)`, the consumer's weight, inputs by outputs.
+        groups: `(units, c)` int64, columns of each unit; single columns when `None`.
+        k: Number of units to keep; all of them leaves the block exactly as it is.
+        shrinkage: lambda >= 0, or `"auto"` to cross-fit it.
+        importance: `"greedy"` for selection by the objective, or a baseline of `importance.IMPORTANCES`.
+        method: Of `selection.select`.
+        swaps: Of `selection.select`.
+        reweight_kept: Whether weights on the kept units are solved for; `False` keeps them, bias included.
+        output_metric: `(m, m)`, `M` of ALGORITHM section 4, which weighs outputs in selection.
+        gradient: `(n,)`, for importance `"activation_gradient"`.
+        certificates: Whether to bound what the best selection could reach (one eigenvalue problem of size n).
+        generator: Of random choices.
+
+    Raises:
+        ValueError: `k`, a name or a shape does not fit.
+        RuntimeError: the moments are not positive semi-definite.
+    """
+    total = combine(folds) if total is None else total
+    units = len(W) if groups is None else len(groups)
+    if not 1 <= k <= units:
+        raise ValueError(f"A block of {units} units can keep 1 to {units} of them, not {k}.")
+    if k == units:
+        every = torch.arange(units, device=W.device)
+        error = 0.0 if len(folds) > 1 else None
+        columns = columns_of(every, groups)
+        zero = torch.zeros_like(total.target_mean)
+        return BlockSolution(every, columns, W[columns], zero, math.inf, 0.0, error, "all", 0, 0.0, 0.0, None)
+
+    prior = _PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
+    certificate, count, gain = None, 0, 0.0
+    if importance == "greedy":
+        root = None if output_metric is None else metric_root(output_metric)
+        H, C, t = regularise(total, W, min(prior, 1e6), root)
+        chosen = select(H, C, k, groups=groups, t=t, method=method, swaps=swaps, generator=generator)
+        kept, used, count = chosen.kept, chosen.method, chosen.swaps
+        gain = chosen.swap_gain / chosen.objective if chosen.objective > 0 else 0.0
+        if certificates:
+            certificate = certify(H, C, kept, groups=groups)
+    else:
+        ranked = scores(importance, total, W, groups=groups, gradient=gradient, generator=generator)
+        kept, used = ranked.topk(k).indices.sort().values, importance
+    columns = columns_of(kept, groups)
+
+    if not reweight_kept:
+        V, zero = W.to(total.H)[columns], torch.zeros_like(total.target_mean)
+        fitted = relative_error(total, columns, V, zero)
+        error = relative_error(combine(folds), columns, V, zero) if len(folds) > 1 else None
+        return BlockSolution(kept, columns, V, zero, math.inf, fitted, error, used, count, gain, 0.0, certificate)
+    held_out = None
+    if len(folds) > 1:
+        grid = {} if shrinkage == "auto" else {"grid": (prior,)}
+        fit = cross_fit(folds, W, columns, **grid)
+        lam, held_out = fit.shrinkage, min(fit.held_out)
+    else:
+        lam = prior
+    new = reweight(total, W, columns, lam)
+    fitted = relative_error(total, columns, new.V, new.bias_shift)
+    return BlockSolution(
+        kept, columns, new.V, new.bias_shift, lam, fitted, held_out, used, count, gain, new.jitter, certificate
+    )
