@@ -1,0 +1,407 @@
+"""Unlabeled data to calibration batches: read, tokenize, split, pad; and which rows of a batch are real tokens."""
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from huggingface_hub.utils import httpx
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .config import PruneConfig
+from .features import Features, example_columns, forward_arguments, is_label, make_encoder
+
+logger = logging.get_logger(__name__)
+
+Batch = dict[str, torch.Tensor]
+
+# Tries of a source that fails in a row, and seconds before the second one; each further wait is twice as long.
+_ATTEMPTS = 4
+_FIRST_WAIT = 1.0
+
+# Tokens that a model without text input (speech, image to text) generates to calibrate its decoder on.
+_GENERATED = 64
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """Batches of forward arguments, without labels.
+
+    Args:
+        fit: Batches to fit on, at least two when there are two samples. The two folds of cross-fitting are the even
+            and the odd ones.
+        held_out: Batches, never fitted on, to measure the output's drift on.
+        fit_samples: Samples in `fit`.
+        held_out_samples: Samples in `held_out`.
+        source: What the data was, in words.
+    """
+
+    fit: list[Batch]
+    held_out: list[Batch]
+    fit_samples: int
+    held_out_samples: int
+    source: str
+
+
+def prepare(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> CalibrationSet:
+    """Read `config.samples + config.held_out` samples and batch them for the model.
+
+    Data with a length is sampled without replacement, streams are shuffled through a buffer of as many samples as
+    are read, other iterables and ready batches are read in order. Blank texts are passed over. Samples are sorted by
+    length and padded on the right to the longest of their batch, whatever the tokenizer's padding side is: without
+    `position_ids` only then are a token's positions those it has alone. Waveforms are cut to the shortest instead.
+    Columns with labels are dropped, so that no loss is computed. Encoder-decoder models without decoder inputs get
+    the text shifted right where both sides share a vocabulary, or what the model generates (speech, images).
+
+    Args:
+        model: Any pretrained model; not changed.
+        data: A `datasets.Dataset` or `IterableDataset` (text, image or audio column, or already tokenized); a list
+            of strings, images or waveforms; or ready batches (dicts of tensors).
+        config: `samples`, `held_out`, `max_length`, `batch_size`, `shrinkage` and `seed` are read.
+        processing_class: Tokenizer, image processor, feature extractor or processor; not for processed data.
+
+    Raises:
+        ValueError: the data is empty or too short, has no fitting column, lacks its processing class, or holds token
+            ids that the model has no embedding for.
+        TypeError: the data is of a kind not listed above.
+    """
+    items = _items(data, config)
+    first = next(items, None)
+    if first is None:
+        raise ValueError(f"The calibration data ({_describe(data)}) is empty.")
+    items = itertools.chain([first], items)
+    wanted = config.samples + config.held_out
+    if _is_batch(first):
+        fit, held_out, counts = _split_ready(_read_ready(items, model, wanted), config)
+    else:
+        encode = make_encoder(
+            model, example_columns(first), processing_class, _max_length(model, processing_class, config)
+        )
+        encoded = (encode(example_columns(item)) for item in items)
+        samples = list(itertools.islice((features for features in encoded if features is not None), wanted))
+        counts = _counts(len(samples), config)
+        pad_id = _pad_id(model, processing_class)
+        fit = [_collate(group, pad_id) for group in _groups(samples[: counts[0]], config.batch_size, folds=2)]
+        held_out = [_collate(group, pad_id) for group in _groups(samples[counts[0] : sum(counts)], config.batch_size)]
+    for batch in fit + held_out:
+        _check_vocabulary(model, batch)
+        _add_decoder_inputs(model, batch)
+    return CalibrationSet(fit, held_out, *counts, source=_describe(data))
+
+
+# Reading
+
+
+def _items(data: Any, config: PruneConfig) -> Iterator[Any]:
+    """The items of the data in the order in which they are used."""
+    if isinstance(data, (DatasetDict, IterableDatasetDict)):
+        raise TypeError(f"Calibration data must be one split, choose one of {', '.join(map(repr, data))}.")
+    if isinstance(data, Mapping):
+        yield data
+    elif isinstance(data, IterableDataset):
+        yield from _retrying(data.shuffle(seed=config.seed, buffer_size=config.samples + config.held_out))
+    elif (
+        isinstance(data, (Dataset, Sequence, torch.utils.data.Dataset))
+        and not isinstance(data, (str, bytes))
+        and hasattr(data, "__len__")
+    ):
+        order: Iterable[int] = range(len(data))
+        if len(data) and not _is_batch(data[0]):
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        yield from (data[i] for i in order)
+    elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, Path)):
+        yield from data
+    else:
+        raise TypeError(
+            "Calibration data must be a datasets.Dataset or IterableDataset, a list of strings or images, or an "
+            f"iterable of ready batches (dicts of tensors), got {type(data).__name__}."
+        )
+
+
+def _retrying(data: IterableDataset) -> Iterator[Any]:
+    """Items of a stream that can fail; it is started again, after a wait, behind the last item that came."""
+    seen = failures = 0
+    while True:
+        try:
+            for item in itertools.islice(iter(data), seen, None):
+                seen, failures = seen + 1, 0
+                yield item
+            return
+        except (OSError, httpx.HTTPError) as error:
+            failures += 1
+            if failures == _ATTEMPTS:
+                raise
+            wait = _FIRST_WAIT * 2 ** (failures - 1)
+            logger.warning(f"The calibration data failed after {seen} items, trying again in {wait:g} s: {error}")
+            time.sleep(wait)
+
+
+def _describe(data: Any) -> str:
+    kind = type(data).__name__
+    if isinstance(data, (Dataset, IterableDataset)):
+        name = data.info.dataset_name or data.info.builder_name
+        return " ".join(filter(None, (kind, name, data.split and f"split {data.split}")))
+    if isinstance(data, (list, tuple)) and data:
+        return f"{kind} of {type(data[0]).__name__}"
+    return kind
+
+
+def _is_batch(item: Any) -> bool:
+    """Whether an item is a ready batch rather than one example: tensors, the token ids (if any) of two dimensions."""
+    if not isinstance(item, Mapping) or not any(isinstance(value, torch.Tensor) for value in item.values()):
+        return False
+    ids = item.get("input_ids")
+    return not isinstance(ids, torch.Tensor) or ids.ndim == 2
+
+
+# Samples
+
+
+def _max_length(model: PreTrainedModel, processing_class: Any, config: PruneConfig) -> int:
+    """Tokens that a text is truncated to: the least that is asked for, or that tokenizer or positions allow."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    text_config = model.config.get_text_config()
+    limits = [
+        config.max_length,
+        getattr(tokenizer, "model_max_length", None),
+        getattr(text_config, "max_position_embeddings", None),
+    ]
+    for name, module in model.named_modules():
+        # RoBERTa numbers positions from the padding index on: so many rows of the table are never reached.
+        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return int(min(limit for limit in limits if limit is not None and limit > 0))
+
+
+def _pad_id(model: PreTrainedModel, processing_class: Any) -> int:
+    """Token id to pad with. Padding is masked, so any will do for models whose tokenizer has none."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    text_config = model.config.get_text_config()
+    candidates = (
+        getattr(tokenizer, "pad_token_id", None),
+        getattr(text_config, "pad_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    )
+    return next((candidate for candidate in candidates if candidate is not None and candidate >= 0), 0)
+
+
+def _counts(found: int, config: PruneConfig) -> tuple[int, int]:
+    """Samples to fit on and to hold out, of those found."""
+    to_fit = 2 if config.shrinkage == "auto" else 1
+    if found <= to_fit:
+        raise ValueError(
+            f"Calibration needs at least {to_fit + 1} samples that are not blank with shrinkage={config.shrinkage!r}: "
+            f"{to_fit} to fit on and 1 held out. Found {found}."
+        )
+    fit = min(config.samples, found - max(1, found // 5))
+    if found >= config.samples + config.held_out:
+        fit = config.samples
+    return fit, min(config.held_out, found - fit)
+
+
+def _groups(samples: list[Features], batch_size: int, folds: int = 1) -> list[list[Features]]:
+    """Samples of like length together, in equal groups whose number is a multiple of `folds` where it can be."""
+    ordered = sorted(samples, key=lambda features: len(features["input_ids"]) if "input_ids" in features else 0)
+    count = -(-len(ordered) // (batch_size * folds)) * folds
+    bounds = np.linspace(0, len(ordered), min(count, len(ordered)) + 1).astype(int)
+    return [ordered[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+
+def _collate(samples: list[Features], pad_id: int) -> Batch:
+    """Stack samples; token-like columns are padded on the right, waveforms are cut to the shortest."""
+    batch: Batch = {}
+    for name in samples[0]:
+        values = [features[name] for features in samples]
+        if len({value.shape for value in values}) == 1:
+            batch[name] = torch.stack(values)
+        elif values[0].ndim == 1 and not values[0].is_floating_point():
+            fill = pad_id if name.endswith("input_ids") else 0
+            batch[name] = nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
+        elif len({value.shape[1:] for value in values}) == 1 and name != "pixel_values":
+            shortest = min(map(len, values))
+            batch[name] = torch.stack([value[:shortest] for value in values])
+        else:
+            raise ValueError(
+                f"{name} of one batch must have one shape, found {sorted({tuple(value.shape) for value in values})}: "
+                "make the processor resize to one size, or set batch_size=1."
+            )
+    return batch
+
+
+# Ready batches
+
+
+def _read_ready(items: Iterable[Any], model: PreTrainedModel, wanted: int) -> list[Batch]:
+    """Ready batches, labels dropped, until they hold the wanted number of samples."""
+    batches: list[Batch] = []
+    found = 0
+    for item in items:
+        if not _is_batch(item):
+            raise TypeError(f"Ready batches must all be dicts of tensors, found {type(item).__name__}.")
+        batch = {name: value for name, value in item.items() if value is not None and not is_label(name, model)}
+        batches.append(batch)
+        found += _rows(batch)
+        if found >= wanted:
+            break
+    return batches
+
+
+def _rows(batch: Batch) -> int:
+    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
+
+
+def _is_divisible(batch: Batch) -> bool:
+    return all(
+        isinstance(value, torch.Tensor) and value.ndim and len(value) == _rows(batch) for value in batch.values()
+    )
+
+
+def _split_ready(batches: list[Batch], config: PruneConfig) -> tuple[list[Batch], list[Batch], tuple[int, int]]:
+    """Fit and held-out batches; cut along the first dimension where every tensor shares it, else whole."""
+    if all(map(_is_divisible, batches)):
+        fit, held_out = _counts(sum(map(_rows, batches)), config)
+        largest = min(config.batch_size, -(-fit // 2))
+        return _cut(batches, 0, fit, largest), _cut(batches, fit, fit + held_out, config.batch_size), (fit, held_out)
+    fit, _ = _counts(len(batches), config)
+    counts = sum(map(_rows, batches[:fit])), sum(map(_rows, batches[fit:]))
+    return batches[:fit], batches[fit:], counts
+
+
+def _cut(batches: list[Batch], start: int, stop: int, largest: int) -> list[Batch]:
+    """Rows `start` to `stop`, counted over all batches, in batches of at most `largest`."""
+    pieces = []
+    for batch in batches:
+        rows = _rows(batch)
+        for first in range(max(start, 0), min(stop, rows), largest):
+            last = min(first + largest, stop, rows)
+            pieces.append({name: value[first:last] for name, value in batch.items()})
+        start, stop = start - rows, stop - rows
+    return pieces
+
+
+# What the model needs
+
+
+def _check_vocabulary(model: PreTrainedModel, batch: Batch) -> None:
+    ids = batch.get("input_ids")
+    known = getattr(model.config.get_text_config(), "vocab_size", None)
+    if ids is None or known is None:
+        return
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    if isinstance(embedding, nn.Embedding):
+        known = max(known, embedding.num_embeddings)
+    if (largest := int(ids.max())) >= known:
+        raise ValueError(
+            f"The calibration data holds token id {largest}, but {type(model).__name__} embeds {known} tokens: "
+            "the tokenizer belongs to another model."
+        )
+
+
+def _add_decoder_inputs(model: PreTrainedModel, batch: Batch) -> None:
+    """Give an encoder-decoder model decoder inputs where the batch has none."""
+    if not model.config.is_encoder_decoder or {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch):
+        return
+    if "decoder_input_ids" not in forward_arguments(model):
+        return
+    decoder_config = model.config.get_text_config(decoder=True)
+    start = next(
+        token
+        for token in (
+            getattr(model.config, "decoder_start_token_id", None),
+            getattr(decoder_config, "decoder_start_token_id", None),
+            getattr(decoder_config, "bos_token_id", None),
+            getattr(decoder_config, "pad_token_id", None),
+            0,
+        )
+        if token is not None
+    )
+    ids = batch.get("input_ids")
+    if ids is not None and int(ids.max()) < decoder_config.vocab_size:
+        batch["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+        if "attention_mask" in batch:
+            mask = batch["attention_mask"]
+            batch["decoder_attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
+    elif model.can_generate():
+        batch |= _generated(model, batch)
+    else:
+        logger.warning(
+            f"{type(model).__name__} cannot generate and the data has no decoder_input_ids: its decoder is calibrated "
+            "on the start token alone. Pass ready batches with decoder_input_ids, or the model with its head."
+        )
+        batch["decoder_input_ids"] = torch.full((_rows(batch), 1), start)
+
+
+def _generated(model: PreTrainedModel, batch: Batch) -> Batch:
+    """Greedily generated decoder inputs, and the mask of those up to and with the end token."""
+    inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.items()}
+    generator: Any = model
+    training = model.training
+    try:
+        ids = generator.eval().generate(**inputs, max_new_tokens=_GENERATED, do_sample=False, num_beams=1).cpu()
+    finally:
+        model.train(training)
+    end = generator.generation_config.eos_token_id
+    ends = torch.as_tensor([] if end is None else end)
+    ended = torch.isin(ids[:, 1:], ends).cumsum(1) > 0
+    # Row t is real when no end token came before it; the start token itself always is.
+    mask = torch.cat([torch.ones_like(ids[:, :1]), torch.ones_like(ids[:, :1]), (~ended[:, :-1]).to(ids)], dim=1)
+    return {"decoder_input_ids": ids, "decoder_attention_mask": mask[:, : ids.shape[1]]}
+
+
+# Real tokens
+
+
+def token_mask(model: PreTrainedModel, consumer: str, batch: Batch, shape: Sequence[int]) -> torch.Tensor | None:
+    """Which rows of a consumer's input are real tokens rather than padding.
+
+    Args:
+        model: The model that ran.
+        consumer: Dotted path of the consumer: decoders have their own mask, image towers have none.
+        batch: The forward's arguments.
+        shape: Of the consumer's input, `(batch, length, n)`, `(length, batch, n)` or `(batch * length, n)`.
+
+    Returns:
+        `(rows,)` bool, one for each row of the input flattened to `(rows, n)`; `None` when every row counts: nothing
+        is padding, or no mask of the batch speaks of such rows (patches of an image).
+    """
+    if _is_within(model, consumer, model.get_encoder(modality="image")):
+        return None
+    in_decoder = model.config.is_encoder_decoder and _is_within(model, consumer, model.get_decoder())
+    mask = batch.get("decoder_attention_mask" if in_decoder else "attention_mask")
+    if mask is None or mask.ndim != 2:
+        return None
+    rows = tuple(shape[:-1])
+    if len(rows) == 2 and rows[0] == len(mask) and rows[1] < mask.shape[1]:
+        mask = _frame_mask(model, mask, rows[1])
+    if rows in (tuple(mask.shape), (mask.numel(),)):
+        mask = mask.bool().flatten()
+    elif rows == tuple(mask.T.shape):
+        mask = mask.bool().T.flatten()
+    else:
+        return None
+    return None if mask.all() else mask
+
+
+def _is_within(model: PreTrainedModel, path: str, tower: nn.Module) -> bool:
+    parts = path.split(".")
+    return tower is not model and any(
+        model.get_submodule(".".join(parts[:depth])) is tower for depth in range(1, len(parts) + 1)
+    )
+
+
+def _frame_mask(model: PreTrainedModel, mask: torch.Tensor, frames: int) -> torch.Tensor:
+    """The mask of a speech encoder's frames from that of its waveform; the mask itself for other models."""
+    for owner in (model, model.base_model, model.get_encoder()):
+        if (reduce := getattr(owner, "_get_feature_vector_attention_mask", None)) is not None:
+            return reduce(frames, mask)
+    return mask

@@ -1,0 +1,201 @@
+"""One raw example (text, image, audio or token ids) to the tensors that a model takes, without labels."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_utils import is_pil_image
+from transformers.utils.generic import find_labels
+
+Features = dict[str, torch.Tensor]
+
+# The forward argument that holds each modality's input; a model has one of the names given.
+_INPUTS = {"text": ("input_ids",), "image": ("pixel_values",), "audio": ("input_features", "input_values")}
+_PARTS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_extractor"}
+
+
+def forward_arguments(model: PreTrainedModel) -> set[str]:
+    """Names that the model's forward takes."""
+    return set(inspect.signature(model.forward).parameters)
+
+
+def is_label(name: str, model: PreTrainedModel) -> bool:
+    """Whether a column holds labels: named so, or one that the model's forward would compute a loss from."""
+    return "label" in name or name in find_labels(type(model))
+
+
+def example_columns(item: Any) -> Mapping[str, Any]:
+    """An item of the calibration data as a mapping of columns.
+
+    Raises:
+        TypeError: the item is no mapping, string, image or waveform.
+    """
+    if isinstance(item, Mapping):
+        return item
+    if isinstance(item, str):
+        return {"text": item}
+    if is_pil_image(item):
+        return {"image": item}
+    if isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim in (2, 3):
+        return {"image": item}
+    if isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 1 and "float" in str(item.dtype):
+        return {"audio": {"array": np.asarray(item), "sampling_rate": None}}
+    raise TypeError(
+        "Calibration data must hold strings, images, waveforms, rows of columns or ready batches (dicts of tensors), "
+        f"got an item of type {type(item).__name__}."
+    )
+
+
+def make_encoder(
+    model: PreTrainedModel, first: Mapping[str, Any], processing_class: Any, max_length: int
+) -> Callable[[Mapping[str, Any]], Features | None]:
+    """The function that turns an example into features; what it reads is decided by the first example.
+
+    The function returns tensors without a batch dimension, or `None` for a blank text.
+
+    Raises:
+        ValueError: no column fits the model's inputs, or the processing class for it is missing.
+    """
+    arguments = forward_arguments(model)
+    if any(name in first for names in _INPUTS.values() for name in names if name in arguments):
+        return lambda example: _encoded(model, example, arguments, max_length)
+
+    modalities = [kind for kind, names in _INPUTS.items() if arguments.intersection(names)]
+    main = next((kind for kind in modalities if model.main_input_name in _INPUTS[kind]), "text")
+    columns = {kind: column for kind in modalities if (column := _column(kind, first, model)) is not None}
+    if not columns:
+        raise ValueError(
+            f"The calibration data has no {main} column for {type(model).__name__}. {_NEEDED[main]} "
+            f"Columns found: {', '.join(map(repr, first)) or 'none'}."
+        )
+    if {"text", "image"} <= set(columns) and getattr(processing_class, "image_token", None):
+        raise ValueError(
+            f"{type(processing_class).__name__} places images inside the text: pass ready batches, such as those of "
+            "processing_class.apply_chat_template(..., tokenize=True, return_dict=True, return_tensors='pt')."
+        )
+    encoders = {kind: _ENCODERS[kind](_part(kind, processing_class), max_length) for kind in columns}
+
+    def encode(example: Mapping[str, Any]) -> Features | None:
+        features: Features = {}
+        for kind, column in columns.items():
+            encoded = encoders[kind](example[column])
+            if encoded is None:
+                return None
+            features |= {name: value for name, value in encoded.items() if name in arguments}
+        return features
+
+    return encode
+
+
+_NEEDED = {
+    "text": "Name it 'text', or leave one string column.",
+    "image": "It needs a column of images.",
+    "audio": "It needs a column of audio, each value with 'array' and 'sampling_rate'.",
+}
+
+
+def _column(kind: str, example: Mapping[str, Any], model: PreTrainedModel) -> str | None:
+    candidates = [name for name, value in example.items() if _IS_KIND[kind](value) and not is_label(name, model)]
+    if kind in candidates:
+        return kind
+    if kind == "text" and len(candidates) != 1:
+        return None
+    return candidates[0] if candidates else None
+
+
+def _is_image(value: Any) -> bool:
+    return is_pil_image(value) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim in (2, 3))
+
+
+def _is_audio(value: Any) -> bool:
+    # `datasets` decodes audio to a dict, or to a decoder that is indexed as one.
+    return (isinstance(value, Mapping) and "array" in value) or hasattr(value, "get_all_samples")
+
+
+_IS_KIND: dict[str, Callable[[Any], bool]] = {
+    "text": lambda value: isinstance(value, str),
+    "image": _is_image,
+    "audio": _is_audio,
+}
+
+
+def _part(kind: str, processing_class: Any) -> Any:
+    """The tokenizer, image processor or feature extractor inside (or that is) the processing class."""
+    name = _PARTS[kind]
+    if processing_class is None:
+        raise ValueError(f"Raw {kind} needs processing_class: pass the model's {name.replace('_', ' ')} or processor.")
+    part = getattr(processing_class, name, processing_class)
+    is_tokenizer = isinstance(part, PreTrainedTokenizerBase)
+    if not callable(part) or is_tokenizer != (kind == "text"):
+        raise ValueError(
+            f"The data holds {kind} but processing_class is {type(processing_class).__name__}: "
+            f"pass the model's {name.replace('_', ' ')} or processor."
+        )
+    return part
+
+
+def _text_encoder(tokenizer: Any, max_length: int) -> Callable[[Any], Features | None]:
+    def encode(text: Any) -> Features | None:
+        if not isinstance(text, str) or not text.strip():
+            return None
+        ids = tokenizer(text, truncation=True, max_length=max_length, return_attention_mask=True)
+        return {name: torch.tensor(value) for name, value in ids.items()} if ids["input_ids"] else None
+
+    return encode
+
+
+def _image_encoder(image_processor: Any, max_length: int) -> Callable[[Any], Features | None]:
+    def encode(image: Any) -> Features:
+        if is_pil_image(image):
+            image = image.convert("RGB")
+        encoded = image_processor(images=image, return_tensors="pt")
+        return {name: value[0] for name, value in encoded.items() if isinstance(value, torch.Tensor)}
+
+    return encode
+
+
+def _audio_encoder(extractor: Any, max_length: int) -> Callable[[Any], Features | None]:
+    def encode(audio: Any) -> Features:
+        rate = audio["sampling_rate"] or extractor.sampling_rate
+        if rate != extractor.sampling_rate:
+            raise ValueError(
+                f"The audio has {rate} samples a second and the model takes {extractor.sampling_rate}: resample it, "
+                f"for a dataset with dataset.cast_column('audio', Audio(sampling_rate={extractor.sampling_rate}))."
+            )
+        encoded = extractor(np.asarray(audio["array"]), sampling_rate=rate, return_tensors="pt")
+        # One clip alone has no padding but what its extractor always adds, which the model reads as silence.
+        return {name: encoded[name][0] for name in _INPUTS["audio"] if name in encoded}
+
+    return encode
+
+
+_ENCODERS: dict[str, Callable[[Any, int], Callable[[Any], Features | None]]] = {
+    "text": _text_encoder,
+    "image": _image_encoder,
+    "audio": _audio_encoder,
+}
+
+
+def _encoded(
+    model: PreTrainedModel, example: Mapping[str, Any], arguments: set[str], max_length: int
+) -> Features | None:
+    """An example that is already tokenized (or otherwise processed), truncated; columns of no use are dropped."""
+    features = {
+        name: torch.as_tensor(np.asarray(value) if not isinstance(value, torch.Tensor) else value)
+        for name, value in example.items()
+        if name in arguments and value is not None and not is_label(name, model)
+    }
+    ids = features.get("input_ids")
+    if ids is None:
+        return features
+    if len(ids) == 0:
+        return None
+    if "attention_mask" in arguments and "attention_mask" not in features:
+        features["attention_mask"] = torch.ones_like(ids)
+    return {
+        name: value[:max_length] if value.ndim == 1 and len(value) == len(ids) else value
+        for name, value in features.items()
+    }
