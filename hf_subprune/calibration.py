@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class CalibrationSet:
         fit_samples: Samples in `fit`.
         held_out_samples: Samples in `held_out`.
         source: What the data was, in words.
+        model: The model the batches are for; it knows which consumers lie in a decoder or an image tower.
     """
 
     fit: list[Batch]
@@ -48,6 +49,40 @@ class CalibrationSet:
     fit_samples: int
     held_out_samples: int
     source: str
+    model: PreTrainedModel = field(repr=False)
+
+    @property
+    def probe(self) -> Batch:
+        """Two samples to fit on (all of the first batch where its tensors cannot be cut)."""
+        first = self.fit[0]
+        return {name: value[:2] for name, value in first.items()} if _is_divisible(first) else first
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The data in plain JSON types: where it came from, its samples, and its tokens where it has any."""
+        return {
+            "source": self.source,
+            "fit_samples": self.fit_samples,
+            "held_out_samples": self.held_out_samples,
+            "fit_tokens": _tokens(self.fit),
+            "held_out_tokens": _tokens(self.held_out),
+        }
+
+    def rows(self, x: torch.Tensor, index: int, consumer: str) -> torch.Tensor:
+        """The real tokens of a consumer's input or output.
+
+        Args:
+            x: `(batch, length, n)`, `(length, batch, n)` or `(rows, n)`.
+            index: Of the batch that ran, the held-out ones counted behind those to fit on.
+            consumer: Dotted path of the consumer.
+
+        Returns:
+            `(tokens, n)`, padding left out.
+        """
+        batch = self.fit[index] if index < len(self.fit) else self.held_out[index - len(self.fit)]
+        mask = token_mask(self.model, consumer, batch, x.shape)
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if mask is None else flat[mask.to(flat.device)]
 
 
 def prepare(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> CalibrationSet:
@@ -93,7 +128,7 @@ def prepare(model: PreTrainedModel, data: Any, config: PruneConfig, processing_c
     for batch in fit + held_out:
         _check_vocabulary(model, batch)
         _add_decoder_inputs(model, batch)
-    return CalibrationSet(fit, held_out, *counts, source=_describe(data))
+    return CalibrationSet(fit, held_out, *counts, source=_describe(data), model=model)
 
 
 # Reading
@@ -255,6 +290,13 @@ def _read_ready(items: Iterable[Any], model: PreTrainedModel, wanted: int) -> li
 
 def _rows(batch: Batch) -> int:
     return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
+
+
+def _tokens(batches: list[Batch]) -> int | None:
+    """Real tokens of the batches; `None` without token ids."""
+    if not batches or "input_ids" not in batches[0]:
+        return None
+    return sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
 
 
 def _is_divisible(batch: Batch) -> bool:
