@@ -183,7 +183,9 @@ def call(model: nn.Module, batch: Batch) -> Any:
     Returns `None` when the forward was stopped on purpose.
     """
     device = getattr(model, "device", None)
-    arguments = {k: v.to(device) if isinstance(v, torch.Tensor) and device is not None else v for k, v in batch.items()}
+    arguments = {
+        k: v.to(device) if isinstance(v, torch.Tensor) and device is not None else v for k, v in batch.items()
+    }
     if "use_cache" in signature(model.forward).parameters:
         arguments.setdefault("use_cache", False)
     with torch.no_grad():

@@ -121,7 +121,9 @@ class PruneReport:
         values = dict(values)
         found = values.pop("format", None)
         if found != FORMAT:
-            raise ValueError(f"A report of format {FORMAT} is expected, found format {found!r}: was it written by another version?")
+            raise ValueError(
+                f"A report of format {FORMAT} is expected, found format {found!r}: was it written by another version?"
+            )
         expected = {f.name for f in fields(cls)}
         if set(values) != expected:
             missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)

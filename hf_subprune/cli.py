@@ -1,0 +1,215 @@
+"""The `hf-subprune` command: `inspect`, `prune`, `evaluate`, `report`, `push`, `demo` and `bench`."""
+
+import functools
+import inspect as introspection
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from .config import PruneConfig, field_help
+
+app = typer.Typer(
+    name="hf-subprune",
+    help="Structured pruning of pretrained Transformers from a few hundred unlabeled samples.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="Local folder or Hub id of a model.", metavar="MODEL")]
+Data = Annotated[
+    str, typer.Option(help="Hub data set id, a .txt, .jsonl, .csv or .parquet file, or a folder of images.")
+]
+Split = Annotated[str | None, typer.Option(help="Split of the data set; its first one when left out.")]
+Column = Annotated[str | None, typer.Option(help="Column to read; found by its type when left out.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Dtype = Annotated[str, typer.Option(help="Weights are loaded in this dtype; 'auto' keeps the saved one.")]
+
+
+def _parse(name: str, text: str) -> Any:
+    """An option's text as the value of a `PruneConfig` field."""
+    if name == "keep" and "=" in text:
+        pairs = [part.partition("=") for part in text.split(",")]
+        return {kind.strip(): float(value) for kind, _, value in pairs}
+    default = getattr(PruneConfig, name)
+    if isinstance(default, tuple):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if name in ("keep", "shrinkage"):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter `config` of a command by `--config FILE` and one option per `PruneConfig` field."""
+    help_of = field_help()
+    options = []
+    for spec in fields(PruneConfig):
+        plain = type(spec.default) if type(spec.default) in (bool, int) else str
+        shown = spec.default if not isinstance(spec.default, tuple) else ",".join(spec.default)
+        option = typer.Option(help=help_of.get(spec.name, ""), show_default=str(shown) or "none")
+        options.append(
+            introspection.Parameter(
+                spec.name,
+                introspection.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[plain | None, option],
+            )
+        )
+    file = typer.Option("--config", help="JSON or YAML file of a PruneConfig; the options below override it.")
+    options.insert(
+        0,
+        introspection.Parameter(
+            "config_file", introspection.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, file]
+        ),
+    )
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, config_file: Path | None = None, **kwargs: Any) -> None:
+        names = [spec.name for spec in fields(PruneConfig)]
+        given = {name: kwargs.pop(name) for name in names}
+        base = PruneConfig.from_pretrained(config_file).to_dict() if config_file else {}
+        changed = {
+            name: _parse(name, value) if isinstance(value, str) else value
+            for name, value in given.items()
+            if value is not None
+        }
+        command(*args, config=PruneConfig.from_dict({**base, **changed}), **kwargs)
+
+    signature = introspection.signature(command)
+    kept = [
+        p.replace(kind=introspection.Parameter.KEYWORD_ONLY)
+        for p in signature.parameters.values()
+        if p.name != "config"
+    ]
+    wrapped.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in [*kept, *options]}
+    return wrapped
+
+
+@app.command()
+def inspect(
+    model: Model,
+    dtype: Dtype = "auto",
+) -> None:
+    """Show what can be pruned: blocks, their units and parameters; what is refused, and why."""
+    from .datafiles import load_model
+    from .probe import discover
+    from .report import refusal_table
+
+    loaded, _ = load_model(model, dtype=dtype)
+    found = discover(loaded)
+    table = Table(title=f"Prunable blocks of {type(loaded).__name__}", title_justify="left")
+    for name in ("block", "kind", "units", "parameters"):
+        table.add_column(name, justify="left" if name in ("block", "kind") else "right")
+    for block in found.blocks:
+        table.add_row(block.name, block.kind, str(block.units), f"{block.parameters:,}")
+    inside = sum(block.parameters for block in found.blocks)
+    table.caption = f"{inside:,} of {loaded.num_parameters():,} parameters ({inside / loaded.num_parameters():.0%})"
+    table.caption_justify = "left"
+    console.print(table)
+    console.print(refusal_table(found.refusals))
+
+
+@app.command()
+@_config_options
+def prune(
+    config: PruneConfig,
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder to write the pruned model, its processor and the report to.")],
+    split: Split = None,
+    column: Column = None,
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Prune a model on unlabeled samples and save it."""
+    from .datafiles import load_data, load_model
+    from .pruning import prune as prune_model
+    from .saving import check_output, save_pruned
+
+    _set_quiet(quiet)
+    check_output(out)
+    loaded, processing_class = load_model(model, dtype=dtype)
+    samples = load_data(data, split=split, column=column)
+    report = prune_model(loaded, samples, config, processing_class)
+    save_pruned(out, loaded, processing_class, report)
+    console.print(report.summary(), report.block_table())
+    console.print(f"Saved to {out}.")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id of the pruned model.")],
+    against: Annotated[str, typer.Option(help="Local folder or Hub id of the original model.")],
+    data: Data,
+    split: Split = None,
+    column: Column = None,
+    samples: Annotated[int, typer.Option(help="Number of samples to compare on.", min=1)] = 128,
+    max_length: Annotated[int, typer.Option(help="Tokens a sample is truncated to.", min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(help="Samples in a batch.", min=1)] = 16,
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Compare a pruned model with the original: drift of the output, size, latency."""
+    from .comparison import compare
+    from .datafiles import load_data, load_model
+
+    _set_quiet(quiet)
+    original, processing_class = load_model(against, dtype=dtype)
+    pruned, _ = load_model(folder, dtype=dtype)
+    config = PruneConfig(samples=samples, held_out=1, max_length=max_length, batch_size=batch_size)
+    console.print(
+        compare(original, pruned, load_data(data, split=split, column=column), config, processing_class).table()
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to save the pruned encoder to; a temporary one when left out.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a real sentence encoder without a network: half of its MLP neurons, calibrated on 128 paragraphs."""
+    from .demo import run_demo
+    from .saving import check_output
+
+    _set_quiet(quiet)
+    if out is not None:
+        check_output(out)
+    console.print(run_demo(out))
+
+
+def _set_quiet(quiet: bool) -> None:
+    if quiet or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def command_line() -> str:
+    """The command that is running, to be copied into a report."""
+    return shlex.join(["hf-subprune", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Entry point: what the user can mend is one line, without a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError) as error:
+        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Collect the moments of every block in forward order, for each of the paper's variants."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .advance import Plan, Segment, Stream
+from .blocks import Block
+from .calibration import CalibrationSet
+from .moments import MomentAccumulator
+from .surgery import Edit
+
+FOLDS = 2
+
+
+@dataclass(frozen=True)
+class BlockMoments:
+    """Sums of second moments of one block.
+
+    Args:
+        folds: Of the calibration batches, split by the parity of their index.
+        held_out: Of the held-out batches.
+    """
+
+    folds: tuple[MomentAccumulator, ...]
+    held_out: MomentAccumulator
+
+
+def collect(
+    model: nn.Module,
+    plan: Plan,
+    calibration: CalibrationSet,
+    variant: str,
+    edits: Mapping[str, Edit],
+    advanced: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Block, BlockMoments]]:
+    """Yield each block with its moments; the caller shrinks the block before it asks for the next one.
+
+    Both `A` and `B` of ALGORITHM section 1 are the consumer's inputs at real tokens (padding excluded):
+
+    - `layer`: one forward in all, of the original model.
+    - `seq`: of the model as pruned so far, one layer forward a segment and one partial one a block.
+    - `asym`: targets from the original model, inputs from the model as pruned so far; two streams.
+
+    Args:
+        model: In eval mode; original weights at the start.
+        plan: The segments, holding exactly the blocks to prune.
+        calibration: The batches.
+        variant: `"layer"`, `"seq"` or `"asym"`.
+        edits: By block name, the edits that the caller has made; read, while the generator is suspended they grow.
+        advanced: Called after each segment (for a progress bar).
+
+    Raises:
+        ValueError: a block's inputs hold NaN or inf; the message names the block and the samples.
+    """
+    batches = [*calibration.fit, *calibration.held_out]
+    current = Stream(model, plan, batches)
+    original = Stream(model, plan, batches) if variant == "asym" else None
+    for segment in plan.segments:
+        if variant == "layer":
+            taps = [_Tap(model, block, calibration) for block in segment.blocks]
+            for index in range(len(batches)):
+                for tap in taps:
+                    tap.start(index)
+                current.run(index, inputs={tap.block.consumer: tap.add for tap in taps})
+            current.step()
+            while taps:  # dropped one by one, so that a block's moments are gone when the next one is solved
+                tap = taps.pop(0)
+                yield tap.block, tap.moments
+        else:
+            for block in segment.blocks:
+                tap = _Tap(model, block, calibration, with_targets=original is not None)
+                for index in range(len(batches)):
+                    tap.start(index)
+                    if original is not None:
+                        with _undone(segment, edits):
+                            original.run(index, outputs={block.consumer: tap.add_target}, stop_at=block.consumer)
+                    current.run(index, inputs={block.consumer: tap.add}, stop_at=block.consumer)
+                moments = tap.moments
+                del tap
+                yield block, moments
+                del moments
+            for index in range(len(batches)):
+                current.run(index)
+                if original is not None:
+                    with _undone(segment, edits):
+                        original.run(index)
+            current.step()
+            if original is not None:
+                original.step()
+        advanced()
+
+
+class _Tap:
+    """Feeds the rows that reach one consumer into the accumulators of the batch's fold."""
+
+    def __init__(self, model: nn.Module, block: Block, calibration: CalibrationSet, with_targets: bool = False):
+        consumer = model.get_submodule(block.consumer)
+        n, m = consumer_weight(consumer).shape
+        bias = getattr(consumer, "bias", None)
+        self.block, self.calibration = block, calibration
+        self._bias = bias if with_targets else None
+        self._targets: list[torch.Tensor] | None = [] if with_targets else None
+        accumulators = [
+            MomentAccumulator(
+                n,
+                m if with_targets else None,
+                intercept=bias is not None,
+                device=consumer.weight.device,  # type: ignore[arg-type]
+            )
+            for _ in range(FOLDS + 1)
+        ]
+        self.moments = BlockMoments(tuple(accumulators[:FOLDS]), accumulators[FOLDS])
+
+    def start(self, index: int) -> None:
+        """The rows to come belong to batch `index` (calibration batches first, held-out ones behind)."""
+        self._index, self._fitted = index, len(self.calibration.fit)
+        self._into = self.moments.folds[index % FOLDS] if index < self._fitted else self.moments.held_out
+
+    def add_target(self, output: torch.Tensor) -> None:
+        rows = self._rows(output)
+        self._targets.append(rows if self._bias is None else rows - self._bias.detach())  # type: ignore[union-attr]
+
+    def add(self, inputs: torch.Tensor) -> None:
+        rows = self._rows(inputs)
+        target = self._targets.pop(0) if self._targets is not None else None
+        if not torch.isfinite(rows).all():
+            what = f"calibration batch {self._index}" if self._index < self._fitted else "a held-out batch"
+            raise ValueError(
+                f"Block {self.block.name}: the input of {self.block.consumer} holds NaN or inf in {what}"
+                f"{self._culprits(inputs)}. Check these samples, or load the model in float32 or bfloat16."
+            )
+        self._into.update(rows, target)
+
+    def _culprits(self, inputs: torch.Tensor) -> str:
+        """Which samples of the batch are not finite, where the first dimension counts samples."""
+        if inputs.ndim < 3:
+            return ""
+        bad = (~torch.isfinite(inputs)).flatten(1).any(1).nonzero().flatten().tolist()
+        return f", samples {bad} of the batch"
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        return self.calibration.rows(x, self._index, self.block.consumer)
+
+
+def consumer_weight(consumer: nn.Module) -> torch.Tensor:
+    """The consumer's weight as the mathematics has it, `(n inputs, m outputs)`."""
+    weight: Any = consumer.weight
+    return weight.detach().T if isinstance(consumer, nn.Linear) else weight.detach()
+
+
+@contextmanager
+def _undone(segment: Segment, edits: Mapping[str, Edit]) -> Iterator[None]:
+    """The segment's blocks as they were before pruning."""
+    made = [edits[b.name] for b in segment.blocks if b.name in edits]
+    for edit in reversed(made):
+        edit.undo()
+    try:
+        yield
+    finally:
+        for edit in made:
+            edit.redo()

@@ -1,0 +1,55 @@
+"""Write a pruned model, its processor and its report into one folder, whole or not at all."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .report import REPORT_NAME, PruneReport
+
+
+def check_output(folder: str | Path) -> None:
+    """Refuse a folder that holds something else than an earlier result of ours.
+
+    Raises:
+        ValueError: `folder` is a file, or a folder that is neither empty nor ours.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"The output {folder} is a file: give a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT_NAME).is_file():
+        raise ValueError(
+            f"The output folder {folder} exists and was not written by hf_subprune (it holds no {REPORT_NAME}): "
+            "give another folder, or empty this one."
+        )
+
+
+def save_pruned(
+    folder: str | Path, model: PreTrainedModel, processing_class: Any, report: PruneReport, **save_options: Any
+) -> None:
+    """Save into a folder beside `folder` and put it in place when it is complete.
+
+    Args:
+        folder: Replaced when it is an earlier result of ours.
+        model: After `prune`.
+        processing_class: Saved beside the model; may be `None`.
+        report: From `prune`.
+        save_options: For `save_pretrained`, e.g. `max_shard_size`.
+
+    Raises:
+        ValueError: as `check_output`.
+    """
+    folder = Path(folder)
+    check_output(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        staged = Path(scratch) / "new"
+        model.save_pretrained(staged, **save_options)
+        if processing_class is not None:
+            processing_class.save_pretrained(staged)
+        report.save(staged)
+        if folder.exists():
+            shutil.move(folder, Path(scratch) / "old")
+        shutil.move(staged, folder)
