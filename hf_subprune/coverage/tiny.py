@@ -1,0 +1,287 @@
+"""Tiny randomly initialised models of every architecture that the installed Transformers knows.
+
+A configuration class documents its own layout: its fields, their defaults and its sub-configurations. The defaults are
+consistent with one another, so they are shrunk by *role* (a width, a number of heads, a number of layers, a token id),
+which a field's name and default tell, and never by the name of the model.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from hf_subprune.coverage.architectures import model_class
+
+WIDTH, INNER, HEADS, KEY_VALUE_HEADS, HEAD_DIM, VOCABULARY, POSITIONS = 64, 96, 4, 2, 16, 128, 512
+EXPERTS, LAYERS, QUERIES, FRAMES, PATCHES = 4, 2, 8, 64, 4
+MOST_LAYERS = 8
+MOST_PARAMETERS = 20_000_000
+
+Rule = Callable[[Any], Any]
+
+
+def at_most(bound: int) -> Rule:
+    """Rule that caps an integer, or each integer of a list."""
+    return lambda value: [min(v, bound) for v in value] if isinstance(value, (list, tuple)) else min(value, bound)
+
+
+def keep(value: Any) -> Any:
+    """Rule that leaves a value as it is."""
+    return value
+
+
+def width(tiny: int) -> Rule:
+    """Rule for a number of features: `tiny`, or for one width per stage the same ratios from `tiny // 2` on.
+
+    Small numbers (image channels, multipliers) are not widths and stay.
+    """
+
+    def shrink(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            if not all(isinstance(v, int) for v in value) or max(value, default=0) < tiny:
+                return value
+            smallest = min((v for v in value if v >= 16), default=1)
+            return [v if v < 16 else max(round(v / smallest), 1) * tiny // 2 for v in value]
+        return tiny if value > 16 else value
+
+    return shrink
+
+
+def heads(value: Any) -> Any:
+    """Rule for a number of attention heads; heads per stage keep the ratios that their widths keep."""
+    if isinstance(value, (list, tuple)):
+        fewest = min(value)
+        return [max(round(v / fewest), 1) * (2 if fewest > 1 else 1) for v in value]
+    return min(value, HEADS)
+
+
+# The first pattern found in a field's name gives its role.
+RULES: tuple[tuple[str, Rule], ...] = (
+    (r"(_|^)(kernel|stride|padding|dilation|ratio|factor|scale|rate|coefficient|cost|weight|theta|temperature)", keep),
+    (r"(kernel|stride|padding|dilation|ratio|factor|scale)s?(_|$)|_rates?$|group_norm|base$|_mult$|multiple", keep),
+    (r"vocab_size|num_embeddings$|num_buckets$|codebook_size|num_res_types", at_most(VOCABULARY)),
+    (r"key_value_heads|kv_heads|num_key_heads|num_kv", at_most(KEY_VALUE_HEADS)),
+    (r"(head_dim|d_kv|dim_head|d_head|head_size|kv_channels)$", width(HEAD_DIM)),
+    (r"(^|_)(heads?|nhead)$|num_.*heads", heads),
+    (r"experts_per_tok|topk_group|moe_topk|moe_k$|top_k", at_most(2)),
+    (r"n_groups?$|num_expert_group", at_most(2)),
+    (r"experts?$|experts_num|expert_num$|num_experts|local_experts", at_most(EXPERTS)),
+    (r"max_position|n_positions|position_embeddings|max_seq|n_ctx|context_length", at_most(POSITIONS)),
+    (r"depths|num_block_repeats|stage_num|layer_depth", at_most(2)),
+    (r"(layers?|depth|blocks|num_hidden_groups|self_attends_per_block)$", at_most(LAYERS)),
+    (r"num_queries|num_proposals|num_latents|query_num|num_query_tokens|num_prototypes", at_most(QUERIES)),
+    (r"source_positions|max_length|num_frames|train_num_points|index_topk", at_most(FRAMES)),
+    (r"lora_rank|_rank$", at_most(WIDTH // 4)),
+    (r"intermediate|ffn|d_ff|dff|dim_ff|mlp_dim|mlp_hidden|feed_?forward|n_inner|d_inner|linear_units", width(INNER)),
+    (r"hidden|emb|d_model|dim|width|channels|feature_size|_size_global|planes|descriptor|units", width(WIDTH)),
+    (
+        r"upsample_groups|projection|proj_size|lru_width|num_filters|filters$|mel_bins_hidden|out_features",
+        width(WIDTH),
+    ),
+)
+TOKEN_ID = re.compile(r"(token_?|(^|_)(bos|eos|pad|unk|mask|im_start|im_end|newline)_)(id|index|ids)$")
+LAYER_INDEX = re.compile(r"(index(es)?|indices|layer_ids?|hook_ids|idxs?|layers_ids)$")
+LAYER_POSITION = re.compile(r"insert_layer|first_k_dense|num_dense_layers|layer_start_index")
+KEY_VALUE = re.compile(r"key_value_heads|kv_heads")
+IMAGE_SIZE = re.compile(r"image_size|img_size|input_size|resolution")
+
+
+class CannotBuild(Exception):
+    """Raised when no tiny model of a type could be built; the message says why."""
+
+
+def tiny_model(model_type: str, head: str = "base", seed: int = 0) -> PreTrainedModel:
+    """A tiny randomly initialised model of one type, in evaluation mode, float32, on the CPU.
+
+    Args:
+        model_type: Key of `transformers.CONFIG_MAPPING`, e.g. `"bert"`.
+        head: `"base"` for the bare model, `"main"` for the class with the type's main head.
+        seed: Of the weights. The global random state is left as it was.
+
+    Raises:
+        CannotBuild: If there is no such class, or its configuration could not be shrunk.
+    """
+    try:
+        config = tiny_config(model_type)
+    except Exception as error:
+        raise CannotBuild(f"{model_type}: no tiny configuration: {first_line(error)}") from error
+    architecture = model_class(type(config), head)
+    if architecture is None:
+        raise CannotBuild(f"{model_type}: Transformers has no {head} class for {type(config).__name__}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            with torch.device("meta"):
+                size = sum(p.numel() for p in architecture(config).parameters())
+            if size > MOST_PARAMETERS:
+                raise CannotBuild(f"{model_type}: the tiny configuration still has {size} parameters")
+            model = architecture(config)
+            scatter_weights(model)
+    except CannotBuild:
+        raise
+    except Exception as error:
+        raise CannotBuild(f"{model_type}: {architecture.__name__} failed to build: {first_line(error)}") from error
+    return model.eval()
+
+
+def first_line(error: BaseException) -> str:
+    """Class and first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+@torch.no_grad()
+def scatter_weights(model: torch.nn.Module) -> None:
+    """Give every parameter values whose effect shows in the output.
+
+    Many models start layers at zero or scale residual branches by 1e-6, which would hide a wrong removal. Matrices are
+    drawn from N(0, 1 / fan_in); vectors that are constant (biases, norms, layer scales) are moved by N(0, 0.1^2).
+    """
+    convolution = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.is_floating_point():
+                continue
+            if parameter.dim() >= 2:
+                fan_in = math.prod(parameter.shape[1:]) if isinstance(module, convolution) else parameter.shape[-1]
+                parameter.normal_(0.0, fan_in**-0.5)
+            elif parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """The configuration of a type with its sizes shrunk and its structure kept (see the module's docstring).
+
+    Raises whatever the configuration class raises if it refuses the sizes.
+    """
+    config_class = CONFIG_MAPPING[model_type]
+    return config_class(**tiny_arguments(config_class, {}))
+
+
+def tiny_arguments(config_class: type[PreTrainedConfig], given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that make a tiny `config_class`; `given` are arguments that its owner would have passed."""
+    defaults = {**field_defaults(config_class), **given}
+    arguments = {name: shrink_field(name, value, defaults) for name, value in defaults.items()}
+    arguments = {name: value for name, value in arguments.items() if name in given or value != defaults[name]}
+    for name, spec in config_class.sub_configs_defaults.items():
+        if not (defaults.get(name) is None and spec.optional):
+            arguments[name] = tiny_sub_config(spec, defaults.get(name))
+    return with_layer_pattern(config_class, given, arguments)
+
+
+def field_defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Defaults of the fields that a configuration class adds to `PreTrainedConfig`."""
+    common = {field.name for field in fields(PreTrainedConfig)}
+    defaults = {}
+    for field in fields(config_class):
+        if field.name in common:
+            continue
+        if field.default is not MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not MISSING:
+            defaults[field.name] = field.default_factory()
+    return defaults
+
+
+def shrink_field(name: str, value: Any, defaults: dict[str, Any]) -> Any:
+    """Tiny value of one field; `defaults` are the values of its siblings, to which some roles refer."""
+    if isinstance(value, dict):
+        return shrink_rope(value, defaults) if name.startswith("rope") else value
+    if isinstance(value, (bool, float, str)) or value is None:
+        return value
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if not numbers or not all(isinstance(v, int) and not isinstance(v, bool) for v in numbers):
+        return value
+    if TOKEN_ID.search(name):
+        return type(value)(map(tiny_id, value)) if isinstance(value, (list, tuple)) else tiny_id(value)
+    if IMAGE_SIZE.search(name):
+        patch = defaults.get("patch_size") or 16
+        side = tiny_image_side(patch if isinstance(patch, int) else max(patch))
+        return type(value)(min(v, side) for v in value) if isinstance(value, (list, tuple)) else min(value, side)
+    if KEY_VALUE.search(name) and value == defaults.get("num_attention_heads"):
+        return heads(value)
+    for pattern, rule in RULES:
+        if re.search(pattern, name):
+            shrunk = rule(value)
+            return type(value)(shrunk) if isinstance(value, (list, tuple)) else shrunk
+    return value
+
+
+def tiny_id(token: int) -> int:
+    """Image of a token id in the tiny vocabulary; equal ids stay equal, neighbours stay different."""
+    return token if token < VOCABULARY // 2 else VOCABULARY // 2 + token % (VOCABULARY // 2 - 1)
+
+
+def tiny_image_side(patch: int) -> int:
+    """Pixels of a side: a power of two of patches, at least `PATCHES`, about 64 pixels where that is more."""
+    return patch * max(PATCHES, 2 ** int(math.log2(max(64 / patch, 1))))
+
+
+def shrink_rope(rope: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters whose sections (one per position axis, summing to half the rotated width) fit `HEAD_DIM`."""
+    section = rope.get("mrope_section")
+    if section is None:
+        return {k: shrink_rope(v, defaults) if isinstance(v, dict) else v for k, v in rope.items()}
+    head_dim = defaults.get("head_dim") or defaults["hidden_size"] // defaults["num_attention_heads"]
+    target = sum(section) * HEAD_DIM // head_dim
+    ends = [round(sum(section[: i + 1]) * target / sum(section)) for i in range(len(section))]
+    return {**rope, "mrope_section": [end - start for start, end in zip([0, *ends], ends, strict=False)]}
+
+
+def tiny_sub_config(spec: Any, given: Any) -> PreTrainedConfig:
+    """A tiny sub-configuration, of the type that its owner's specification names by default."""
+    given = dict(given) if isinstance(given, dict) else dict(spec.init_kwargs)
+    model_type = given.pop("model_type", spec.model_type)
+    concrete = issubclass(spec.config_class, PreTrainedConfig)
+    config_class = spec.config_class if concrete else CONFIG_MAPPING[model_type]
+    return config_class(**tiny_arguments(config_class, given))
+
+
+def with_layer_pattern(
+    config_class: type[PreTrainedConfig], given: dict[str, Any], arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments with just enough layers to show every type of layer (full and sliding attention, dense and sparse).
+
+    Lists with one entry per layer are cut to the same length, lists of layer indices are moved into it.
+    """
+    depth = config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    defaults = {**field_defaults(config_class), **given}
+    if not isinstance(defaults.get(depth), int):
+        return arguments
+    full = config_class(**given)
+    patterns = {
+        name: value
+        for name, value in vars(full).items()
+        if isinstance(value, (list, tuple)) and len(value) == defaults[depth] and len(value) > LAYERS
+    }
+    wanted = {
+        name: set(map(str, value)) for name, value in patterns.items() if len(set(map(str, value))) <= LAYERS + 1
+    }
+    for layers in range(min(LAYERS, defaults[depth]), MOST_LAYERS + 1):
+        candidate = {**arguments, depth: layers}
+        candidate.update({name: value[:layers] for name, value in patterns.items() if defaults.get(name) is not None})
+        for name, value in defaults.items():
+            candidate.update(layer_positions(name, value, layers))
+        try:
+            config = config_class(**candidate)
+        except Exception as error:  # a class may refuse a depth that another depth satisfies
+            refusal = error
+            continue
+        if all(set(map(str, getattr(config, name))) >= types for name, types in wanted.items()):
+            return candidate
+    if "config" not in locals():
+        raise refusal
+    return {**arguments, depth: LAYERS}
+
+
+def layer_positions(name: str, value: Any, layers: int) -> dict[str, Any]:
+    """The field `name` with indices of layers moved into `range(layers)`; empty if it holds none."""
+    if isinstance(value, (list, tuple)) and LAYER_INDEX.search(name) and all(isinstance(v, int) for v in value):
+        return {name: sorted({min(v, layers - 1) for v in value})}
+    if isinstance(value, int) and not isinstance(value, bool) and LAYER_POSITION.search(name):
+        return {name: min(value, layers - 1)}
+    return {}
