@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .config import PruneConfig
 from .features import Features, example_columns, forward_arguments, is_label, make_encoder
+from .padding import token_mask
 
 logger = logging.get_logger(__name__)
 
@@ -398,52 +399,3 @@ def _generated(model: PreTrainedModel, batch: Batch) -> Batch:
     # Row t is real when no end token came before it; the start token itself always is.
     mask = torch.cat([torch.ones_like(ids[:, :1]), torch.ones_like(ids[:, :1]), (~ended[:, :-1]).to(ids)], dim=1)
     return {"decoder_input_ids": ids, "decoder_attention_mask": mask[:, : ids.shape[1]]}
-
-
-# Real tokens
-
-
-def token_mask(model: PreTrainedModel, consumer: str, batch: Batch, shape: Sequence[int]) -> torch.Tensor | None:
-    """Which rows of a consumer's input are real tokens rather than padding.
-
-    Args:
-        model: The model that ran.
-        consumer: Dotted path of the consumer: decoders have their own mask, image towers have none.
-        batch: The forward's arguments.
-        shape: Of the consumer's input, `(batch, length, n)`, `(length, batch, n)` or `(batch * length, n)`.
-
-    Returns:
-        `(rows,)` bool, one for each row of the input flattened to `(rows, n)`; `None` when every row counts: nothing
-        is padding, or no mask of the batch speaks of such rows (patches of an image).
-    """
-    if _is_within(model, consumer, model.get_encoder(modality="image")):
-        return None
-    in_decoder = model.config.is_encoder_decoder and _is_within(model, consumer, model.get_decoder())
-    mask = batch.get("decoder_attention_mask" if in_decoder else "attention_mask")
-    if mask is None or mask.ndim != 2:
-        return None
-    rows = tuple(shape[:-1])
-    if len(rows) == 2 and rows[0] == len(mask) and rows[1] < mask.shape[1]:
-        mask = _frame_mask(model, mask, rows[1])
-    if rows in (tuple(mask.shape), (mask.numel(),)):
-        mask = mask.bool().flatten()
-    elif rows == tuple(mask.T.shape):
-        mask = mask.bool().T.flatten()
-    else:
-        return None
-    return None if mask.all() else mask
-
-
-def _is_within(model: PreTrainedModel, path: str, tower: nn.Module) -> bool:
-    parts = path.split(".")
-    return tower is not model and any(
-        model.get_submodule(".".join(parts[:depth])) is tower for depth in range(1, len(parts) + 1)
-    )
-
-
-def _frame_mask(model: PreTrainedModel, mask: torch.Tensor, frames: int) -> torch.Tensor:
-    """The mask of a speech encoder's frames from that of its waveform; the mask itself for other models."""
-    for owner in (model, model.base_model, model.get_encoder()):
-        if (reduce := getattr(owner, "_get_feature_vector_attention_mask", None)) is not None:
-            return reduce(frames, mask)
-    return mask

@@ -1,0 +1,283 @@
+"""What a model costs (parameters, multiply-accumulates, latency) and how far its output drifted from another's."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, normalize
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .calibration import Batch
+from .padding import token_mask
+from .verification import undisturbed
+
+# Bytes of reference outputs that are held for one batch list; beyond that, evenly spaced tokens stand for all.
+_STORED_BYTES = 64 * 2**20
+_ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall time of one forward.
+
+    Args:
+        seconds: Median over the runs.
+        measured_on: Batch size, length (`None` for images), device, dtype, threads and number of runs.
+    """
+
+    seconds: float
+    measured_on: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What is compared of one batch's output.
+
+    Args:
+        kind: `"logits"`, or `"hidden"` for anything that is no distribution over classes.
+        rows: `(tokens, k)` on the CPU, of real tokens only (of samples where the output has one row per sample);
+            at most what the limit on stored bytes allows, evenly spaced.
+        pooled: `(samples, k)`, mean over a sample's real tokens; `None` for logits, or without a token dimension.
+    """
+
+    kind: str
+    rows: torch.Tensor
+    pooled: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a model's output is from the reference, over real tokens.
+
+    Args:
+        rows: Tokens (or samples) compared.
+        relative_error: `||new - reference||_F / ||reference||_F`.
+        kl: Mean Kullback-Leibler divergence of the new distribution from the reference one, nats; logits only.
+        top1_agreement: Fraction of rows with the same most likely class; logits only.
+        cosine: Mean cosine between new and reference rows; hidden states only.
+        embedding_cosine: The same for mean-pooled samples; hidden states only.
+    """
+
+    rows: int
+    relative_error: float
+    kl: float | None = None
+    top1_agreement: float | None = None
+    cosine: float | None = None
+    embedding_cosine: float | None = None
+
+    def to_dict(self) -> dict[str, float]:
+        """The figures that apply to this kind of output."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Number of parameters, tied ones counted once."""
+    return model.num_parameters()
+
+
+def count_macs(model: PreTrainedModel, batch: Batch) -> int:
+    """Multiply-accumulates of one forward on the batch's first sample, at the batch's (padded) length.
+
+    Matrix products, convolutions and attention scores are counted, a causal mask saves nothing.
+    """
+    sample = {name: value[:1] if _is_batched(value) else value for name, value in batch.items()}
+    # The counter knows no formula for the fused attention of CPUs.
+    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        _forward(model, sample)
+    return counter.get_total_flops() // 2
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[-2] * (width + value[-1])
+
+
+def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 0.5) -> Latency:
+    """Median wall time of a forward on one batch, after a warm-up.
+
+    Args:
+        model: On whatever device it is to be measured.
+        batch: Forward arguments; moved to that device before the clock starts.
+        min_run_time: Seconds to measure for, at least.
+    """
+    batch = _on_device(model, batch)
+    device = model.device.type
+
+    def run() -> None:
+        model(**batch)
+        if device != "cpu":
+            torch.accelerator.synchronize()
+
+    with undisturbed(model), torch.inference_mode():
+        run()
+        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+        measured = timer.blocked_autorange(min_run_time=min_run_time)
+    ids = batch.get("input_ids")
+    return Latency(
+        measured.median,
+        {
+            "batch_size": len(next(value for value in batch.values() if _is_batched(value))),
+            "length": None if ids is None else ids.shape[1],
+            "device": torch.cuda.get_device_name(model.device) if device == "cuda" else device,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "runs": len(measured.times) * measured.number_per_run,
+        },
+    )
+
+
+def model_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs]:
+    """The reference that `drift` compares with, to be taken before the model changes."""
+    return list(iter_outputs(model, batches))
+
+
+def iter_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> Iterator[Outputs]:
+    """As `model_outputs`, one batch at a time: nothing is stored when both models are at hand."""
+    for batch in batches:
+        yield _outputs(model, batch, _STORED_BYTES // len(batches))
+
+
+def drift(model: PreTrainedModel, batches: Sequence[Batch], reference: Iterable[Outputs]) -> Drift:
+    """How far the model's outputs are from the reference ones.
+
+    Args:
+        model: The changed model.
+        batches: Those that the reference was computed on.
+        reference: `model_outputs(original, batches)`, or `iter_outputs` of it.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    sums: dict[str, float] = dict.fromkeys(("error", "norm", "kl", "same", "cosine", "pooled"), 0.0)
+    rows = samples = 0
+    logits = False
+    for old, new in zip(reference, iter_outputs(model, batches), strict=True):
+        logits = old.kind == "logits"
+        rows += len(old.rows)
+        for a, b in zip(old.rows.split(_ROWS_AT_ONCE), new.rows.split(_ROWS_AT_ONCE), strict=True):
+            a, b = a.double(), b.double()
+            sums["error"] += float((b - a).square().sum())
+            sums["norm"] += float(a.square().sum())
+            if logits:
+                sums["kl"] += float(kl_div(b.log_softmax(1), a.log_softmax(1), reduction="sum", log_target=True))
+                sums["same"] += float((a.argmax(1) == b.argmax(1)).sum())
+            else:
+                sums["cosine"] += float(cosine_similarity(a, b).sum())
+        if old.pooled is not None and new.pooled is not None:
+            samples += len(old.pooled)
+            sums["pooled"] += float(cosine_similarity(old.pooled.double(), new.pooled.double()).sum())
+    if rows == 0:
+        raise ValueError("Drift needs at least one batch to compare on.")
+    return Drift(
+        rows=rows,
+        relative_error=math.sqrt(sums["error"] / sums["norm"]) if sums["norm"] else math.sqrt(sums["error"]),
+        kl=sums["kl"] / rows if logits else None,
+        top1_agreement=sums["same"] / rows if logits else None,
+        cosine=None if logits else sums["cosine"] / rows,
+        embedding_cosine=sums["pooled"] / samples if samples else None,
+    )
+
+
+def embed(model: PreTrainedModel, batches: Iterable[Batch]) -> torch.Tensor:
+    """`(samples, k)` float32 on the CPU: last hidden states averaged over real tokens, of unit norm.
+
+    Raises:
+        ValueError: the model without its head gives no `last_hidden_state`.
+    """
+    encoder: Any = model.base_model
+    pooled = [_mean_over_tokens(encoder, batch, _hidden(encoder, batch)) for batch in batches]
+    return normalize(torch.cat(pooled).float(), dim=1)
+
+
+def neighbour_agreement(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Fraction of samples whose nearest other sample is the same in both embeddings, `(samples, k)` each."""
+    nearest = []
+    for embeddings in (first, second):
+        similarity = embeddings @ embeddings.T
+        nearest.append(similarity.fill_diagonal_(-math.inf).argmax(1))
+    return float((nearest[0] == nearest[1]).float().mean())
+
+
+def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
+    """Of a causal language model: exp of the mean negative log-likelihood of every real token but each first one."""
+    total = tokens = 0.0
+    for batch in batches:
+        logits = _forward(model, batch)["logits"][:, :-1]
+        targets = batch["input_ids"][:, 1:].to(logits.device)
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, 1:].bool().to(logits.device)
+        total += float(cross_entropy(logits[mask].float(), targets[mask], reduction="sum"))
+        tokens += int(mask.sum())
+    return math.exp(total / tokens)
+
+
+def accuracy(model: PreTrainedModel, batches: Iterable[Batch], labels: Sequence[int]) -> float:
+    """Of a classifier: fraction of samples whose most likely class is their label, labels in the batches' order."""
+    predicted = torch.cat([_forward(model, batch)["logits"].argmax(-1).cpu() for batch in batches])
+    return float((predicted == torch.as_tensor(labels)).float().mean())
+
+
+def _forward(model: PreTrainedModel, batch: Batch) -> Mapping[str, Any]:
+    with undisturbed(model), torch.no_grad():
+        output = model(**_on_device(model, batch))
+    return output if isinstance(output, Mapping) else ModelOutput({str(i): value for i, value in enumerate(output)})
+
+
+def _on_device(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    return {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }
+
+
+def _is_batched(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def _outputs(model: PreTrainedModel, batch: Batch, limit: int) -> Outputs:
+    """The rows of a batch's output that are compared, at most `limit` bytes of them."""
+    kind, output = _compared(_forward(model, batch))
+    mask = token_mask(model, "", batch, output.shape)
+    rows = output.reshape(-1, output.shape[-1])
+    if mask is not None:
+        rows = rows[mask.to(rows.device)]
+    count = min(len(rows), max(1, limit // (rows.shape[1] * rows.element_size())))
+    spaced = torch.linspace(0, len(rows) - 1, count, device=rows.device).round().long()
+    pooled = _mean_over_tokens(model, batch, output) if kind == "hidden" and output.ndim == 3 else None
+    return Outputs(kind, rows[spaced].cpu(), pooled)
+
+
+def _compared(output: Mapping[str, Any]) -> tuple[str, torch.Tensor]:
+    """The tensor that stands for a model's output: logits over classes, else hidden states, else the first one."""
+    floating = {
+        name: value for name, value in output.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    floating = {name: value for name, value in floating.items() if value.ndim >= 2}
+    if "logits" in floating and floating["logits"].shape[-1] > 1:
+        return "logits", floating["logits"]
+    for name in ("last_hidden_state", *floating):
+        if name in floating:
+            return "hidden", floating[name]
+    raise ValueError(f"The model's output has no floating-point tensor to compare, found: {', '.join(output)}.")
+
+
+def _hidden(encoder: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    output = _forward(encoder, batch)
+    if "last_hidden_state" not in output:
+        raise ValueError(
+            f"{type(encoder).__name__} gives no last_hidden_state to embed with, only {', '.join(output)}."
+        )
+    return output["last_hidden_state"]
+
+
+def _mean_over_tokens(model: PreTrainedModel, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    """`(samples, k)` on the CPU from hidden states `(samples, length, k)`."""
+    mask = token_mask(model, "", batch, hidden.shape)
+    if mask is None:
+        return hidden.float().mean(1).cpu()
+    weight = mask.view(hidden.shape[:2]).to(hidden.device).unsqueeze(-1)
+    return ((hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1)).cpu()
