@@ -1,0 +1,362 @@
+"""Find the prunable blocks of a model by what depends on what, not by what modules are called."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .attributes import attribute_sets, candidates, is_width
+from .blocks import Attribute, Block, Discovery, Refusal, Slice
+from .probe_inputs import probe_inputs
+from .tracing import OUTPUT, Read, Source, Trace, is_linear, traced
+from .units import SHARED, Jacobian, Line, decode
+from .verification import EquivalenceError, producers, verify
+
+__all__ = ["discover", "probe_inputs"]
+
+LOCAL = 64
+"""A linear that reads more sources than this reads the residual stream: only sources of few readers are followed."""
+FEW = 2
+"""Readers that a producer of a block can have: the consumer, and one that reads other rows (a fused projection)."""
+
+
+def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Discovery:
+    """Find every block that can be shrunk exactly, and say why others cannot.
+
+    One forward with every linear's output cut and replaced by a fresh leaf isolates the blocks; vector-Jacobian
+    products of each consumer's input columns then give the producer rows that feed them. What is found is shrunk, by
+    a different number of units in each layer, and compared with the original under masks: only blocks that pass are
+    returned. The model is left exactly as it was.
+
+    Args:
+        model: Any model whose blocks are made of `nn.Linear` or `Conv1D`; it must be in memory, not on meta.
+        inputs: Keyword arguments of a small forward (two samples, a few tokens); `probe_inputs(model)` if omitted.
+
+    Returns:
+        Blocks in the order of the forward, and refusals.
+
+    Raises:
+        ValueError: the model has no parameters in memory, or no inputs can be made for it.
+    """
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError("The model is on the meta device: load its weights before looking for blocks.")
+    if inputs is None:
+        inputs = probe_inputs(model)
+    found: list[Block] = []
+    refusals: list[Refusal] = []
+    with traced(model, inputs) as trace:
+        calls = Counter(read.reader for read in trace.reads)
+        for read, sources in zip(trace.reads, trace.sources, strict=True):
+            if read.reader != OUTPUT and isinstance(model.get_submodule(read.reader), (nn.Linear, Conv1D)):
+                candidate = _candidate(model, trace, read, sources, calls)
+                if isinstance(candidate, Block):
+                    found.append(candidate)
+                elif candidate is not None and candidate.name not in {refusal.name for refusal in refusals}:
+                    refusals.append(candidate)
+    found, clashes = _without_clashes(_named(model, found))
+    blocks, inexact = _verified(model, found, inputs)
+    return Discovery(tuple(blocks), (*refusals, *clashes, *inexact))
+
+
+@dataclass
+class _RefusedError(Exception):
+    """Why a candidate is refused, before it has a name."""
+
+    reason: str
+    advice: str = "Nothing is needed: the block is left whole. Exclude it to silence this."
+
+
+def _candidate(
+    model: nn.Module, trace: Trace, read: Read, sources: list[Source], calls: Counter[str]
+) -> Block | Refusal | None:
+    """The block whose consumer is `read.reader`, a refusal, or `None` for a linear that is no consumer of a block."""
+    own = [source for source in sources if source.axis is not None and _few_readers(source)]
+    if not own or read.tensor.ndim < 2:
+        return None
+    followed = sources if len(sources) <= LOCAL else [source for source in sources if _few_readers(source)]
+    jacobian = Jacobian(read.tensor, followed)
+    decoded = decode(jacobian)
+    exclusive = all(source.readers == {read.reader} for source in sources if source.axis is not None)
+    if decoded is None or not _owns_rows(jacobian, decoded[1]):
+        if not exclusive:
+            return None
+        names = ", ".join(repr(source.name) for source in own)
+        reason = f"every input column depends on all rows of {names}: something between them spans the width"
+        return Refusal(read.reader, "unknown", reason, _RefusedError("").advice)
+    columns, owner = decoded
+    kind = "mlp" if columns.shape[1] == 1 else "attention"
+    try:
+        if calls[read.reader] > 1:
+            raise _RefusedError(f"it runs {calls[read.reader]} times in one forward (a layer that is shared)")
+        lines = _owned_lines(jacobian, owner)
+        _check_exclusive(trace, read, lines)
+        if columns.shape[1] == 1 and _is_rearrangement(read.tensor):
+            raise _RefusedError("nothing but a product of two linears: a low-rank pair, not a layer with units")
+        slices = [_consumer_slice(model, read.reader, columns)]
+        for line, owners in lines:
+            slices.extend(_slices(model, line, owners, len(columns)))
+        _check_layer(model, read.reader, slices)
+        _check_untied(model, read.reader, slices)
+    except _RefusedError as problem:
+        mixes = kind == "attention" or ((owner == SHARED).any() and jacobian.mixes_positions())
+        return Refusal(read.reader, "attention" if mixes else "mlp", problem.reason, problem.advice)
+    return Block(
+        name=read.reader,
+        kind=kind,
+        consumer=read.reader,
+        columns=columns,
+        slices=tuple(slices),
+        attributes=(),
+        parameters_per_unit=sum(_parameters_per_unit(model, piece) for piece in slices),
+    )
+
+
+def _few_readers(source: Source) -> bool:
+    return len(source.readers) <= FEW and OUTPUT not in source.readers
+
+
+def _owns_rows(jacobian: Jacobian, owner: torch.Tensor) -> bool:
+    """Whether a unit owns a row of any linear; the weights of a norm before the consumer do not make a block."""
+    owners = zip(jacobian.lines, jacobian.split(owner), strict=True)
+    return any(line.source.axis is not None and bool((one >= 0).any()) for line, one in owners)
+
+
+def _owned_lines(jacobian: Jacobian, owner: torch.Tensor) -> list[tuple[Line, torch.Tensor]]:
+    """Lines with entries that units own, with those owners: `(length,)` int64 each."""
+    lines: dict[int, tuple[Line, torch.Tensor]] = {}
+    for line, owners in zip(jacobian.lines, jacobian.split(owner), strict=True):
+        if (owners >= 0).any():
+            if id(line.source) in lines:
+                raise _RefusedError(f"units own entries of {line.source.name!r} along two of its dimensions")
+            lines[id(line.source)] = (line, owners)
+    return list(lines.values())
+
+
+def _check_exclusive(trace: Trace, read: Read, lines: list[tuple[Line, torch.Tensor]]) -> None:
+    """Every entry that a unit owns must feed this consumer only."""
+    for line, owners in lines:
+        others = line.source.readers - {read.reader}
+        if len(others) > FEW or OUTPUT in others:
+            raise _RefusedError(f"{line.source.name!r} also feeds {_listed(others)}")
+        for other in trace.reads:
+            if other.reader in others and other.tensor.grad_fn is not None:
+                elsewhere = Jacobian(other.tensor, [line.source])
+                touched = elsewhere.touched(torch.ones(elsewhere.columns, dtype=torch.bool))
+                shared = elsewhere.split(touched)[elsewhere.lines.index(_line(elsewhere, line))]
+                if (shared & (owners >= 0)).any():
+                    raise _RefusedError(f"rows of {line.source.name!r} that its units own also feed {other.reader!r}")
+
+
+def _line(jacobian: Jacobian, line: Line) -> Line:
+    return next(one for one in jacobian.lines if one.axis == line.axis)
+
+
+def _listed(names: set[str]) -> str:
+    some = ", ".join(repr(name) for name in sorted(names)[:3])
+    return some if len(names) <= 3 else f"{some} and {len(names) - 3} more"
+
+
+REARRANGEMENT = re.compile(
+    r"(View|UnsafeView|ReshapeAlias|Clone|Transpose|T|Permute|Expand|Slice|Squeeze|Unsqueeze|ToCopy|Mul|Div)Backward"
+)
+"""Names of autograd nodes that move or scale entries."""
+
+
+def _is_rearrangement(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is a single leaf with its entries moved or scaled, with no activation between."""
+    nodes: list[Any] = [tensor.grad_fn]
+    leaves = 0
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            leaves += 1
+        elif not REARRANGEMENT.match(type(node).__name__):
+            return False
+        nodes.extend(function for function, _ in node.next_functions if function is not None)
+    return leaves == 1
+
+
+def _consumer_slice(model: nn.Module, path: str, columns: torch.Tensor) -> Slice:
+    return Slice(f"{path}.weight", 0 if isinstance(model.get_submodule(path), Conv1D) else 1, columns)
+
+
+def _slices(model: nn.Module, line: Line, owners: torch.Tensor, units: int) -> list[Slice]:
+    """Slices of the tensors behind one line: a producer's weight and bias, or the parameter itself."""
+    counts = owners[owners >= 0].bincount(minlength=units)
+    if (counts != counts[0]).any():
+        raise _RefusedError(f"its units own different numbers of entries of {line.source.name!r}")
+    index = torch.stack([(owners == unit).nonzero().flatten() for unit in range(units)])
+    if line.source.axis is None:
+        return [Slice(line.source.name, line.axis, index)]
+    module = model.get_submodule(line.source.name)
+    slices = [Slice(f"{line.source.name}.weight", 1 if isinstance(module, Conv1D) else 0, index)]
+    if module.bias is not None:
+        slices.append(Slice(f"{line.source.name}.bias", 0, index))
+    return slices
+
+
+def layer_of(model: nn.Module, path: str) -> str | None:
+    """Dotted path of the outermost element of a `ModuleList` or `Sequential` that holds `path`, if one does."""
+    module: nn.Module = model
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            return ".".join(parts[: i + 1])
+        module = getattr(module, part)
+    return None
+
+
+def _check_layer(model: nn.Module, consumer: str, slices: list[Slice]) -> None:
+    """All of a block lies in one repeated layer, so that layers can be run one after another."""
+    layer = layer_of(model, consumer)
+    if layer is None:
+        raise _RefusedError(
+            "it is not in a repeated layer: heads and projectors are small, and other code reads their widths"
+        )
+    outside = [piece.tensor for piece in slices if not piece.tensor.startswith(f"{layer}.")]
+    if outside:
+        raise _RefusedError(f"its producer {outside[0]!r} lies outside of its layer {layer!r}")
+
+
+def _check_untied(model: nn.Module, consumer: str, slices: list[Slice]) -> None:
+    paths: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(parameter), []).append(name)
+    for piece in slices:
+        others = set(paths[id(model.get_parameter(piece.tensor))]) - {piece.tensor}
+        if others:
+            raise _RefusedError(f"{piece.tensor!r} is tied to {_listed(others)}")
+
+
+def _parameters_per_unit(model: nn.Module, piece: Slice) -> int:
+    tensor = model.get_parameter(piece.tensor)
+    return tensor.numel() // tensor.shape[piece.dim] * piece.index.shape[1]
+
+
+def owner_path(block: Block) -> str:
+    """Dotted path of the smallest module that holds the whole block."""
+    owners = [piece.tensor.split(".")[:-2] for piece in block.slices]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False))
+    return ".".join(parts[0] for parts in shared)
+
+
+def _named(model: nn.Module, blocks: list[Block]) -> list[Block]:
+    """Name each block after the module that holds it, with its kind where that module holds more than the block."""
+    paths = [owner_path(block) for block in blocks]
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    names = []
+    for block, path in zip(blocks, paths, strict=True):
+        mine = {block.consumer, *producers(block)}
+        alone = all(name in mine for name in linears if name.startswith(f"{path}."))
+        names.append(path if alone else f"{path}.{block.kind}".lstrip("."))
+    taken = Counter(names)
+    return [
+        replace(block, name=name if taken[name] == 1 else block.consumer)
+        for block, name in zip(blocks, names, strict=True)
+    ]
+
+
+def _without_clashes(blocks: list[Block]) -> tuple[list[Block], list[Refusal]]:
+    """Leave out blocks that would slice a tensor along a dimension that an earlier block slices."""
+    taken: dict[tuple[str, int], str] = {}
+    kept, refusals = [], []
+    for block in blocks:
+        clash = next((piece for piece in block.slices if (piece.tensor, piece.dim) in taken), None)
+        if clash is None:
+            kept.append(block)
+            taken.update({(piece.tensor, piece.dim): block.name for piece in block.slices})
+        else:
+            reason = f"rows of {clash.tensor!r} belong to {taken[clash.tensor, clash.dim]!r} as well"
+            refusals.append(
+                Refusal(block.name, block.kind, reason, "Prune one of the two blocks, then discover again.")
+            )
+    return kept, refusals
+
+
+def _verified(model: nn.Module, blocks: list[Block], inputs: Mapping[str, Any]) -> tuple[list[Block], list[Refusal]]:
+    """Settle each block's attributes and keep the blocks that shrink exactly.
+
+    Layers of one class take the same attributes: they are searched for on the first and confirmed on all at once.
+    """
+    kept = {block.name: _half(block, i) for i, block in enumerate(blocks)}
+    settled: dict[tuple, list[tuple[str, str]] | EquivalenceError] = {}
+    exact: list[Block] = []
+    refusals: list[Refusal] = []
+    for block in blocks:
+        key = _signature(model, block)
+        if key not in settled:
+            settled[key] = _search(model, block, kept, inputs)
+        names = settled[key]
+        if isinstance(names, EquivalenceError):
+            refusals.append(_inexact(block, names))
+        else:
+            exact.append(replace(block, attributes=_attributes(model, block, names)))
+    # As a rule one check of all blocks at once; the blocks at fault, if any, are refused one at a time.
+    while exact:
+        try:
+            verify(model, exact, kept, inputs)
+            break
+        except EquivalenceError as error:
+            refusals.append(_inexact(next(block for block in exact if block.name == error.block), error))
+            exact = [block for block in exact if block.name != error.block]
+    return exact, refusals
+
+
+def _half(block: Block, seed: int) -> torch.Tensor:
+    """About half of the units, a different number in neighbouring blocks."""
+    random = torch.Generator().manual_seed(seed)
+    count = max(1, min(block.units - 1, block.units // 2 + seed // 2 % 2))
+    return torch.randperm(block.units, generator=random)[:count].sort().values
+
+
+def _signature(model: nn.Module, block: Block) -> tuple:
+    """Equal for blocks of one class in different layers."""
+    owner = owner_path(block)
+    pieces = [(piece.tensor.removeprefix(owner), piece.dim, tuple(piece.index.shape)) for piece in block.slices]
+    return (type(model.get_submodule(owner)), block.kind, tuple(block.columns.shape), *pieces)
+
+
+def _search(
+    model: nn.Module, block: Block, kept: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]
+) -> list[tuple[str, str]] | EquivalenceError:
+    """Attributes, by module path within the block's owner and name, with which the block shrinks exactly."""
+    owner = owner_path(block)
+
+    def failure(attributes: tuple[Attribute, ...]) -> EquivalenceError | None:
+        try:
+            verify(model, [replace(block, attributes=attributes)], kept, inputs)
+        except EquivalenceError as error:
+            return error
+        return None
+
+    first: EquivalenceError | None = None
+    for attributes in attribute_sets(model, block, owner):
+        error = failure(attributes)
+        if error is None:
+            for attribute in attributes:
+                fewer = tuple(one for one in attributes if one != attribute)
+                # A width that the forward does not need may be that of something else.
+                if is_width(attribute) and failure(fewer) is None:
+                    attributes = fewer
+            return [(attribute.module.removeprefix(owner), attribute.name) for attribute in attributes]
+        first = first or error
+    assert first is not None  # the empty set is always tried
+    return first
+
+
+def _attributes(model: nn.Module, block: Block, names: list[tuple[str, str]]) -> tuple[Attribute, ...]:
+    owner = owner_path(block)
+    found = {(one.module, one.name): one for group in candidates(model, block, owner) for one in group}
+    return tuple(found[owner + module, name] for module, name in names if (owner + module, name) in found)
+
+
+def _inexact(block: Block, error: EquivalenceError) -> Refusal:
+    return Refusal(block.name, block.kind, error.reason, _RefusedError("").advice)

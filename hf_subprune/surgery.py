@@ -1,0 +1,282 @@
+"""Shrink a block in place, undo it by reference, or mask its units in the unshrunk model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .blocks import Block
+
+
+@dataclass
+class _Change:
+    """One entry of one dictionary of a module (`_parameters`, `_buffers` or `__dict__`), before and after."""
+
+    entries: dict[str, Any]
+    name: str
+    before: Any
+    after: Any
+
+
+@dataclass
+class Edit:
+    """A surgery that can be taken back.
+
+    `undo` and `redo` swap the original and the new parameter objects by reference: they cost a dictionary write per
+    tensor, and after `undo` every parameter is the object that it was (optimizers and ties included). Edits of one
+    model are undone in the reverse of the order in which they were made.
+
+    Args:
+        block: Name of the block that was shrunk.
+        kept: `(k,)` int64, sorted: units of the block that were kept.
+    """
+
+    block: str
+    kept: torch.Tensor
+    _changes: list[_Change] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Put the block back as it was before `shrink`.
+
+        Raises:
+            RuntimeError: the edit is not in place, or a later edit of the same tensors still is.
+        """
+        self._swap([(change, change.after, change.before) for change in reversed(self._changes)], "undo")
+
+    def redo(self) -> None:
+        """Shrink the block again, to the very tensors that `shrink` made.
+
+        Raises:
+            RuntimeError: the edit is already in place, or the tensors were changed since.
+        """
+        self._swap([(change, change.before, change.after) for change in self._changes], "redo")
+
+    def _swap(self, swaps: list[tuple[_Change, Any, Any]], action: str) -> None:
+        for change, present, _ in swaps:
+            if not _same(change.entries.get(change.name), present):
+                raise RuntimeError(
+                    f"Cannot {action} the surgery of {self.block!r}: {change.name!r} is not the one that it left. "
+                    f"Undo later edits first, in the reverse of the order in which they were made."
+                )
+        for change, _, wanted in swaps:
+            change.entries[change.name] = wanted
+
+
+def shrink(
+    model: nn.Module,
+    block: Block,
+    kept: Sequence[int] | torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> Edit:
+    """Remove every unit of `block` that is not in `kept`, in place.
+
+    Parameters are replaced (dtype, device and `requires_grad` kept), modules stay, and sizes that modules remember
+    (`in_features`, `nf`, `groups`, ...) and `block.attributes` follow. All new tensors are made before the first one
+    is installed, so a failure leaves the model as it was.
+
+    Args:
+        model: The model that `block` was discovered in.
+        block: What to shrink.
+        kept: `(k,)` unit indices, strictly increasing, at least one.
+        weight: `(k * c, m)` new consumer weight, inputs by outputs, where `c` is the columns per unit and the inputs
+            are the kept columns in increasing order; cast to the consumer's dtype. The kept slice of the present
+            weight when omitted.
+        bias: `(m,)` new consumer bias; the present one when omitted.
+
+    Returns:
+        The edit, in place; `Edit.undo()` takes it back.
+
+    Raises:
+        ValueError: `kept` is empty, unsorted or out of range; `weight` or `bias` has the wrong shape, or the consumer
+            has no bias; the model's tensors are not those that the block was discovered in.
+    """
+    units = _checked_units(block, kept)
+    edit = Edit(block.name, units)
+    tensors: dict[str, torch.Tensor] = {}
+    for piece in block.slices:
+        tensor = tensors.get(piece.tensor)
+        if tensor is None:
+            tensor = _get_tensor(model, block, piece.tensor)
+        tensors[piece.tensor] = _without(tensor, piece.dim, piece.index, units, block, piece.tensor)
+
+    consumer = model.get_submodule(block.consumer)
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is not None:
+            path = f"{block.consumer}.{name}"
+            tensors[path] = _new_consumer_tensor(block, consumer, name, values, tensors.get(path))
+
+    changes = edit._changes
+    owners: dict[str, nn.Module] = {}
+    for path, tensor in tensors.items():
+        owner_path, _, name = path.rpartition(".")
+        owner = owners[owner_path] = model.get_submodule(owner_path)
+        is_parameter = name in owner._parameters
+        entries: dict[str, Any] = owner._parameters if is_parameter else owner._buffers  # type: ignore[assignment]
+        after = _parameter_like(entries[name], tensor) if is_parameter else tensor
+        changes.append(_Change(entries, name, entries[name], after))
+    for attribute in block.attributes:
+        owner = model.get_submodule(attribute.module)
+        changes.append(_Change(owner.__dict__, attribute.name, attribute.before, attribute.per_unit * units.numel()))
+    for change in changes:
+        if not _same(change.entries.get(change.name), change.before):
+            raise ValueError(
+                f"Block {block.name!r}: {change.name!r} was {change.before!r} when the block was discovered and is "
+                f"{change.entries.get(change.name)!r} now. Discover the blocks of this model again."
+            )
+        change.entries[change.name] = change.after
+    for owner in owners.values():
+        for name, after in sizes(owner).items():
+            before = owner.__dict__[name]
+            if before != after:
+                changes.append(_Change(owner.__dict__, name, before, after))
+                owner.__dict__[name] = after
+    return edit
+
+
+def sizes(module: nn.Module) -> dict[str, Any]:
+    """Sizes that `module` must remember to agree with its parameters, e.g. `{"in_features": 12, "out_features": 4}`.
+
+    Args:
+        module: A module whose own parameters may have been replaced by smaller ones.
+
+    Returns:
+        Attribute values by name; empty for modules that remember no size.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return {}
+    if isinstance(module, nn.Linear):
+        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    if isinstance(module, Conv1D):
+        return {"nx": weight.shape[0], "nf": weight.shape[1]}
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        depthwise = module.groups > 1 and module.groups == module.in_channels
+        groups = weight.shape[0] // (module.out_channels // module.groups) if depthwise else module.groups
+        return {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * groups, "groups": groups}
+    if isinstance(module, nn.Embedding):
+        return {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
+    return {}
+
+
+@contextmanager
+def masked(model: nn.Module, block: Block, kept: Sequence[int] | torch.Tensor) -> Iterator[None]:
+    """Within the context, the consumer of `block` reads zeros in the columns of every unit that is not in `kept`.
+
+    Args:
+        model: The model that `block` was discovered in; it is not changed.
+        block: The block to mask.
+        kept: `(k,)` unit indices, strictly increasing, at least one.
+
+    Raises:
+        ValueError: `kept` is empty, unsorted or out of range.
+    """
+    units = _checked_units(block, kept)
+    removed = torch.ones(block.columns.numel(), dtype=torch.bool)
+    removed[block.columns[units].flatten()] = False
+
+    def zero_removed(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        # masked_fill, not a product with zeros: inf * 0 is NaN.
+        if args:
+            return (args[0].masked_fill(removed.to(args[0].device), 0), *args[1:]), kwargs
+        name, value = next(iter(kwargs.items()))
+        return args, {**kwargs, name: value.masked_fill(removed.to(value.device), 0)}
+
+    handle = model.get_submodule(block.consumer).register_forward_pre_hook(zero_removed, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def kept_columns(block: Block, kept: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """Columns of the consumer's input that the units in `kept` own, `(k * c,)` int64, sorted.
+
+    Raises:
+        ValueError: `kept` is empty, unsorted or out of range.
+    """
+    return block.columns[_checked_units(block, kept)].flatten().sort().values
+
+
+def _checked_units(block: Block, kept: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    units = torch.as_tensor(kept, device="cpu")
+    if units.ndim != 1 or units.numel() == 0 or units.is_floating_point() or units.dtype == torch.bool:
+        raise ValueError(
+            f"Block {block.name!r}: `kept` must be a list of at least one unit index, found a "
+            f"{tuple(units.shape)} tensor of {units.dtype}."
+        )
+    units = units.long()
+    if units[0] < 0 or units[-1] >= block.units or (units.diff() <= 0).any():
+        raise ValueError(
+            f"Block {block.name!r}: `kept` must be strictly increasing within 0..{block.units - 1}, "
+            f"found {units.tolist()}."
+        )
+    return units
+
+
+def _get_tensor(model: nn.Module, block: Block, path: str) -> torch.Tensor:
+    owner_path, _, name = path.rpartition(".")
+    try:
+        owner = model.get_submodule(owner_path)
+    except AttributeError as error:
+        raise ValueError(f"Block {block.name!r}: the model has no module {owner_path!r}.") from error
+    tensor = owner._parameters.get(name, owner._buffers.get(name))
+    if tensor is None:
+        raise ValueError(f"Block {block.name!r}: the model has no parameter or buffer {path!r}.")
+    return tensor
+
+
+def _without(
+    tensor: torch.Tensor, dim: int, index: torch.Tensor, units: torch.Tensor, block: Block, path: str
+) -> torch.Tensor:
+    """`tensor` without the entries along `dim` that removed units own; all others keep their order."""
+    length = tensor.shape[dim]
+    if index.numel() > length or int(index.max()) >= length:
+        raise ValueError(
+            f"Block {block.name!r}: {path!r} has {length} entries along dimension {dim}, the block was discovered "
+            f"with at least {int(index.max()) + 1}. Discover the blocks of this model again."
+        )
+    stays = torch.ones(length, dtype=torch.bool)
+    stays[index.flatten()] = False
+    stays[index[units].flatten()] = True
+    return tensor.detach().index_select(dim, stays.nonzero().flatten().to(tensor.device))
+
+
+def _new_consumer_tensor(
+    block: Block, consumer: nn.Module, name: str, values: torch.Tensor, sliced: torch.Tensor | None
+) -> torch.Tensor:
+    """The caller's `weight` or `bias` in the consumer's own layout, dtype and device."""
+    present = sliced if sliced is not None else consumer._parameters.get(name)
+    if present is None:
+        raise ValueError(
+            f"Block {block.name!r}: a new {name} was given, but the consumer {block.consumer!r} has none. Pass None."
+        )
+    transposed = name == "weight" and not isinstance(consumer, Conv1D)
+    expected = tuple(present.shape[::-1] if transposed else present.shape)
+    if tuple(values.shape) != expected:
+        raise ValueError(
+            f"Block {block.name!r}: the new {name} of {block.consumer!r} must have shape {expected} (inputs by "
+            f"outputs), found {tuple(values.shape)}."
+        )
+    values = values.detach().to(device=present.device, dtype=present.dtype)
+    # A copy in any case: the caller keeps its tensor, the model its own.
+    return (values.T if transposed else values).clone(memory_format=torch.contiguous_format)
+
+
+def _parameter_like(original: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(values, requires_grad=original.requires_grad)
+    # Marks that transformers leaves on parameters, such as `_is_hf_initialized`.
+    parameter.__dict__.update(original.__dict__)
+    return parameter
+
+
+def _same(found: Any, expected: Any) -> bool:
+    if isinstance(expected, torch.Tensor):
+        return found is expected
+    return type(found) is type(expected) and found == expected

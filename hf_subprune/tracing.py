@@ -1,0 +1,155 @@
+"""One forward in which every linear's output is a fresh leaf: what each linear reads, and from which leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .verification import floating_tensors, undisturbed
+
+OUTPUT = "the model's output"
+"""Reader name of what the model returns."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` maps features position by position: `nn.Linear`, `Conv1D`, or a 1x1 convolution."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return math.prod(module.kernel_size) == 1 and module.groups == 1
+    return isinstance(module, (nn.Linear, Conv1D)) and module.weight.is_floating_point() and module.weight.ndim == 2
+
+
+def feature_axis(module: nn.Module) -> int:
+    """Axis of the features in the inputs and outputs of a linear: 1 for convolutions, -1 otherwise."""
+    return 1 if isinstance(module, (nn.Conv1d, nn.Conv2d)) else -1
+
+
+@dataclass(eq=False)
+class Read:
+    """One call of a linear, or one tensor that the model returns.
+
+    Args:
+        reader: Dotted path of the linear, or `OUTPUT`.
+        tensor: What it reads; its graph ends at the leaves that the linears before it put out.
+    """
+
+    reader: str
+    tensor: torch.Tensor
+
+
+@dataclass(eq=False)
+class Source:
+    """A tensor that a linear's input can depend on: another linear's output, or a parameter outside the linears.
+
+    Args:
+        name: Dotted path of the linear, or of the parameter.
+        tensor: The leaf of the graph.
+        axis: Axis of the features for a linear's output; `None` for a parameter, whose axes are all candidates.
+        readers: Linears that depend on it (`OUTPUT` among them if the model's output does).
+    """
+
+    name: str
+    tensor: torch.Tensor
+    axis: int | None
+    readers: set[str] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Trace:
+    """The cut graph of one forward.
+
+    Args:
+        reads: In the order of the forward, outputs last.
+        sources: For each read, the sources that it depends on.
+    """
+
+    reads: list[Read]
+    sources: list[list[Source]]
+
+
+@contextmanager
+def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
+    """Run the model once with every linear's output replaced by a fresh random leaf that requires a gradient.
+
+    Each linear then reads a tensor that depends on the linears just before it and on nothing further up, and since
+    the leaves are positive no rectifier hides a dependency. The graph lives as long as the context; on exit the model
+    is as it was.
+
+    Args:
+        model: The model.
+        inputs: Keyword arguments of its forward.
+    """
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    reads: list[Read] = []
+    leaves: list[Source] = []
+    random = torch.Generator().manual_seed(0)
+
+    def cut(name: str, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
+        # A clone, as a later in-place operation on the input would change what its graph says.
+        reads.append(Read(name, (args[0] if args else next(iter(kwargs.values()))).clone()))
+        # In [0.5, 1.5]: away from the dead side of rectifiers and from the saturated ends of gates.
+        leaf = torch.rand(output.shape, generator=random).add_(0.5).to(output.device, output.dtype).requires_grad_()
+        leaves.append(Source(name, leaf, feature_axis(module)))
+        # A clone again: an in-place operation on a leaf is an error.
+        return leaf.clone()
+
+    handles = []
+    with undisturbed(model), torch.enable_grad():
+        parameters = []
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+                parameters.append(Source(name, parameter, None))
+        try:
+            for name, module in linears.items():
+                handles.append(
+                    module.register_forward_hook(
+                        lambda module, args, kwargs, output, name=name: cut(name, module, args, kwargs, output),
+                        with_kwargs=True,
+                    )
+                )
+            output = model(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        reads.extend(Read(OUTPUT, tensor) for tensor in floating_tensors(output))
+        yield _connected(reads, [*leaves, *parameters])
+
+
+def _connected(reads: list[Read], sources: list[Source]) -> Trace:
+    """Which sources each read depends on, from one walk over the autograd graph."""
+    bits = {id(source.tensor): 1 << i for i, source in enumerate(sources)}
+    reach: dict[Any, int] = {None: 0}
+
+    def walk(root: Any) -> int:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if node in reach:
+                stack.pop()
+                continue
+            following = [function for function, _ in node.next_functions]
+            waiting = [function for function in following if function not in reach]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            variable = getattr(node, "variable", None)
+            reach[node] = bits.get(id(variable), 0)
+            for function in following:
+                reach[node] |= reach[function]
+            stack.pop()
+        return reach[root]
+
+    dependencies = []
+    for read in reads:
+        found = walk(read.tensor.grad_fn)
+        dependencies.append([source for i, source in enumerate(sources) if found >> i & 1])
+        for source in dependencies[-1]:
+            source.readers.add(read.reader)
+    return Trace(reads, dependencies)

@@ -1,0 +1,213 @@
+"""Prove on a probe batch that a shrunk model computes what the original computes with the removed units masked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from .blocks import Block
+from .surgery import masked, shrink
+
+TOLERANCE = 1e-4
+"""Largest difference allowed, as a fraction of the largest absolute value of the tensor compared."""
+
+
+class EquivalenceError(RuntimeError):
+    """A shrunk block does not compute what the original does with the removed units masked.
+
+    Args:
+        block: The block at fault.
+        reason: What was found.
+    """
+
+    def __init__(self, block: Block, reason: str) -> None:
+        self.block = block.name
+        self.reason = reason
+        self.producers = producers(block)
+        super().__init__(
+            f"Removing units of {block.name!r} is not exact: {reason}. Consumer: {block.consumer!r}; producers: "
+            f"{', '.join(map(repr, self.producers)) or 'none'}. The model is as it was before; exclude the block to "
+            f"prune the others."
+        )
+
+
+def producers(block: Block) -> tuple[str, ...]:
+    """Dotted paths of the modules, other than the consumer, that hold tensors of the block's units."""
+    owners = dict.fromkeys(piece.tensor.rpartition(".")[0] for piece in block.slices)
+    return tuple(owner for owner in owners if owner != block.consumer)
+
+
+def verify(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    kept: Mapping[str, Sequence[int] | torch.Tensor],
+    inputs: Mapping[str, Any],
+    tolerance: float = TOLERANCE,
+) -> float:
+    """Check that removing units equals masking them, for all `blocks` at once.
+
+    Two forwards without gradients in evaluation mode: the original with the removed units' columns masked to zero,
+    and the model shrunk without reweighting. Compared are every floating output of the model and the output of every
+    block's consumer, so that a block whose part in the output happens to be small (a layer scale near zero) cannot
+    hide. Models in half precision are computed in float32 here, whatever they store: slicing is exact in any dtype,
+    and rounding would otherwise hide what the check looks for.
+
+    Args:
+        model: The model, unshrunk; unchanged on return and on error.
+        blocks: The blocks to shrink, in the order of the forward.
+        kept: Units to keep, strictly increasing, by block name; one entry for each of `blocks`.
+        inputs: Keyword arguments of the forward, a small batch.
+        tolerance: Largest difference allowed, relative to the largest absolute value of the tensor compared.
+
+    Returns:
+        The largest relative difference found.
+
+    Raises:
+        EquivalenceError: outputs differ, or the shrunk model cannot run. It names the first block at fault.
+    """
+    with undisturbed(model), ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(masked(model, block, kept[block.name]))
+        expected = _run(model, blocks, inputs)
+    edits: list = []
+    with undisturbed(model):
+        try:
+            for block in blocks:
+                edits.append(shrink(model, block, kept[block.name]))
+            found = _run(model, blocks, inputs)
+        except Exception as error:
+            if len(blocks) == 1:
+                raise EquivalenceError(blocks[0], f"the shrunk model cannot run: {_first_line(error)}") from error
+            failure = error
+        else:
+            return _compare(blocks, expected, found, tolerance)
+        finally:
+            for edit in reversed(edits):
+                edit.undo()
+    # A failed forward does not say which block broke it: ask each one.
+    for block in blocks:
+        verify(model, [block], kept, inputs, tolerance)
+    reason = f"the model cannot run with all of {len(blocks)} blocks shrunk, though it can with each: "
+    raise EquivalenceError(blocks[0], reason + _first_line(failure)) from failure
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; on exit training flags, buffers, `requires_grad` and the RNG are as before."""
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with torch.random.fork_rng(), torch.inference_mode(False):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, mode in training:
+                module.training = mode
+            for parameter, flag in trainable:
+                parameter.requires_grad_(flag)
+            for entries, before in buffers:
+                entries.clear()
+                entries.update(before)
+            with torch.no_grad():
+                for buffer, value in values:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+class _InFloat32(TorchDispatchMode):
+    """Every operation on half precision tensors is carried out in float32, and nothing is stored in less."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return func(*tree_map(_widened, args), **tree_map(_widened, kwargs or {}))
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    if value in (torch.float16, torch.bfloat16):
+        return torch.float32
+    return value
+
+
+def _run(model: nn.Module, blocks: Sequence[Block], inputs: Mapping[str, Any]) -> tuple[list, list[torch.Tensor]]:
+    """Outputs of each block's consumer, one list of calls per block, and all floating outputs of the model."""
+    calls: list[list[torch.Tensor]] = [[] for _ in blocks]
+    with ExitStack() as stack, torch.no_grad():
+        for block, seen in zip(blocks, calls, strict=True):
+            consumer = model.get_submodule(block.consumer)
+            handle = consumer.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
+            stack.callback(handle.remove)
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
+            stack.enter_context(_InFloat32())
+        output = model(**inputs)
+    return calls, list(floating_tensors(output))
+
+
+def floating_tensors(output: Any) -> Iterator[torch.Tensor]:
+    """Every floating tensor in a model's output, through tuples, lists and mappings, but not in caches.
+
+    Key/value caches and attention maps have one entry per head: they shrink with the model.
+    """
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            if "past_key_values" not in key and "attentions" not in key:
+                yield from floating_tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from floating_tensors(value)
+
+
+def _compare(blocks: Sequence[Block], expected: tuple, found: tuple, tolerance: float) -> float:
+    worst = 0.0
+    for block, ours, theirs in zip(blocks, found[0], expected[0], strict=True):
+        if len(ours) != len(theirs):
+            raise EquivalenceError(block, f"its consumer ran {len(ours)} times in place of {len(theirs)}")
+        for one, other in zip(ours, theirs, strict=True):
+            worst = max(worst, _checked_difference(block, "the consumer's output", one, other, tolerance))
+    last = blocks[-1] if blocks else None
+    if last is not None:
+        if len(found[1]) != len(expected[1]):
+            raise EquivalenceError(last, f"the model returns {len(found[1])} tensors in place of {len(expected[1])}")
+        for one, other in zip(found[1], expected[1], strict=True):
+            worst = max(worst, _checked_difference(last, "the model's output", one, other, tolerance))
+    return worst
+
+
+def _checked_difference(
+    block: Block, what: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float
+) -> float:
+    if found.shape != expected.shape:
+        raise EquivalenceError(block, f"{what} has shape {tuple(found.shape)} in place of {tuple(expected.shape)}")
+    if found.numel() == 0:
+        return 0.0
+    # Masks put -inf (or NaN) into some outputs: those must agree entry by entry, the others in size.
+    finite = expected.isfinite()
+    if not torch.equal(found.isfinite(), finite):
+        raise EquivalenceError(block, f"{what} is not finite where the masked original's is, or the reverse")
+    found, expected = found[finite].float(), expected[finite].float()
+    if found.numel() == 0:
+        return 0.0
+    scale = float(expected.abs().max())
+    difference = float((found - expected).abs().max()) / max(scale, torch.finfo(torch.float32).tiny)
+    if not difference <= tolerance:
+        raise EquivalenceError(
+            block,
+            f"{what} differs from the masked original's by {difference:.1e} of its largest value, "
+            f"{tolerance:.0e} is allowed",
+        )
+    return difference
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
