@@ -1,0 +1,100 @@
+"""The model that a config builds, without its weights, and how a pruned model differs from it."""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from .spec import LayoutSpec
+
+
+def describe(model: PreTrainedModel) -> LayoutSpec:
+    """The tensors and integer attributes of `model` that are smaller than its config says.
+
+    Holds whatever pruned the model, and for a model pruned again. Tensors tied under several names appear under all
+    of them. What is larger than the config says (a cache that grew in a forward) is not a matter of pruning.
+    """
+    built = build_skeleton(type(model), model.config)
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, expected in tensors(built).items()
+        if (tensor := tensors(model).get(name)) is not None and _is_smaller(tensor.shape, expected.shape)
+    }
+    attributes: dict[str, dict[str, int]] = {}
+    expected_modules = dict(built.named_modules())
+    for path, module in model.named_modules():
+        if path in expected_modules:
+            smaller = _smaller_integers(vars(module), vars(expected_modules[path]))
+            if path and reads_own_config(module, model):
+                own = _smaller_integers(vars(module.config), vars(expected_modules[path].config))
+                smaller |= {f"config.{name}": value for name, value in own.items()}
+            if smaller:
+                attributes[path] = smaller
+    return LayoutSpec(shapes, attributes)
+
+
+def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that `from_pretrained` builds from `config` before it reads weights: on meta, weights not yet tied."""
+    config = copy.deepcopy(config)
+    for _, part in nested_configs(config):
+        vars(part).pop("quantization_config", None)
+    with torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_init_weights(), init.no_tie_weights():
+        return model_class(config)
+
+
+def nested_configs(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
+    """`config` under the path `""`, then every config inside it under its dotted path."""
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from nested_configs(value, f"{path}.{name}" if path else name)
+
+
+def read_back(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config` as it comes back from disk, validated as saving and building validate it.
+
+    Raises whatever the config class raises for values that it does not accept.
+    """
+    config.validate()
+    read = type(config).from_dict(json.loads(config.to_json_string()))
+    for (_, mine), (_, theirs) in zip(nested_configs(config), nested_configs(read), strict=True):
+        for name, value in vars(mine).items():
+            if name.endswith("_implementation_internal"):  # a choice of kernels, which is not saved
+                setattr(theirs, name, value)
+    return read
+
+
+def reads_own_config(module: nn.Module, model: PreTrainedModel) -> bool:
+    """Whether `module` holds a config that no model in `model` holds, as a layer with its own head count does."""
+    config = vars(module).get("config")
+    models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    shared = {id(part) for owner in models for _, part in nested_configs(owner.config)}
+    return isinstance(config, PreTrainedConfig) and id(config) not in shared
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, tied ones under each of their names."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {**named, **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _is_smaller(shape: torch.Size, expected: torch.Size) -> bool:
+    return (
+        len(shape) == len(expected)
+        and shape != expected
+        and all(size <= limit for size, limit in zip(shape, expected, strict=True))
+    )
+
+
+def _smaller_integers(values: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, int]:
+    """Integers of `values` that are below those of the same name in `expected`."""
+    return {
+        name: value
+        for name, value in values.items()
+        if type(value) is int and type(expected.get(name)) is int and value < expected[name]
+    }
