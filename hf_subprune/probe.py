@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -17,7 +17,7 @@ from .attributes import attribute_sets, candidates, is_width
 from .blocks import Attribute, Block, Discovery, Refusal, Slice
 from .probe_inputs import probe_inputs
 from .tracing import OUTPUT, Read, Source, Trace, is_linear, traced
-from .units import SHARED, Jacobian, Line, decode
+from .units import SHARED, Jacobian, Line, agrees, decode
 from .verification import EquivalenceError, producers, verify
 
 __all__ = ["discover", "probe_inputs"]
@@ -26,6 +26,7 @@ LOCAL = 64
 """A linear that reads more sources than this reads the residual stream: only sources of few readers are followed."""
 FEW = 2
 """Readers that a producer of a block can have: the consumer, and one that reads other rows (a fused projection)."""
+LEFT_WHOLE = "Nothing is needed: it is left whole and the other blocks can be pruned."
 
 
 def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Discovery:
@@ -53,70 +54,93 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
     found: list[Block] = []
     refusals: list[Refusal] = []
     with traced(model, inputs) as trace:
-        calls = Counter(read.reader for read in trace.reads)
-        for read, sources in zip(trace.reads, trace.sources, strict=True):
-            if read.reader != OUTPUT and isinstance(model.get_submodule(read.reader), (nn.Linear, Conv1D)):
-                candidate = _candidate(model, trace, read, sources, calls)
+        seek = _Seeker(model, trace)
+        for consumer in dict.fromkeys(read.reader for read in trace.reads):
+            if consumer != OUTPUT and isinstance(model.get_submodule(consumer), (nn.Linear, Conv1D)):
+                candidate = seek.candidate(consumer)
                 if isinstance(candidate, Block):
                     found.append(candidate)
-                elif candidate is not None and candidate.name not in {refusal.name for refusal in refusals}:
+                elif candidate is not None:
                     refusals.append(candidate)
     found, clashes = _without_clashes(_named(model, found))
     blocks, inexact = _verified(model, found, inputs)
     return Discovery(tuple(blocks), (*refusals, *clashes, *inexact))
 
 
-@dataclass
 class _RefusedError(Exception):
     """Why a candidate is refused, before it has a name."""
 
-    reason: str
-    advice: str = "Nothing is needed: the block is left whole. Exclude it to silence this."
 
+class _Seeker:
+    """Looks for blocks in one trace; maps found in one layer are checked, not decoded again, in the next."""
 
-def _candidate(
-    model: nn.Module, trace: Trace, read: Read, sources: list[Source], calls: Counter[str]
-) -> Block | Refusal | None:
-    """The block whose consumer is `read.reader`, a refusal, or `None` for a linear that is no consumer of a block."""
-    own = [source for source in sources if source.axis is not None and _few_readers(source)]
-    if not own or read.tensor.ndim < 2:
-        return None
-    followed = sources if len(sources) <= LOCAL else [source for source in sources if _few_readers(source)]
-    jacobian = Jacobian(read.tensor, followed)
-    decoded = decode(jacobian)
-    exclusive = all(source.readers == {read.reader} for source in sources if source.axis is not None)
-    if decoded is None or not _owns_rows(jacobian, decoded[1]):
-        if not exclusive:
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.model = model
+        self.trace = trace
+        self.calls: dict[str, list[tuple[Read, list[Source]]]] = {}
+        for read, sources in zip(trace.reads, trace.sources, strict=True):
+            self.calls.setdefault(read.reader, []).append((read, sources))
+        self._maps: dict[tuple, tuple[torch.Tensor, torch.Tensor] | None] = {}
+
+    def candidate(self, consumer: str) -> Block | Refusal | None:
+        """The block of a consumer, a refusal, or `None` for a linear that is no consumer of a block."""
+        model = self.model
+        read, sources = self.calls[consumer][0]
+        own = [source for source in sources if source.axis is not None and _few_readers(source)]
+        if not own or read.tensor.ndim < 2:
             return None
-        names = ", ".join(repr(source.name) for source in own)
-        reason = f"every input column depends on all rows of {names}: something between them spans the width"
-        return Refusal(read.reader, "unknown", reason, _RefusedError("").advice)
-    columns, owner = decoded
-    kind = "mlp" if columns.shape[1] == 1 else "attention"
-    try:
-        if calls[read.reader] > 1:
-            raise _RefusedError(f"it runs {calls[read.reader]} times in one forward (a layer that is shared)")
-        lines = _owned_lines(jacobian, owner)
-        _check_exclusive(trace, read, lines)
-        if columns.shape[1] == 1 and _is_rearrangement(read.tensor):
-            raise _RefusedError("nothing but a product of two linears: a low-rank pair, not a layer with units")
-        slices = [_consumer_slice(model, read.reader, columns)]
-        for line, owners in lines:
-            slices.extend(_slices(model, line, owners, len(columns)))
-        _check_layer(model, read.reader, slices)
-        _check_untied(model, read.reader, slices)
-    except _RefusedError as problem:
-        mixes = kind == "attention" or ((owner == SHARED).any() and jacobian.mixes_positions())
-        return Refusal(read.reader, "attention" if mixes else "mlp", problem.reason, problem.advice)
-    return Block(
-        name=read.reader,
-        kind=kind,
-        consumer=read.reader,
-        columns=columns,
-        slices=tuple(slices),
-        attributes=(),
-        parameters_per_unit=sum(_parameters_per_unit(model, piece) for piece in slices),
-    )
+        jacobian = _local_jacobian(read, sources)
+        decoded = self._decoded(jacobian)
+        if decoded is None or not _owns_rows(jacobian, decoded[1]):
+            if any(source.readers != {consumer} for source in sources if source.axis is not None):
+                return None
+            names = ", ".join(repr(source.name) for source in own)
+            reason = f"every input column depends on all rows of {names}: something between them spans the width"
+            return Refusal(consumer, "unknown", reason, LEFT_WHOLE)
+        columns, owner = decoded
+        try:
+            for again, others in self.calls[consumer][1:]:
+                if not self._holds(_local_jacobian(again, others), jacobian, columns, owner):
+                    raise _RefusedError("it is called several times, with units that are not the same each time")
+            lines = _owned_lines(jacobian, owner)
+            _check_exclusive(self.trace, read, lines)
+            if columns.shape[1] == 1 and _is_rearrangement(read.tensor):
+                raise _RefusedError("nothing but a product of two linears: a low-rank pair, not a layer with units")
+            slices = [_consumer_slice(model, consumer, columns)]
+            for line, owners in lines:
+                slices.extend(_slices(model, line, owners, len(columns)))
+            _check_layer(model, consumer, slices)
+            _check_untied(model, slices)
+        except _RefusedError as refused:
+            several = columns.shape[1] > 1 or (bool((owner == SHARED).any()) and jacobian.mixes_positions())
+            return Refusal(consumer, "attention" if several else "mlp", str(refused), LEFT_WHOLE)
+        return Block(
+            name=consumer,
+            kind="mlp" if columns.shape[1] == 1 else "attention",
+            consumer=consumer,
+            columns=columns,
+            slices=tuple(slices),
+            attributes=(),
+            parameters_per_unit=sum(_parameters_per_unit(model, piece) for piece in slices),
+        )
+
+    def _decoded(self, jacobian: Jacobian) -> tuple[torch.Tensor, torch.Tensor] | None:
+        key = (jacobian.columns, *((line.axis, line.length, line.source.axis) for line in jacobian.lines))
+        known = self._maps.get(key)
+        if known is None or not agrees(jacobian, *known):
+            self._maps[key] = decode(jacobian)
+        return self._maps[key]
+
+    @staticmethod
+    def _holds(here: Jacobian, there: Jacobian, columns: torch.Tensor, owner: torch.Tensor) -> bool:
+        same = [(line.source.name, line.axis) for line in here.lines] == [
+            (line.source.name, line.axis) for line in there.lines
+        ]
+        return same and agrees(here, columns, owner)
+
+
+def _local_jacobian(read: Read, sources: list[Source]) -> Jacobian:
+    return Jacobian(read.tensor, sources if len(sources) <= LOCAL else [one for one in sources if _few_readers(one)])
 
 
 def _few_readers(source: Source) -> bool:
@@ -226,7 +250,7 @@ def _check_layer(model: nn.Module, consumer: str, slices: list[Slice]) -> None:
         raise _RefusedError(f"its producer {outside[0]!r} lies outside of its layer {layer!r}")
 
 
-def _check_untied(model: nn.Module, consumer: str, slices: list[Slice]) -> None:
+def _check_untied(model: nn.Module, slices: list[Slice]) -> None:
     paths: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         paths.setdefault(id(parameter), []).append(name)
@@ -332,7 +356,8 @@ def _search(
 
     def failure(attributes: tuple[Attribute, ...]) -> EquivalenceError | None:
         try:
-            verify(model, [replace(block, attributes=attributes)], kept, inputs)
+            # What comes after the consumer is left to the check of all blocks: this one is repeated.
+            verify(model, [replace(block, attributes=attributes)], kept, inputs, to_consumer=True)
         except EquivalenceError as error:
             return error
         return None
@@ -359,4 +384,4 @@ def _attributes(model: nn.Module, block: Block, names: list[tuple[str, str]]) ->
 
 
 def _inexact(block: Block, error: EquivalenceError) -> Refusal:
-    return Refusal(block.name, block.kind, error.reason, _RefusedError("").advice)
+    return Refusal(block.name, block.kind, error.reason, LEFT_WHOLE)

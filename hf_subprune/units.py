@@ -121,6 +121,27 @@ def decode(jacobian: Jacobian) -> tuple[torch.Tensor, torch.Tensor] | None:
     return columns, owner
 
 
+def agrees(jacobian: Jacobian, columns: torch.Tensor, owner: torch.Tensor) -> bool:
+    """Whether a partition decoded elsewhere (in another layer, at another call) holds here too: two products.
+
+    A random half of the units must touch exactly their own entries and the shared ones, and so must the other half.
+
+    Args:
+        jacobian: Of the consumer's input here.
+        columns: `(units, c)` int64.
+        owner: `(entries,)` int64.
+    """
+    chosen = torch.rand(len(columns), generator=torch.Generator().manual_seed(2)) < 0.5
+    chosen[0], chosen[-1] = True, False
+    for half in (chosen, ~chosen):
+        mask = torch.zeros(jacobian.columns, dtype=torch.bool)
+        mask[columns[half].flatten()] = True
+        expected = (owner == SHARED) | (owner >= 0) & half[owner.clamp(min=0)]
+        if not torch.equal(jacobian.touched(mask), expected):
+            return False
+    return True
+
+
 def _group_width(jacobian: Jacobian) -> int | None:
     """Columns that belong together at the least: 1, or the width of a head."""
     n = jacobian.columns
