@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .config import PruneConfig
-from .features import Features, example_columns, forward_arguments, is_label, make_encoder
+from .decoding import add_decoder_inputs
+from .features import Features, example_columns, is_label, make_encoder
 from .padding import token_mask
 
 logger = logging.get_logger(__name__)
@@ -27,8 +28,8 @@ Batch = dict[str, torch.Tensor]
 _ATTEMPTS = 4
 _FIRST_WAIT = 1.0
 
-# Tokens that a model without text input (speech, image to text) generates to calibrate its decoder on.
-_GENERATED = 64
+# Rows looked through for one without a missing value, to tell columns by.
+_HEAD = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,19 +118,41 @@ def prepare(model: PreTrainedModel, data: Any, config: PruneConfig, processing_c
     if _is_batch(first):
         fit, held_out, counts = _split_ready(_read_ready(items, model, wanted), config)
     else:
-        encode = make_encoder(
-            model, example_columns(first), processing_class, _max_length(model, processing_class, config)
-        )
-        encoded = (encode(example_columns(item)) for item in items)
-        samples = list(itertools.islice((features for features in encoded if features is not None), wanted))
+        encoded = _encoded(model, items, processing_class, config.max_length)
+        samples = list(itertools.islice(filter(None, encoded), wanted))
         counts = _counts(len(samples), config)
         pad_id = _pad_id(model, processing_class)
         fit = [_collate(group, pad_id) for group in _groups(samples[: counts[0]], config.batch_size, folds=2)]
         held_out = [_collate(group, pad_id) for group in _groups(samples[counts[0] : sum(counts)], config.batch_size)]
     for batch in fit + held_out:
-        _check_vocabulary(model, batch)
-        _add_decoder_inputs(model, batch)
+        _complete(model, batch)
     return CalibrationSet(fit, held_out, *counts, source=_describe(data), model=model)
+
+
+def batch_all(
+    model: PreTrainedModel, data: Any, processing_class: Any = None, *, max_length: int = 256, batch_size: int = 16
+) -> Iterator[Batch]:
+    """Batches of all of the data in its own order, one at a time, to evaluate on.
+
+    Args:
+        model: As in `prepare`.
+        data: As in `prepare`, but no ready batches.
+        processing_class: As in `prepare`.
+        max_length: Tokens that a text is truncated to.
+        batch_size: Samples in a batch.
+
+    Raises:
+        ValueError, TypeError: as in `prepare`; also a blank text, which would shift the samples against their labels.
+    """
+    items = iter(data)
+    pad_id = _pad_id(model, processing_class)
+    encoded = _encoded(model, items, processing_class, max_length)
+    while group := list(itertools.islice(encoded, batch_size)):
+        if None in group:
+            raise ValueError("A text to evaluate on is blank: filter it out, together with its label.")
+        batch = _collate([features for features in group if features is not None], pad_id)
+        _complete(model, batch)
+        yield batch
 
 
 # Reading
@@ -200,12 +223,25 @@ def _is_batch(item: Any) -> bool:
 # Samples
 
 
-def _max_length(model: PreTrainedModel, processing_class: Any, config: PruneConfig) -> int:
+def _encoded(
+    model: PreTrainedModel, items: Iterator[Any], processing_class: Any, max_length: int
+) -> Iterator[Features | None]:
+    """Features of each item, `None` for blank texts."""
+    head = list(map(example_columns, itertools.islice(items, _HEAD)))
+    whole = (row for row in head if all(value is not None for value in row.values()))
+    encode = make_encoder(
+        model, next(whole, head[0]), processing_class, _max_length(model, processing_class, max_length)
+    )
+    yield from map(encode, head)
+    yield from (encode(example_columns(item)) for item in items)
+
+
+def _max_length(model: PreTrainedModel, processing_class: Any, asked: int) -> int:
     """Tokens that a text is truncated to: the least that is asked for, or that tokenizer or positions allow."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     text_config = model.config.get_text_config()
     limits = [
-        config.max_length,
+        asked,
         getattr(tokenizer, "model_max_length", None),
         getattr(text_config, "max_position_embeddings", None),
     ]
@@ -329,7 +365,10 @@ def _cut(batches: list[Batch], start: int, stop: int, largest: int) -> list[Batc
     return pieces
 
 
-# What the model needs
+def _complete(model: PreTrainedModel, batch: Batch) -> None:
+    """Check a batch against the model, and add the decoder inputs that it lacks."""
+    _check_vocabulary(model, batch)
+    add_decoder_inputs(model, batch)
 
 
 def _check_vocabulary(model: PreTrainedModel, batch: Batch) -> None:
@@ -348,54 +387,3 @@ def _check_vocabulary(model: PreTrainedModel, batch: Batch) -> None:
             f"The calibration data holds token id {largest}, but {type(model).__name__} embeds {known} tokens: "
             "the tokenizer belongs to another model."
         )
-
-
-def _add_decoder_inputs(model: PreTrainedModel, batch: Batch) -> None:
-    """Give an encoder-decoder model decoder inputs where the batch has none."""
-    if not model.config.is_encoder_decoder or {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch):
-        return
-    if "decoder_input_ids" not in forward_arguments(model):
-        return
-    decoder_config = model.config.get_text_config(decoder=True)
-    start = next(
-        token
-        for token in (
-            getattr(model.config, "decoder_start_token_id", None),
-            getattr(decoder_config, "decoder_start_token_id", None),
-            getattr(decoder_config, "bos_token_id", None),
-            getattr(decoder_config, "pad_token_id", None),
-            0,
-        )
-        if token is not None
-    )
-    ids = batch.get("input_ids")
-    if ids is not None and int(ids.max()) < decoder_config.vocab_size:
-        batch["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-        if "attention_mask" in batch:
-            mask = batch["attention_mask"]
-            batch["decoder_attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
-    elif model.can_generate():
-        batch |= _generated(model, batch)
-    else:
-        logger.warning(
-            f"{type(model).__name__} cannot generate and the data has no decoder_input_ids: its decoder is calibrated "
-            "on the start token alone. Pass ready batches with decoder_input_ids, or the model with its head."
-        )
-        batch["decoder_input_ids"] = torch.full((_rows(batch), 1), start)
-
-
-def _generated(model: PreTrainedModel, batch: Batch) -> Batch:
-    """Greedily generated decoder inputs, and the mask of those up to and with the end token."""
-    inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.items()}
-    generator: Any = model
-    training = model.training
-    try:
-        ids = generator.eval().generate(**inputs, max_new_tokens=_GENERATED, do_sample=False, num_beams=1).cpu()
-    finally:
-        model.train(training)
-    end = generator.generation_config.eos_token_id
-    ends = torch.as_tensor([] if end is None else end)
-    ended = torch.isin(ids[:, 1:], ends).cumsum(1) > 0
-    # Row t is real when no end token came before it; the start token itself always is.
-    mask = torch.cat([torch.ones_like(ids[:, :1]), torch.ones_like(ids[:, :1]), (~ended[:, :-1]).to(ids)], dim=1)
-    return {"decoder_input_ids": ids, "decoder_attention_mask": mask[:, : ids.shape[1]]}
