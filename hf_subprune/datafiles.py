@@ -7,7 +7,7 @@ import torch
 import transformers
 from datasets import IterableDataset, load_dataset
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 # The reader of `datasets` for each kind of file.
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -112,8 +112,18 @@ def load_model(
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"
     model = loader.from_pretrained(name_or_path, dtype=dtype).to(device).eval()
+    return model, _load_processing_class(name_or_path)
+
+
+def _load_processing_class(name_or_path: str) -> Any:
     try:
         processing_class = AutoProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError):
-        processing_class = None
-    return model, processing_class
+        return None
+    # Where no tokenizer was saved, transformers makes one that knows its special tokens and nothing else.
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and set(tokenizer.get_vocab()) <= set(
+        tokenizer.all_special_tokens
+    ):
+        return None
+    return processing_class
