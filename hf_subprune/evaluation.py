@@ -217,8 +217,14 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
 
 
 def accuracy(model: PreTrainedModel, batches: Iterable[Batch], labels: Sequence[int]) -> float:
-    """Of a classifier: fraction of samples whose most likely class is their label, labels in the batches' order."""
+    """Of a classifier: fraction of samples whose most likely class is their label, labels in the batches' order.
+
+    Raises:
+        ValueError: there are not as many labels as samples.
+    """
     predicted = torch.cat([_forward(model, batch)["logits"].argmax(-1).cpu() for batch in batches])
+    if len(predicted) != len(labels):
+        raise ValueError(f"There are {len(predicted)} samples and {len(labels)} labels.")
     return float((predicted == torch.as_tensor(labels)).float().mean())
 
 
