@@ -16,6 +16,8 @@ CONFIG_NAME = "subprune_config.json"
 UNIT_KINDS = ("mlp", "attention")
 VARIANTS = ("layer", "seq", "asym")
 LAYOUTS = ("auto", "stock", "ragged")
+IMPORTANCES = ("greedy", "random", "weight_norm", "wanda", "fluctuation")
+METHODS = ("auto", "greedy", "backward", "stochastic")
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,15 @@ class PruneConfig:
             Tokens a text sample is truncated to; fewer where the model or its tokenizer takes fewer.
         batch_size (`int`, default `16`):
             Most samples in one calibration batch; few samples make smaller ones, so that both folds have some.
+        importance (`str`, default `"greedy"`):
+            What units are chosen by: `"greedy"` maximises the paper's objective; the baselines score units one by one:
+            `"random"`, `"weight_norm"` (LayerWeightNorm), `"wanda"` (weight norm times activation norm),
+            `"fluctuation"` (FLAP).
+        method (`str`, default `"auto"`):
+            How importance `"greedy"` searches: forward `"greedy"`, `"backward"` elimination, `"stochastic"` greedy, or
+            `"auto"`: backward where few units go, else forward.
+        swaps (`int`, default `-1`):
+            Most exchanges of a kept and a removed unit that refine a selection; `-1` until none improves it.
         reweight (`bool`, default `True`):
             Compute new weights for the layer that follows the removed units. `False` only removes.
         shrinkage (`"auto"` or `float`, default `"auto"`):
@@ -144,6 +155,9 @@ class PruneConfig:
     held_out: Annotated[int, _whole(1)] = 32
     max_length: Annotated[int, _whole(1)] = 256
     batch_size: Annotated[int, _whole(1)] = 16
+    importance: Annotated[str, _one_of(IMPORTANCES)] = "greedy"
+    method: Annotated[str, _one_of(METHODS)] = "auto"
+    swaps: Annotated[int, _whole(-1)] = -1
     reweight: Annotated[bool, _SWITCH] = True
     shrinkage: Annotated[float | str, _SHRINKAGE] = "auto"
     round_to: Annotated[int, _whole(1)] = 1

@@ -223,7 +223,11 @@ def _prune_block(
         block.columns,
         width,
         shrinkage=config.shrinkage,
+        importance=config.importance,
+        method=config.method,
+        swaps=None if config.swaps < 0 else config.swaps,
         reweight_kept=config.reweight,
+        generator=torch.Generator().manual_seed(config.seed),
     )
     error = relative_error(moments.held_out.moments(W), solution.kept_columns, solution.V, solution.bias_shift)
     bias = None if consumer.bias is None else consumer.bias.detach() + solution.bias_shift.to(consumer.bias)
