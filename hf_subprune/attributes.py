@@ -33,32 +33,47 @@ def attribute_sets(model: nn.Module, block: Block, owner: str) -> Iterator[tuple
     Yields:
         Tuples of attributes, without repetition, the empty one among them.
     """
-    counts, widths = candidates(model, block, owner)
+    counts, widths, configured = candidates(model, block, owner)
+    choices = [(some, few) for some in ((), widths, *_subsets(widths)) for few in _subsets(counts)]
+    # A forward that reads the config needs a copy of it for its layer: the last resort.
+    choices += [(some, few) for some in _subsets(configured) for few in _subsets(counts)]
     seen = set()
-    for chosen_widths in ((), widths, *_subsets(widths)):
-        for chosen_counts in _subsets(counts):
-            chosen = (*chosen_counts, *chosen_widths)
-            key = {(attribute.module, attribute.name) for attribute in chosen}
-            if frozenset(key) not in seen:
-                seen.add(frozenset(key))
-                yield chosen
+    for some, few in choices:
+        names = frozenset((attribute.module, attribute.name) for attribute in (*few, *some))
+        if names not in seen:
+            seen.add(names)
+            yield *few, *some
 
 
-def candidates(model: nn.Module, block: Block, owner: str) -> tuple[tuple[Attribute, ...], tuple[Attribute, ...]]:
-    """Head counts and widths among the integers of the modules that hold the block."""
+def candidates(model: nn.Module, block: Block, owner: str) -> tuple[tuple[Attribute, ...], ...]:
+    """Head counts and widths among the integers of the modules that hold the block; head counts in their config."""
     owned = {piece.index.numel() for piece in block.slices}
-    counts, widths = [], []
+    counts, widths, configured = [], [], []
     for path in _holders(block, owner):
-        for name, value in model.get_submodule(path).__dict__.items():
-            if type(value) is not int or value <= 0 or value % block.units:
-                continue
-            attribute = Attribute(path, name, value, value // block.units)
-            if is_width(attribute):
+        module = model.get_submodule(path)
+        for name, value in module.__dict__.items():
+            attribute = _attribute(block, path, name, value)
+            if attribute is not None and is_width(attribute):
                 if value in owned:
                     widths.append(attribute)
-            elif COUNT.search(name) and block.columns.shape[1] % attribute.per_unit == 0 and block.kind != "mlp":
+            elif attribute is not None and _counts_heads(block, attribute):
                 counts.append(attribute)
-    return tuple(counts[:MOST]), tuple(widths[:MOST])
+        for name, value in getattr(module.__dict__.get("config"), "__dict__", {}).items():
+            attribute = _attribute(block, path, f"config.{name}", value)
+            if attribute is not None and not is_width(attribute) and _counts_heads(block, attribute):
+                configured.append(attribute)
+    return tuple(counts[:MOST]), tuple(widths[:MOST]), tuple(configured[:MOST])
+
+
+def _attribute(block: Block, path: str, name: str, value: object) -> Attribute | None:
+    if type(value) is not int or value <= 0 or value % block.units:
+        return None
+    return Attribute(path, name, value, value // block.units)
+
+
+def _counts_heads(block: Block, attribute: Attribute) -> bool:
+    named = COUNT.search(attribute.name) is not None
+    return named and block.kind == "attention" and block.columns.shape[1] % attribute.per_unit == 0
 
 
 def is_width(attribute: Attribute) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from .attributes import attribute_sets, candidates, is_width
 from .blocks import Attribute, Block, Discovery, Refusal, Slice
 from .probe_inputs import probe_inputs
-from .tracing import OUTPUT, Read, Source, Trace, is_linear, traced
+from .tracing import OUTPUT, Read, Source, Trace, traced
 from .units import SHARED, Jacobian, Line, agrees, decode
-from .verification import EquivalenceError, producers, verify
+from .verification import EquivalenceError, verify
 
 __all__ = ["discover", "probe_inputs"]
 
@@ -64,7 +64,11 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
                     refusals.append(candidate)
     found, clashes = _without_clashes(_named(model, found))
     blocks, inexact = _verified(model, found, inputs)
-    return Discovery(tuple(blocks), (*refusals, *clashes, *inexact))
+    for block, reason in inexact:
+        if seek.shared[block.consumer]:
+            reason += f" (several units share rows of {_listed(seek.shared[block.consumer])})"
+        refusals.append(Refusal(block.name, block.kind, reason, LEFT_WHOLE))
+    return Discovery(tuple(blocks), (*refusals, *clashes))
 
 
 class _RefusedError(Exception):
@@ -80,7 +84,8 @@ class _Seeker:
         self.calls: dict[str, list[tuple[Read, list[Source]]]] = {}
         for read, sources in zip(trace.reads, trace.sources, strict=True):
             self.calls.setdefault(read.reader, []).append((read, sources))
-        self._maps: dict[tuple, tuple[torch.Tensor, torch.Tensor] | None] = {}
+        self.shared: dict[str, list[str]] = {}
+        self._maps: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def candidate(self, consumer: str) -> Block | Refusal | None:
         """The block of a consumer, a refusal, or `None` for a linear that is no consumer of a block."""
@@ -98,10 +103,10 @@ class _Seeker:
             reason = f"every input column depends on all rows of {names}: something between them spans the width"
             return Refusal(consumer, "unknown", reason, LEFT_WHOLE)
         columns, owner = decoded
+        self.shared[consumer] = _shared(jacobian, owner)
         try:
-            for again, others in self.calls[consumer][1:]:
-                if not self._holds(_local_jacobian(again, others), jacobian, columns, owner):
-                    raise _RefusedError("it is called several times, with units that are not the same each time")
+            if not self._equal_at_every_call(consumer, columns, owner):
+                raise _RefusedError("it is called several times, with units that are not the same each time")
             lines = _owned_lines(jacobian, owner)
             _check_exclusive(self.trace, read, lines)
             if columns.shape[1] == 1 and _is_rearrangement(read.tensor):
@@ -127,16 +132,23 @@ class _Seeker:
     def _decoded(self, jacobian: Jacobian) -> tuple[torch.Tensor, torch.Tensor] | None:
         key = (jacobian.columns, *((line.axis, line.length, line.source.axis) for line in jacobian.lines))
         known = self._maps.get(key)
-        if known is None or not agrees(jacobian, *known):
-            self._maps[key] = decode(jacobian)
-        return self._maps[key]
+        if known is not None and agrees(jacobian, *known):
+            return known
+        decoded = decode(jacobian)
+        if decoded is not None and decoded[0].shape[1] == 1:
+            self._maps[key] = decoded
+        return decoded
 
-    @staticmethod
-    def _holds(here: Jacobian, there: Jacobian, columns: torch.Tensor, owner: torch.Tensor) -> bool:
-        same = [(line.source.name, line.axis) for line in here.lines] == [
-            (line.source.name, line.axis) for line in there.lines
-        ]
-        return same and agrees(here, columns, owner)
+    def _equal_at_every_call(self, consumer: str, columns: torch.Tensor, owner: torch.Tensor) -> bool:
+        first, *others = [_local_jacobian(read, sources) for read, sources in self.calls[consumer]]
+        names = [(line.source.name, line.axis) for line in first.lines]
+        for other in others:
+            decoded = self._decoded(other)
+            if decoded is None or names != [(line.source.name, line.axis) for line in other.lines]:
+                return False
+            if not torch.equal(decoded[0], columns) or not torch.equal(decoded[1], owner):
+                return False
+        return True
 
 
 def _local_jacobian(read: Read, sources: list[Source]) -> Jacobian:
@@ -151,6 +163,12 @@ def _owns_rows(jacobian: Jacobian, owner: torch.Tensor) -> bool:
     """Whether a unit owns a row of any linear; the weights of a norm before the consumer do not make a block."""
     owners = zip(jacobian.lines, jacobian.split(owner), strict=True)
     return any(line.source.axis is not None and bool((one >= 0).any()) for line, one in owners)
+
+
+def _shared(jacobian: Jacobian, owner: torch.Tensor) -> list[str]:
+    """Linears with rows that feed several units."""
+    owners = zip(jacobian.lines, jacobian.split(owner), strict=True)
+    return [line.source.name for line, one in owners if line.source.axis is not None and bool((one == SHARED).any())]
 
 
 def _owned_lines(jacobian: Jacobian, owner: torch.Tensor) -> list[tuple[Line, torch.Tensor]]:
@@ -183,9 +201,9 @@ def _line(jacobian: Jacobian, line: Line) -> Line:
     return next(one for one in jacobian.lines if one.axis == line.axis)
 
 
-def _listed(names: set[str]) -> str:
-    some = ", ".join(repr(name) for name in sorted(names)[:3])
-    return some if len(names) <= 3 else f"{some} and {len(names) - 3} more"
+def _listed(names: Collection[str]) -> str:
+    first, more = sorted(names)[:3], len(names) - 3
+    return ", ".join(map(repr, first)) + (f" and {more} more" if more > 0 else "")
 
 
 REARRANGEMENT = re.compile(
@@ -275,12 +293,12 @@ def owner_path(block: Block) -> str:
 def _named(model: nn.Module, blocks: list[Block]) -> list[Block]:
     """Name each block after the module that holds it, with its kind where that module holds more than the block."""
     paths = [owner_path(block) for block in blocks]
-    linears = [name for name, module in model.named_modules() if is_linear(module)]
     names = []
     for block, path in zip(blocks, paths, strict=True):
-        mine = {block.consumer, *producers(block)}
-        alone = all(name in mine for name in linears if name.startswith(f"{path}."))
-        names.append(path if alone else f"{path}.{block.kind}".lstrip("."))
+        above = model.get_submodule(path.rpartition(".")[0])
+        alone = not any(other is not block and other.consumer.startswith(f"{path}.") for other in blocks)
+        layer = isinstance(above, (nn.ModuleList, nn.Sequential))
+        names.append(path if alone and not layer else f"{path}.{block.kind}".lstrip("."))
     taken = Counter(names)
     return [
         replace(block, name=name if taken[name] == 1 else block.consumer)
@@ -313,14 +331,14 @@ def _verified(model: nn.Module, blocks: list[Block], inputs: Mapping[str, Any]) 
     kept = {block.name: _half(block, i) for i, block in enumerate(blocks)}
     settled: dict[tuple, list[tuple[str, str]] | EquivalenceError] = {}
     exact: list[Block] = []
-    refusals: list[Refusal] = []
+    inexact: list[tuple[Block, str]] = []
     for block in blocks:
         key = _signature(model, block)
         if key not in settled:
             settled[key] = _search(model, block, kept, inputs)
         names = settled[key]
         if isinstance(names, EquivalenceError):
-            refusals.append(_inexact(block, names))
+            inexact.append((block, names.reason))
         else:
             exact.append(replace(block, attributes=_attributes(model, block, names)))
     # As a rule one check of all blocks at once; the blocks at fault, if any, are refused one at a time.
@@ -329,9 +347,9 @@ def _verified(model: nn.Module, blocks: list[Block], inputs: Mapping[str, Any]) 
             verify(model, exact, kept, inputs)
             break
         except EquivalenceError as error:
-            refusals.append(_inexact(next(block for block in exact if block.name == error.block), error))
+            inexact.extend((block, error.reason) for block in exact if block.name == error.block)
             exact = [block for block in exact if block.name != error.block]
-    return exact, refusals
+    return exact, inexact
 
 
 def _half(block: Block, seed: int) -> torch.Tensor:
@@ -381,7 +399,3 @@ def _attributes(model: nn.Module, block: Block, names: list[tuple[str, str]]) ->
     owner = owner_path(block)
     found = {(one.module, one.name): one for group in candidates(model, block, owner) for one in group}
     return tuple(found[owner + module, name] for module, name in names if (owner + module, name) in found)
-
-
-def _inexact(block: Block, error: EquivalenceError) -> Refusal:
-    return Refusal(block.name, block.kind, error.reason, LEFT_WHOLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -121,9 +122,7 @@ def shrink(
         entries: dict[str, Any] = owner._parameters if is_parameter else owner._buffers  # type: ignore[assignment]
         after = _parameter_like(entries[name], tensor) if is_parameter else tensor
         changes.append(_Change(entries, name, entries[name], after))
-    for attribute in block.attributes:
-        owner = model.get_submodule(attribute.module)
-        changes.append(_Change(owner.__dict__, attribute.name, attribute.before, attribute.per_unit * units.numel()))
+    changes.extend(_attribute_changes(model, block, units.numel()))
     for change in changes:
         if not _same(change.entries.get(change.name), change.before):
             raise ValueError(
@@ -204,6 +203,24 @@ def kept_columns(block: Block, kept: Sequence[int] | torch.Tensor) -> torch.Tens
     return block.columns[_checked_units(block, kept)].flatten().sort().values
 
 
+def _attribute_changes(model: nn.Module, block: Block, units: int) -> list[_Change]:
+    """Attributes that follow the units; a module whose forward reads its config gets a copy of its own."""
+    changes = []
+    configs: dict[str, Any] = {}
+    for attribute in block.attributes:
+        owner = model.get_submodule(attribute.module)
+        after = attribute.per_unit * units
+        if attribute.name.startswith("config."):
+            name = attribute.name.removeprefix("config.")
+            if attribute.module not in configs:
+                configs[attribute.module] = copy.copy(owner.config)
+                changes.append(_Change(owner.__dict__, "config", owner.config, configs[attribute.module]))
+            setattr(configs[attribute.module], name, after)
+        else:
+            changes.append(_Change(owner.__dict__, attribute.name, attribute.before, after))
+    return changes
+
+
 def _checked_units(block: Block, kept: Sequence[int] | torch.Tensor) -> torch.Tensor:
     units = torch.as_tensor(kept, device="cpu")
     if units.ndim != 1 or units.numel() == 0 or units.is_floating_point() or units.dtype == torch.bool:
@@ -277,6 +294,4 @@ def _parameter_like(original: nn.Parameter, values: torch.Tensor) -> nn.Paramete
 
 
 def _same(found: Any, expected: Any) -> bool:
-    if isinstance(expected, torch.Tensor):
-        return found is expected
-    return type(found) is type(expected) and found == expected
+    return found == expected if isinstance(expected, (int, tuple)) else found is expected

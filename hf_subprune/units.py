@@ -122,13 +122,14 @@ def decode(jacobian: Jacobian) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def agrees(jacobian: Jacobian, columns: torch.Tensor, owner: torch.Tensor) -> bool:
-    """Whether a partition decoded elsewhere (in another layer, at another call) holds here too: two products.
+    """Whether units of one column each that were decoded elsewhere (in another layer) hold here too: two products.
 
     A random half of the units must touch exactly their own entries and the shared ones, and so must the other half.
+    That tells any two maps of single columns apart, but not heads of one width from heads of another.
 
     Args:
         jacobian: Of the consumer's input here.
-        columns: `(units, c)` int64.
+        columns: `(units, 1)` int64.
         owner: `(entries,)` int64.
     """
     chosen = torch.rand(len(columns), generator=torch.Generator().manual_seed(2)) < 0.5
