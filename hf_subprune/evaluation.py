@@ -1,6 +1,7 @@
 """What a model costs (parameters, multiply-accumulates, latency) and how far its output drifted from another's."""
 
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,14 +21,17 @@ from .verification import undisturbed
 _STORED_BYTES = 64 * 2**20
 _ROWS_AT_ONCE = 256
 
+# Blocks of runs that a median latency is taken over, whatever time that takes.
+_FEWEST_BLOCKS = 3
+
 
 @dataclass(frozen=True)
 class Latency:
     """Wall time of one forward.
 
     Args:
-        seconds: Median over the runs.
-        measured_on: Batch size, length (`None` for images), device, dtype, threads and number of runs.
+        seconds: Median over blocks of runs.
+        measured_on: Batch size, length (`None` for images), device, dtype, threads and number of blocks of runs.
     """
 
     seconds: float
@@ -111,23 +115,25 @@ def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 
 
     def run() -> None:
         model(**batch)
-        if device != "cpu":
+        if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
     with undisturbed(model), torch.inference_mode():
         run()
         timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-        measured = timer.blocked_autorange(min_run_time=min_run_time)
+        times = timer.blocked_autorange(min_run_time=min_run_time).times
+        while len(times) < _FEWEST_BLOCKS:
+            times = times + timer.blocked_autorange(min_run_time=min_run_time).times
     ids = batch.get("input_ids")
     return Latency(
-        measured.median,
+        statistics.median(times),
         {
             "batch_size": len(next(value for value in batch.values() if _is_batched(value))),
             "length": None if ids is None else ids.shape[1],
             "device": torch.cuda.get_device_name(model.device) if device == "cuda" else device,
             "dtype": str(model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "runs": len(measured.times) * measured.number_per_run,
+            "blocks": len(times),
         },
     )
 
@@ -235,6 +241,8 @@ def _forward(model: PreTrainedModel, batch: Batch) -> Mapping[str, Any]:
 
 
 def _on_device(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    if model.device.type == "meta":  # weights are offloaded, and accelerate's hooks move the inputs
+        return dict(batch)
     return {
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
     }

@@ -545,3 +545,23 @@ def test_raw_images_need_an_image_processor(tokenizer):
         prepare(model, [Image.new("RGB", (16, 16))] * 4, PruneConfig(), tokenizer)
     with pytest.raises(ValueError, match=r"no image column for ViTModel.*Columns found: 'text'"):
         prepare(model, TEXTS, PruneConfig(), ViTImageProcessor())
+
+
+def test_images_inside_the_text_must_come_ready(tokenizer):
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**TEXT_MODEL, "vocab_size": 43, "eos_token_id": 2},
+            vision_config={**TEXT_MODEL, "image_size": 16, "patch_size": 8},
+        )
+    )
+    processor = CLIPProcessor(CLIPImageProcessor(), tokenizer)
+    processor.image_token = "<image>"
+    with pytest.raises(ValueError, match="CLIPProcessor places images inside the text: pass ready batches"):
+        prepare(model, [{"text": "w1", "image": Image.new("RGB", (16, 16))}] * 4, PruneConfig(), processor)
+
+
+def test_images_of_different_sizes_are_refused():
+    model = ViTModel(ViTConfig(image_size=16, patch_size=8, **TEXT_MODEL)).eval()
+    images = [Image.new("RGB", (16, 16 + i)) for i in range(6)]
+    with pytest.raises(ValueError, match=r"pixel_values of one batch must have one shape.*resize to one size"):
+        prepare(model, images, PruneConfig(), ViTImageProcessor(do_resize=False))
