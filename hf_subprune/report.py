@@ -1,11 +1,12 @@
-"""What a pruning run did and what it measured: dataclasses, JSON, and a table to read."""
+"""What a pruning run did and what it measured: dataclasses, JSON, and tables to read."""
 
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -13,7 +14,13 @@ from rich.text import Text
 
 from .blocks import Refusal
 
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+    from transformers import PreTrainedModel
+
 REPORT_NAME = "subprune_report.json"
+PAGE_NAME = "subprune_report.md"
+PLOT_FOLDER = "plots"
 FORMAT = 1
 
 
@@ -37,6 +44,8 @@ class BlockReport:
         guarantee: Lower bound on the captured fraction of what the best choice of this size could capture, in [0, 1];
             `None` when none was computed.
         seconds: Wall time of selection and reweighting.
+        curve: `(units kept, relative error)` of the objective that selection minimises, shrinkage included, along
+            nested greedy sets; a few points from few units to many, empty when none was computed.
     """
 
     name: str
@@ -52,6 +61,7 @@ class BlockReport:
     method: str
     guarantee: float | None
     seconds: float
+    curve: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,31 @@ class Change:
     def ratio(self) -> float:
         """`after / before`."""
         return self.after / self.before
+
+
+@dataclass(frozen=True)
+class TaskMetric:
+    """A labelled metric of the whole model before and after pruning.
+
+    Args:
+        name: As in `evaluate`, e.g. `"accuracy"`, `"perplexity"`, `"spearmanr"`.
+        task: Of the Hub, e.g. `"text-classification"`.
+        dataset: Hub id or name of the data.
+        split: Of the data.
+        samples: Number of samples it was computed on.
+        value: Before and after.
+        before_interval: 95% confidence interval of the value before, `(low, high)`.
+        after_interval: The same of the value after.
+    """
+
+    name: str
+    task: str
+    dataset: str
+    split: str
+    samples: int
+    value: Change
+    before_interval: tuple[float, float] | None = None
+    after_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +123,8 @@ class PruneReport:
         seconds: Wall time of each stage.
         peak_memory: Largest resident size of the process by the end of the run, bytes.
         versions: Of the packages that matter.
+        metrics: Of labelled tasks, when they were evaluated.
+        command: The command line that made it; empty when Python code did.
     """
 
     model: str
@@ -106,6 +143,8 @@ class PruneReport:
     seconds: dict[str, float]
     peak_memory: int
     versions: dict[str, str] = field(default_factory=dict)
+    metrics: tuple[TaskMetric, ...] = ()
+    command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -124,16 +163,18 @@ class PruneReport:
             raise ValueError(
                 f"A report of format {FORMAT} is expected, found format {found!r}: was it written by another version?"
             )
-        expected = {f.name for f in fields(cls)}
-        if set(values) != expected:
-            missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)
+        known = {f.name for f in fields(cls)}
+        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+        if not required <= set(values) <= known:
+            missing, unknown = sorted(required - set(values)), sorted(set(values) - known)
             raise ValueError(f"Not a pruning report: missing fields {missing}, unknown fields {unknown}.")
         try:
-            values["blocks"] = tuple(
-                BlockReport(**{**b, "kept_units": tuple(b["kept_units"]), "kept_columns": tuple(b["kept_columns"])})
-                for b in values["blocks"]
-            )
+            values["blocks"] = tuple(BlockReport(**_tuples(block)) for block in values["blocks"])
             values["refusals"] = tuple(Refusal(**r) for r in values["refusals"])
+            values["metrics"] = tuple(
+                TaskMetric(**_tuples({**metric, "value": Change(**metric["value"])}))
+                for metric in values.get("metrics", ())
+            )
             for name in ("parameters", "macs", "latency"):
                 values[name] = Change(**values[name])
         except (TypeError, KeyError) as error:
@@ -141,11 +182,73 @@ class PruneReport:
         return cls(**values)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `subprune_report.json` into `folder` (made if need be) and return the file's path."""
-        path = Path(folder) / REPORT_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the report into `folder`, made if need be: JSON, a Markdown page, and plots where matplotlib is.
+
+        Returns:
+            Path of `subprune_report.json`.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / REPORT_NAME
         path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        plots = {}
+        if find_spec("matplotlib"):
+            from .plots import save_plots
+
+            plots = save_plots(self, folder / PLOT_FOLDER)
+        shown = {title: f"{PLOT_FOLDER}/{plot.name}" for title, plot in plots.items()}
+        (folder / PAGE_NAME).write_text(self.to_markdown(shown), encoding="utf-8")
         return path
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        model: "PreTrainedModel",
+        processing_class: Any = None,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        force: bool = False,
+        token: str | None = None,
+        commit_message: str | None = None,
+        card_data: Mapping[str, Any] | None = None,
+    ) -> "CommitInfo":
+        """Upload the pruned model with its processor, model card, this report and plots, as one commit.
+
+        Args:
+            repo_id: `"user/name"` or `"organization/name"`; made if need be.
+            model: After `prune`.
+            processing_class: Tokenizer, image processor or processor; may be `None`.
+            private: Whether a repo that is made is private; the default of the account when left out.
+            revision: Branch to commit to, made if need be; `"main"` when left out.
+            create_pr: Open a pull request with the commit.
+            force: Overwrite a repo that was not pushed by hf_subprune.
+            token: The one that `hf auth login` or `HF_TOKEN` stores when left out.
+            commit_message: First line of the commit.
+            card_data: Metadata of the card that replaces what is found out, e.g. `license`, `language`, `base_model`
+                (a Hub id), `datasets`.
+
+        Raises:
+            ValueError: `repo_id` is not a valid one.
+            PushError: nothing was committed. The message says why, where the saved model is, and the command that
+                tries again.
+        """
+        from .hub import push_model  # the Hub is outermost: the report is read without it
+
+        return push_model(
+            self,
+            repo_id,
+            model,
+            processing_class,
+            card_data=card_data,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            force=force,
+            token=token,
+            commit_message=commit_message,
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "PruneReport":
@@ -166,6 +269,23 @@ class PruneReport:
     def __str__(self) -> str:
         return render(self.summary(), self.block_table())
 
+    def to_markdown(self, plots: Mapping[str, str] | None = None) -> str:
+        """The report as a page.
+
+        Args:
+            plots: Path of an image, as the page is to link it, per title.
+        """
+        parts = [f"# {self.architecture} pruned, {self.layout} layout", markdown_table(self.summary())]
+        parts += [f"![{title}]({path})" for title, path in (plots or {}).items()]
+        parts += ["## Blocks", markdown_table(self.block_table())]
+        if self.refusals:
+            parts += ["## Left whole", markdown_table(refusal_table(self.refusals))]
+        settings = ", ".join(f"`{name}={value!r}`" for name, value in self.config.items())
+        parts += ["## Settings", settings]
+        if self.command:
+            parts.append(f"```bash\n{self.command}\n```")
+        return "\n\n".join(parts) + "\n"
+
     def summary(self) -> Table:
         """The whole model before and after, as a rich table."""
         on = self.measured_on
@@ -175,6 +295,8 @@ class PruneReport:
         table.add_row("parameters", *_change(self.parameters, lambda x: f"{x / 1e6:.2f} M"))
         table.add_row("MACs a sample", *_change(self.macs, lambda x: f"{x / 1e9:.3f} G"))
         table.add_row("latency", *_change(self.latency, lambda x: f"{x * 1e3:.1f} ms"))
+        for metric in self.metrics:
+            table.add_row(f"{metric.name}, {metric.dataset} {metric.split}", *_change(metric.value, "{:.4f}".format))
         for name, value in self.drift.items():
             table.add_row(f"held-out {name.replace('_', ' ')}", "", f"{value:.4f}", "")
         table.caption = (
@@ -212,9 +334,23 @@ class PruneReport:
 
 def render(*parts: Any, width: int = 120) -> str:
     """Rich renderables as plain text."""
-    console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
+    console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None, markup=False)
     console.print(Group(*parts))
     return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
+
+
+def markdown_table(table: Table | Text) -> str:
+    """A rich table as a Markdown one, its caption as a paragraph below; the title is left to a heading.
+
+    Anything else, such as the text that stands in for an empty table, is written as it is.
+    """
+    if not isinstance(table, Table):
+        return render(table)
+    rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    cells = zip(*(column.cells for column in table.columns), strict=True)
+    rows: list[Iterable[object]] = [[column.header for column in table.columns], rules, *cells]
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + (f"\n\n{table.caption}" if table.caption else "")
 
 
 def refusal_table(refusals: Sequence[Refusal]) -> Table | Text:
@@ -227,6 +363,15 @@ def refusal_table(refusals: Sequence[Refusal]) -> Table | Text:
     for r in refusals:
         table.add_row(r.name, r.kind, r.reason, r.advice)
     return table
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists, nested ones too, as tuples, which JSON cannot hold."""
+
+    def convert(value: Any) -> Any:
+        return tuple(map(convert, value)) if isinstance(value, (list, tuple)) else value
+
+    return {name: convert(value) for name, value in values.items()}
 
 
 def _change(change: Change, form: Any) -> tuple[str, str, str]:

@@ -1,0 +1,88 @@
+import json
+import re
+
+import pytest
+from sample_report import make_block, make_report
+
+from hf_subprune import report as report_module
+from hf_subprune.report import PAGE_NAME, PruneReport, markdown_table, refusal_table
+
+
+def test_a_saved_report_loads_as_it_was(tmp_path):
+    report = make_report()
+    path = report.save(tmp_path / "new" / "folder")
+    assert PruneReport.load(path) == report
+    assert PruneReport.load(path.parent) == report
+
+
+def test_figures_that_came_later_may_be_missing():
+    values = json.loads(json.dumps(make_report().to_dict()))
+    for block in values["blocks"]:
+        del block["curve"]
+    del values["metrics"], values["command"]
+    report = PruneReport.from_dict(values)
+    assert report.metrics == () and report.command == "" and report.blocks[0].curve == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 2"),
+        ({"colour": "red"}, r"unknown fields \['colour'\]"),
+        ({"macs": {"before": 1.0}}, "after"),
+        ({"metrics": [{"name": "accuracy"}]}, "value"),
+    ],
+)
+def test_other_files_are_refused_with_the_file_and_what_is_wrong(tmp_path, change, message):
+    path = tmp_path / "subprune_report.json"
+    path.write_text(json.dumps({**make_report().to_dict(), **change}))
+    with pytest.raises(ValueError, match=message) as error:
+        PruneReport.load(tmp_path)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_field_is_named(tmp_path):
+    values = make_report().to_dict()
+    del values["macs"]
+    with pytest.raises(ValueError, match=r"missing fields \['macs'\]"):
+        PruneReport.from_dict(values)
+
+
+def test_tables_are_markdown_with_numbers_to_the_right_and_no_cell_lost():
+    report = make_report()
+    rows = markdown_table(report.summary()).split("\n\n")[0].splitlines()
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+    assert rows[:3] == [
+        "|  | before | after | ratio |",
+        "| --- | ---: | ---: | ---: |",
+        "| parameters | 2.00 M | 1.50 M | 0.750 |",
+    ]
+    assert "| accuracy, sst2 test | 0.9000 | 0.8800 | 0.978 |" in rows
+
+
+def test_brackets_and_bars_in_an_advice_survive():
+    rows = markdown_table(refusal_table(make_report().refusals)).splitlines()
+    assert rows[2] == r"| pooler | mlp | Its output is the model's. | Install extra[this] \| leave it. |"
+
+
+def test_the_page_links_the_plots_that_were_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    make_report().save(tmp_path)
+    links = re.findall(r"!\[.+?\]\((.+?)\)", (tmp_path / PAGE_NAME).read_text())
+    assert len(links) == 4
+    assert sorted(links) == sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+
+
+def test_without_matplotlib_the_page_has_no_plots(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_module, "find_spec", lambda name: None)
+    make_report().save(tmp_path)
+    page = (tmp_path / PAGE_NAME).read_text()
+    assert "![" not in page and "## Left whole" in page and "hf-subprune prune" in page
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_terminal_sees_every_block():
+    text = str(make_report(layers=3))
+    assert all(block.name in text for block in make_report(layers=3).blocks)
+    assert ">= 90.0%" in text
+    assert ">=" not in str(make_report(blocks=(make_block(guarantee=None),)))
