@@ -89,7 +89,7 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
 def _choices(required: list[str], main: list[str], modalities: list[str]) -> Iterator[list[str]]:
     yield [*required, *modalities, *main]
     for modality in modalities:
-        yield [*required, *main, modality]
+        yield [*required, "input_ids", *main, modality] if "input_ids" in modalities else [*required, *main, modality]
     yield [*required, *main]
     yield required
     for modality in modalities:
@@ -127,20 +127,23 @@ class Sizes:
         """Height and width of an image."""
         size = self.get("image_size", "img_size", "crop_size", "pretrain_image_size", default=64, within="vision")
         size = size.get("height", 64) if isinstance(size, dict) else size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        height, width = (size[-2], size[-1]) if isinstance(size, (list, tuple)) and len(size) > 1 else (size, size)
         return height, width
 
     @property
     def channels(self) -> int:
         """Channels of an image."""
-        channels = self.get("num_channels", "in_channels", "in_chans", "num_input_channels", default=3, within="vision")
+        channels = self.get(
+            "num_channels", "in_channels", "in_chans", "num_input_channels", default=3, within="vision"
+        )
         return channels if isinstance(channels, int) and channels < 16 else 3
 
     @property
     def patch(self) -> tuple[int, int]:
         """Height and width of a patch."""
         patch = self.get("patch_size", "spatial_patch_size", default=16, within="vision")
-        return (patch, patch) if isinstance(patch, int) else tuple(patch)[-2:]
+        patch = patch[0] if isinstance(patch, (list, tuple)) and isinstance(patch[0], (list, tuple)) else patch
+        return (patch, patch) if isinstance(patch, int) else (patch[-2], patch[-1])
 
     @property
     def patch_width(self) -> int:
@@ -253,6 +256,10 @@ def _feature_rows(sizes: Sizes, model: nn.Module) -> torch.Tensor:
     return sizes.normal(SAMPLES, _frames(sizes), sizes.bins)
 
 
+def _spectrogram_image(sizes: Sizes, model: nn.Module) -> torch.Tensor:
+    return sizes.normal(SAMPLES, 1, _frames(sizes), sizes.bins)
+
+
 def _waveform(sizes: Sizes, model: nn.Module) -> torch.Tensor:
     return sizes.normal(SAMPLES, 4000)
 
@@ -306,12 +313,13 @@ MAKERS: dict[str, tuple[Layout, ...]] = {
     "pixel_attention_mask": (_ones(GRID * GRID), lambda sizes, model: None),
     "pixel_position_ids": (_grid_positions,),
     "image_position_ids": (_grid_positions,),
-    "image_sizes": (lambda sizes, model: torch.tensor([sizes.side] * SAMPLES),),
+    "image_sizes": (lambda sizes, model: None, lambda sizes, model: torch.tensor([sizes.side] * SAMPLES)),
     "mm_token_type_ids": (lambda sizes, model: None,),
-    "input_features": (_spectrogram, _feature_rows),
+    "input_features": (_spectrogram, _feature_rows, _spectrogram_image),
     "input_features_mask": (
         lambda sizes, model: torch.ones(SAMPLES, _frames(sizes), dtype=torch.long), lambda sizes, model: None,
     ),
+    "feature_attention_mask": (lambda sizes, model: torch.ones(SAMPLES, _frames(sizes), dtype=torch.long),),
     "input_values": (_waveform, _channel_waveform, _audio_spectrogram),
     "past_values": (_series, _single_series),
     "inputs_embeds": (_states,),
@@ -321,17 +329,64 @@ MAKERS: dict[str, tuple[Layout, ...]] = {
     "spectrogram": (lambda sizes, model: sizes.normal(SAMPLES, TOKENS, sizes.get("model_in_dim", default=80)),),
     "inputs": (_tokens, _waveform, _states),
 }  # fmt: skip
-MODALITIES = ("input_ids", "pixel_values", "pixel_values_videos", "input_features", "input_values")
+MODALITIES = ("input_ids", "pixel_values", "input_features", "input_values")
 COMPANIONS = {
     "input_ids": ("attention_mask", "bbox"),
     "pixel_values": (
         "image_grid_thw", "grid_thw", "spatial_shapes", "pixel_attention_mask", "pixel_position_ids",
         "image_position_ids", "image_sizes", "merge_sizes",
     ),
-    "input_features": ("input_features_mask",),
+    "input_features": ("input_features_mask", "feature_attention_mask"),
 }  # fmt: skip
+
+
+# Where a model turns a modality into hidden states, and the configuration's name of the token that stands for one.
+PLACEHOLDERS = (
+    ("pixel_values", "get_image_features", ("image_token_id", "image_token_index", "img_token_id")),
+    ("input_features", "get_audio_features", ("audio_token_id", "audio_token_index")),
+    ("input_values", "get_audio_features", ("audio_token_id", "audio_token_index")),
+)
 
 
 def _with_placeholders(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
     """`inputs` with as many placeholder tokens in the text as the images and sounds beside it fill."""
+    if "input_ids" not in inputs:
+        yield inputs
+        return
+    sizes = Sizes(model.config)
+    placeholders: list[int] = []
+    for name, method, tokens in PLACEHOLDERS:
+        token = sizes.get(*tokens)
+        if name in inputs and isinstance(token, int):
+            placeholders += [token] * (_features(model, method, inputs) // SAMPLES)
+    if placeholders:
+        row = torch.tensor(placeholders).expand(SAMPLES, -1)
+        kinds = torch.cat([torch.zeros(SAMPLES, 1), torch.ones_like(row), torch.zeros(SAMPLES, TOKENS - 1)], 1)
+        inputs = dict(inputs)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :1], row, inputs["input_ids"][:, 1:]], 1)
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] = torch.cat([torch.ones_like(row), inputs["attention_mask"]], 1)
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in inspect.signature(model.forward).parameters:
+                inputs[name] = kinds.long()
     yield inputs
+
+
+def _features(model: nn.Module, method: str, inputs: Inputs) -> int:
+    """Hidden states that a modality becomes; 0 if the model does not say."""
+    owner = next((module for module in model.modules() if hasattr(module, method)), None)
+    if owner is None:
+        return 0
+    function = getattr(owner, method)
+    accepted = inspect.signature(inspect.unwrap(function)).parameters
+    parameter = next(model.parameters())
+    given = {name: _placed(value, parameter) for name, value in inputs.items() if name in accepted}
+    given.pop("attention_mask", None)
+    try:
+        with undisturbed(model), torch.no_grad():
+            output = function(**given)
+    except Exception:  # the forward says what is wrong with the inputs
+        return 0
+    output = getattr(output, "pooler_output", output)
+    rows = output if isinstance(output, (list, tuple)) else [output]
+    return sum(row.numel() // row.shape[-1] for row in rows if isinstance(row, torch.Tensor))

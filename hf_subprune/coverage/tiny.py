@@ -26,7 +26,7 @@ Rule = Callable[[Any], Any]
 
 def at_most(bound: int) -> Rule:
     """Rule that caps an integer, or each integer of a list."""
-    return lambda value: [min(v, bound) for v in value] if isinstance(value, (list, tuple)) else min(value, bound)
+    return lambda value: [min(v, bound) for v in value] if is_list(value) else min(value, bound)
 
 
 def keep(value: Any) -> Any:
@@ -35,34 +35,38 @@ def keep(value: Any) -> Any:
 
 
 def width(tiny: int) -> Rule:
-    """Rule for a number of features: `tiny`, or for one width per stage the same ratios from `tiny // 2` on.
+    """Rule for a number of features: `tiny`, and for one width per stage an eighth of each.
 
     Small numbers (image channels, multipliers) are not widths and stay.
     """
 
     def shrink(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            if not all(isinstance(v, int) for v in value) or max(value, default=0) < tiny:
-                return value
-            smallest = min((v for v in value if v >= 16), default=1)
-            return [v if v < 16 else max(round(v / smallest), 1) * tiny // 2 for v in value]
+        if is_list(value) and len(set(value)) > 1:
+            return [eighth(v) for v in value]
+        if is_list(value):
+            return [shrink(v) for v in value]
         return tiny if value > 16 else value
 
     return shrink
 
 
+def eighth(value: int) -> int:
+    """A width divided by eight, which keeps ratios, sums and equalities between widths; small numbers stay."""
+    return max(value // 8, 2) if value >= 16 else value
+
+
 def heads(value: Any) -> Any:
-    """Rule for a number of attention heads; heads per stage keep the ratios that their widths keep."""
-    if isinstance(value, (list, tuple)):
-        fewest = min(value)
-        return [max(round(v / fewest), 1) * (2 if fewest > 1 else 1) for v in value]
-    return min(value, HEADS)
+    """Rule for a number of attention heads; heads per stage stay in proportion to their widths."""
+    return value if is_list(value) else min(value, HEADS)
 
 
 # The first pattern found in a field's name gives its role.
 RULES: tuple[tuple[str, Rule], ...] = (
     (r"(_|^)(kernel|stride|padding|dilation|ratio|factor|scale|rate|coefficient|cost|weight|theta|temperature)", keep),
     (r"(kernel|stride|padding|dilation|ratio|factor|scale)s?(_|$)|_rates?$|group_norm|base$|_mult$|multiple", keep),
+    (r"window_size", at_most(2)),
+    (r"num_groups$", at_most(2)),
+    (r"rotary_dim", width(HEAD_DIM)),
     (r"vocab_size|num_embeddings$|num_buckets$|codebook_size|num_res_types", at_most(VOCABULARY)),
     (r"key_value_heads|kv_heads|num_key_heads|num_kv", at_most(KEY_VALUE_HEADS)),
     (r"(head_dim|d_kv|dim_head|d_head|head_size|kv_channels)$", width(HEAD_DIM)),
@@ -76,7 +80,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"num_queries|num_proposals|num_latents|query_num|num_query_tokens|num_prototypes", at_most(QUERIES)),
     (r"source_positions|max_length|num_frames|train_num_points|index_topk", at_most(FRAMES)),
     (r"lora_rank|_rank$", at_most(WIDTH // 4)),
-    (r"intermediate|ffn|d_ff|dff|dim_ff|mlp_dim|mlp_hidden|feed_?forward|n_inner|d_inner|linear_units", width(INNER)),
+    (r"intermediate|ffn|d_ff|dff|dim_ff|mlp_dim|mlp_hidden|feed_?forward|inner|linear_units", width(INNER)),
+    (r"num_pos_feats", width(WIDTH // 2)),
     (r"hidden|emb|d_model|dim|width|channels|feature_size|_size_global|planes|descriptor|units", width(WIDTH)),
     (
         r"upsample_groups|projection|proj_size|lru_width|num_filters|filters$|mel_bins_hidden|out_features",
@@ -87,10 +92,20 @@ TOKEN_ID = re.compile(r"(token_?|(^|_)(bos|eos|pad|unk|mask|im_start|im_end|newl
 LAYER_INDEX = re.compile(r"(index(es)?|indices|layer_ids?|hook_ids|idxs?|layers_ids)$")
 LAYER_POSITION = re.compile(r"insert_layer|first_k_dense|num_dense_layers|layer_start_index")
 KEY_VALUE = re.compile(r"key_value_heads|kv_heads")
+OUTPUTS = ("out_indices", "out_features")
+NEEDED = {
+    "vocab_size": VOCABULARY,
+    "head_dim": HEAD_DIM,
+    "num_key_value_heads": KEY_VALUE_HEADS,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": INNER,
+    "sliding_window": FRAMES,
+}
 IMAGE_SIZE = re.compile(r"image_size|img_size|input_size|resolution")
 
 
-class CannotBuild(Exception):
+class CannotBuildError(Exception):
     """Raised when no tiny model of a type could be built; the message says why."""
 
 
@@ -103,33 +118,36 @@ def tiny_model(model_type: str, head: str = "base", seed: int = 0) -> PreTrained
         seed: Of the weights. The global random state is left as it was.
 
     Raises:
-        CannotBuild: If there is no such class, or its configuration could not be shrunk.
+        CannotBuildError: If there is no such class, or its configuration could not be shrunk.
     """
     try:
         config = tiny_config(model_type)
     except Exception as error:
-        raise CannotBuild(f"{model_type}: no tiny configuration: {first_line(error)}") from error
+        raise CannotBuildError(f"{model_type}: no tiny configuration: {first_line(error)}") from error
     architecture = model_class(type(config), head)
     if architecture is None:
-        raise CannotBuild(f"{model_type}: Transformers has no {head} class for {type(config).__name__}")
+        raise CannotBuildError(f"{model_type}: Transformers has no {head} class for {type(config).__name__}")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             with torch.device("meta"):
                 size = sum(p.numel() for p in architecture(config).parameters())
             if size > MOST_PARAMETERS:
-                raise CannotBuild(f"{model_type}: the tiny configuration still has {size} parameters")
+                raise CannotBuildError(f"{model_type}: the tiny configuration still has {size} parameters")
             model = architecture(config)
             scatter_weights(model)
-    except CannotBuild:
+    except CannotBuildError:
         raise
     except Exception as error:
-        raise CannotBuild(f"{model_type}: {architecture.__name__} failed to build: {first_line(error)}") from error
+        raise CannotBuildError(
+            f"{model_type}: {architecture.__name__} failed to build: {first_line(error)}"
+        ) from error
     return model.eval()
 
 
 def first_line(error: BaseException) -> str:
-    """Class and first line of an error."""
+    """Class and first line of an error, or of the one that caused it."""
+    error = error.__cause__ or error
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
@@ -158,8 +176,14 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
     Raises whatever the configuration class raises if it refuses the sizes.
     """
-    config_class = CONFIG_MAPPING[model_type]
-    return config_class(**tiny_arguments(config_class, {}))
+    return shrink_config(CONFIG_MAPPING[model_type], {})
+
+
+def shrink_config(config_class: type[PreTrainedConfig], given: dict[str, Any]) -> PreTrainedConfig:
+    """A tiny `config_class`; `given` are arguments that its owner would have passed."""
+    config = config_class(**tiny_arguments(config_class, given))
+    fit_rotary_sections(config)
+    return config
 
 
 def tiny_arguments(config_class: type[PreTrainedConfig], given: dict[str, Any]) -> dict[str, Any]:
@@ -189,26 +213,46 @@ def field_defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
 
 def shrink_field(name: str, value: Any, defaults: dict[str, Any]) -> Any:
     """Tiny value of one field; `defaults` are the values of its siblings, to which some roles refer."""
-    if isinstance(value, dict):
-        return shrink_rope(value, defaults) if name.startswith("rope") else value
-    if isinstance(value, (bool, float, str)) or value is None:
+    if isinstance(value, (bool, float, str, dict)) or value is None:
         return value
-    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if name == "image_grid_pinpoints" and value:
+        side = tiny_image_side(16)
+        return [[side, 2 * side], [2 * side, side]]
+    numbers = value if is_list(value) else [value]
     if not numbers or not all(isinstance(v, int) and not isinstance(v, bool) for v in numbers):
         return value
     if TOKEN_ID.search(name):
-        return type(value)(map(tiny_id, value)) if isinstance(value, (list, tuple)) else tiny_id(value)
+        return type(value)(map(tiny_id, value)) if is_list(value) else tiny_id(value)
     if IMAGE_SIZE.search(name):
         patch = defaults.get("patch_size") or 16
         side = tiny_image_side(patch if isinstance(patch, int) else max(patch))
-        return type(value)(min(v, side) for v in value) if isinstance(value, (list, tuple)) else min(value, side)
+        return type(value)(min(v, side) for v in value) if is_list(value) else min(value, side)
+    if name == "num_attention_heads" and is_list(defaults.get("hidden_sizes")):
+        return at_most(2)(value)
     if KEY_VALUE.search(name) and value == defaults.get("num_attention_heads"):
         return heads(value)
     for pattern, rule in RULES:
         if re.search(pattern, name):
-            shrunk = rule(value)
-            return type(value)(shrunk) if isinstance(value, (list, tuple)) else shrunk
+            shrunk = staged_width(value, defaults) if is_staged_width(name, value, defaults) else rule(value)
+            return type(value)(shrunk) if is_list(value) else shrunk
     return value
+
+
+def is_staged_width(name: str, value: Any, defaults: dict[str, Any]) -> bool:
+    """Whether a width is that of the first stage of a vision model, from which the others follow by fixed ratios."""
+    stages = (defaults.get(sibling) for sibling in ("depths", "num_heads", "block_sizes"))
+    return isinstance(value, int) and name in ("embed_dim", "hidden_size") and any(map(is_list, stages))
+
+
+def staged_width(value: int, defaults: dict[str, Any]) -> int:
+    """An eighth of a first stage's width, rounded up to a multiple of its number of heads."""
+    first = defaults["num_heads"][0] if is_list(defaults.get("num_heads")) else 4
+    return math.ceil(value / 8 / first) * first
+
+
+def is_list(value: Any) -> bool:
+    """Whether a field holds several values."""
+    return isinstance(value, (list, tuple))
 
 
 def tiny_id(token: int) -> int:
@@ -221,15 +265,14 @@ def tiny_image_side(patch: int) -> int:
     return patch * max(PATCHES, 2 ** int(math.log2(max(64 / patch, 1))))
 
 
-def shrink_rope(rope: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters whose sections (one per position axis, summing to half the rotated width) fit `HEAD_DIM`."""
-    section = rope.get("mrope_section")
-    if section is None:
-        return {k: shrink_rope(v, defaults) if isinstance(v, dict) else v for k, v in rope.items()}
-    head_dim = defaults.get("head_dim") or defaults["hidden_size"] // defaults["num_attention_heads"]
-    target = sum(section) * HEAD_DIM // head_dim
-    ends = [round(sum(section[: i + 1]) * target / sum(section)) for i in range(len(section))]
-    return {**rope, "mrope_section": [end - start for start, end in zip([0, *ends], ends, strict=False)]}
+def fit_rotary_sections(config: PreTrainedConfig) -> None:
+    """Rotary sections (one per position axis) that sum to half the rotated width of a head, where there are any."""
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict) or "mrope_section" not in getattr(config, "ignore_keys_at_rope_validation", ()):
+        return
+    head_dim = vars(config).get("head_dim") or config.hidden_size // config.num_attention_heads
+    half = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+    rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
 
 
 def tiny_sub_config(spec: Any, given: Any) -> PreTrainedConfig:
@@ -238,7 +281,7 @@ def tiny_sub_config(spec: Any, given: Any) -> PreTrainedConfig:
     model_type = given.pop("model_type", spec.model_type)
     concrete = issubclass(spec.config_class, PreTrainedConfig)
     config_class = spec.config_class if concrete else CONFIG_MAPPING[model_type]
-    return config_class(**tiny_arguments(config_class, given))
+    return shrink_config(config_class, given)
 
 
 def with_layer_pattern(
@@ -250,37 +293,52 @@ def with_layer_pattern(
     """
     depth = config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     defaults = {**field_defaults(config_class), **given}
+    full = config_class(**given)
+    unset = {name: value for name, value in NEEDED.items() if name in defaults and vars(full).get(name, 0) is None}
+    arguments = {**arguments, **unset}
     if not isinstance(defaults.get(depth), int):
         return arguments
-    full = config_class(**given)
-    patterns = {
-        name: value
-        for name, value in vars(full).items()
-        if isinstance(value, (list, tuple)) and len(value) == defaults[depth] and len(value) > LAYERS
-    }
-    wanted = {
-        name: set(map(str, value)) for name, value in patterns.items() if len(set(map(str, value))) <= LAYERS + 1
-    }
-    for layers in range(min(LAYERS, defaults[depth]), MOST_LAYERS + 1):
+    patterns = layer_patterns(full, defaults[depth])
+    wanted = {name: set(value) for name, value in patterns.items() if len(set(value)) <= LAYERS + 1}
+    fewest = max([LAYERS, *(len(defaults[name]) for name in OUTPUTS if defaults.get(name))])
+    chosen, refusal = None, None
+    for layers in range(min(fewest, defaults[depth]), MOST_LAYERS + 1):
         candidate = {**arguments, depth: layers}
-        candidate.update({name: value[:layers] for name, value in patterns.items() if defaults.get(name) is not None})
+        candidate.update({name: defaults[name][:layers] for name in patterns if defaults.get(name) is not None})
         for name, value in defaults.items():
             candidate.update(layer_positions(name, value, layers))
         try:
-            config = config_class(**candidate)
-        except Exception as error:  # a class may refuse a depth that another depth satisfies
-            refusal = error
+            shown = layer_patterns(config_class(**candidate), layers)
+        except Exception as error:  # a class may refuse a depth and take another
+            refusal = refusal or error
             continue
-        if all(set(map(str, getattr(config, name))) >= types for name, types in wanted.items()):
+        chosen = chosen or candidate
+        if all(set(shown.get(name, ())) >= types for name, types in wanted.items()):
             return candidate
-    if "config" not in locals():
+    if chosen is None:
+        assert refusal is not None
         raise refusal
-    return {**arguments, depth: LAYERS}
+    return chosen
+
+
+def layer_patterns(config: PreTrainedConfig, layers: int) -> dict[str, list[str]]:
+    """Attributes and properties of a configuration that hold one entry per layer."""
+    names = [name for name in dir(type(config)) if re.search(r"layers?_\w*types?$", name)]
+    computed = {name: getattr(config, name, None) for name in names}
+    return {
+        name: [str(one) for one in value]
+        for name, value in {**computed, **vars(config)}.items()
+        if is_list(value) and len(value) == layers
+    }
 
 
 def layer_positions(name: str, value: Any, layers: int) -> dict[str, Any]:
     """The field `name` with indices of layers moved into `range(layers)`; empty if it holds none."""
-    if isinstance(value, (list, tuple)) and LAYER_INDEX.search(name) and all(isinstance(v, int) for v in value):
+    if name in OUTPUTS and value:
+        first = layers - len(value) + 1
+        stages = range(first, layers + 1)
+        return {name: list(stages) if isinstance(value[0], int) else [f"stage{stage}" for stage in stages]}
+    if is_list(value) and LAYER_INDEX.search(name) and all(isinstance(v, int) for v in value):
         return {name: sorted({min(v, layers - 1) for v in value})}
     if isinstance(value, int) and not isinstance(value, bool) and LAYER_POSITION.search(name):
         return {name: min(value, layers - 1)}
