@@ -22,7 +22,8 @@ QUANT_METHOD = "subprune"
 NOTICE = (
     "This model was pruned; its layers have widths of their own, listed here. To load it: `pip install hf_subprune`, "
     "then `import hf_subprune` before `from_pretrained`. Never pass ignore_mismatched_sizes=True without it: that "
-    "replaces the pruned layers by random ones."
+    "replaces the pruned layers by random ones. To quantize it while it loads: "
+    "quantization_config=SubpruneConfig(then=...), from hf_subprune.loading."
 )
 
 

@@ -19,56 +19,99 @@ from .spec import LayoutSpec, apply_spec
 class SubpruneConfig(QuantizationConfigMixin):
     """The widths of a ragged model, as transformers reads them from config.json.
 
+    Users need it only to quantize a ragged model while it loads, which takes two quantizers where `from_pretrained`
+    takes one: `quantization_config=SubpruneConfig(then=BitsAndBytesConfig(...))`. Stock models take any directly.
+
     Args:
-        spec: The widths. None in what a user passes to `from_pretrained` together with `then`: the widths are those
-            of the checkpoint.
+        then: How to quantize the pruned model.
+        spec: The widths; those of the checkpoint if None.
+        stored: How the weights in the checkpoint already are quantized, if they are.
     """
 
-    quant_method: Any = QUANT_METHOD
-
-    def __init__(self, spec: LayoutSpec | None = None):
+    def __init__(
+        self,
+        then: QuantizationConfigMixin | None = None,
+        *,
+        spec: LayoutSpec | None = None,
+        stored: QuantizationConfigMixin | None = None,
+    ):
+        if then is not None and not isinstance(then, QuantizationConfigMixin):
+            raise TypeError(f"then must be a quantization config such as BitsAndBytesConfig(...), got {then!r}")
+        self.quant_method: Any = QUANT_METHOD
+        self.then = then
         self.spec = spec
+        self.stored = stored
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Read the entry of a config.json.
 
         Raises:
             ValueError: The entry is damaged or of a later format.
         """
-        config = cls(LayoutSpec.from_dict(config_dict))
+        stored = config_dict.get("then")
+        config = cls(
+            spec=LayoutSpec.from_dict(config_dict),
+            stored=None if stored is None else auto.AutoQuantizationConfig.from_dict(stored),
+        )
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of config.json."""
-        return entry(self.spec or LayoutSpec())
+        inner = self.stored or self.then
+        return entry(self.spec or LayoutSpec()) | ({} if inner is None else {"then": inner.to_dict()})
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What of a config passed to `from_pretrained` is set on the one read from the checkpoint."""
+        return {} if self.then is None else {"then": self.then}
 
 
-class SubpruneQuantizer(HfQuantizer):
-    """Shapes a skeleton to the pruned widths; quantizes nothing.
+class _PrunedFirst(HfQuantizer):
+    """Shapes the skeleton to the pruned widths before the quantizer that it is mixed with, if any, sees it."""
 
-    Raises:
-        ValueError: The checkpoint carries no widths, or tensors of other shapes than its widths say.
-    """
-
-    quantization_config: SubpruneConfig
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if self.quantization_config.spec is None or not self.pre_quantized:
+    def __init__(self, config: SubpruneConfig, pre_quantized: bool = True, **kwargs: Any):
+        if config.spec is None or not pre_quantized:
             raise ValueError(
-                "SubpruneConfig says how a pruned checkpoint is loaded, but this checkpoint is not pruned (or has the "
-                "stock layout, which loads without it): leave out SubpruneConfig"
+                "SubpruneConfig was passed, but this checkpoint has no pruned widths of its own (it is not pruned, or "
+                "it has the stock layout): pass the quantization config inside `then` itself, or none"
             )
+        if config.stored is not None and config.then is not None:
+            raise ValueError(
+                f"this checkpoint is already quantized ({type(config.stored).__name__}): load it without "
+                f"SubpruneConfig(then={type(config.then).__name__}(...))"
+            )
+        self.spec = config.spec
+        inner = config.stored or config.then
+        super().__init__(inner or config, pre_quantized=inner is None or config.stored is not None, **kwargs)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
-        spec = self.quantization_config.spec or LayoutSpec()
-        self.applied = apply_spec(model, spec)
+        self.applied = apply_spec(model, self.spec)
         for file in checkpoint_files or ():
-            stored = load_state_dict(file, map_location="meta")
-            for widths in (spec, self.applied):
-                _check_shapes(file, {name: tuple(tensor.shape) for name, tensor in stored.items()}, widths)
+            shapes = {name: tuple(tensor.shape) for name, tensor in load_state_dict(file, map_location="meta").items()}
+            self._check_shapes(file, shapes)
+        super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+
+    def _check_shapes(self, file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Refuse a checkpoint that does not have the widths of its config, whatever `ignore_mismatched_sizes` says."""
+        for name, expected in {**self.spec.shapes, **self.applied.shapes}.items():
+            if shapes.get(name, expected) != expected:
+                raise ValueError(
+                    f"{file}: {name} has shape {shapes[name]}, but the config.json beside it says {expected}: they "
+                    "were not saved together. Take both from the same save_pretrained"
+                )
+
+
+class SubpruneQuantizer(_PrunedFirst):
+    """What `from_pretrained` calls for a ragged model. Quantizes nothing unless the config says what to do `then`."""
+
+    def __new__(cls, config: SubpruneConfig, **kwargs: Any) -> Any:
+        inner = config.stored or config.then
+        if inner is None:
+            return super().__new__(cls)
+        quantizer = type(auto.AutoHfQuantizer.from_config(inner, pre_quantized=config.stored is not None))
+        return type(f"Pruned{quantizer.__name__}", (_PrunedThenQuantized, quantizer), {})(config, **kwargs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Make it an ordinary model again: `.half()`, `.float()` and Trainer refuse what is marked as quantized."""
@@ -88,14 +131,18 @@ class SubpruneQuantizer(HfQuantizer):
         return True
 
 
-def _check_shapes(file: str, stored: dict[str, tuple[int, ...]], spec: LayoutSpec) -> None:
-    """Refuse a checkpoint that does not have the widths of its config, whatever `ignore_mismatched_sizes` says."""
-    for name, expected in spec.shapes.items():
-        if stored.get(name, expected) != expected:
-            raise ValueError(
-                f"{file}: {name} has shape {stored[name]}, config.json beside it says {expected}: the two were not "
-                "saved together. Take both from the same save_pretrained"
-            )
+class _PrunedThenQuantized(_PrunedFirst):
+    """Mixed with the quantizer that `then` names; the model stays marked as quantized."""
+
+    def _check_shapes(self, file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        if not self.pre_quantized:  # quantized weights are packed into other shapes
+            super()._check_shapes(file, shapes)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model = super()._process_model_after_weight_loading(model, **kwargs) or model
+        write_ragged(model, self.applied)
+        model.config.quantization_config["then"] = self.quantization_config.to_dict()
+        return model
 
 
 def register() -> None:
@@ -104,6 +151,9 @@ def register() -> None:
     auto.AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
     auto.register_quantization_config(QUANT_METHOD)(SubpruneConfig)
     auto.register_quantizer(QUANT_METHOD)(SubpruneQuantizer)
+    # Lets `then` of a config that the user passes reach the config that is read from the checkpoint.
+    others = [known for known in auto.LOADING_ATTRIBUTES_CONFIG_TYPES if known.__name__ != SubpruneConfig.__name__]
+    vars(auto)["LOADING_ATTRIBUTES_CONFIG_TYPES"] = (*others, SubpruneConfig)
 
 
 register()

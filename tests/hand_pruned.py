@@ -1,5 +1,6 @@
 """Tiny models of each family and pruning by hand, for tests of what happens after pruning."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-HIDDEN, HEADS, HEAD, MLP, LAYERS = 32, 4, 8, 48, 2
+HIDDEN, HEADS, HEAD, MLP, LAYERS = 32, 4, 8, 44, 2
 TOKENS = {"input_ids": torch.arange(1, 13).view(2, 6)}
 IMAGES = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)}
 TEXT = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -51,16 +52,21 @@ def _prune(model: PreTrainedModel, blocks: Blocks, layer: int, kept: int, width:
     _keep(model.get_submodule(blocks.consumer.format(layer)), inputs=width)
     for attribute, per_head in blocks.attributes.items():
         path, _, name = attribute.format(layer).rpartition(".")
-        setattr(model.get_submodule(path), name, kept * per_head)
+        if path.endswith(".config"):  # a forward that reads the config: this layer gets its own
+            module = model.get_submodule(path.removesuffix(".config"))
+            module.config = copy.deepcopy(module.config)
+            setattr(module.config, name, kept * per_head)
+        else:
+            setattr(model.get_submodule(path), name, kept * per_head)
 
 
 def _keep(linear: nn.Module, outputs: int | None = None, inputs: int | None = None) -> None:
-    """Keep the last `outputs` rows or `inputs` columns of a linear map; a fused q, k, v map keeps those of each."""
+    """Keep the last `outputs` rows or `inputs` columns of a linear map; fused maps keep those of each part."""
     conv = isinstance(linear, Conv1D)
     names = ("nx", "nf") if conv else ("in_features", "out_features")
     weight = linear.weight.data if conv else linear.weight.data.T
     if outputs is not None:
-        parts = 3 if weight.shape[1] == 3 * HIDDEN else 1
+        parts = {3 * HIDDEN: 3, 2 * MLP: 2}.get(weight.shape[1], 1)
         weight, bias = _last(weight, outputs, parts), linear.bias
         if bias is not None:
             linear.bias = nn.Parameter(_last(bias.data, outputs, parts), requires_grad=bias.requires_grad)
@@ -128,6 +134,19 @@ FAMILIES = {
         TOKENS,
         _layers("model.layers.{}.mlp.", ["gate_proj", "up_proj"], "down_proj"),
         _layers("model.layers.{}.self_attn.", ["q_proj", "k_proj", "v_proj"], "o_proj"),
+    ),
+    "phi3": Family(
+        lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**SIZES, **TEXT)),
+        TOKENS,
+        _layers("model.layers.{}.mlp.", ["gate_up_proj"], "down_proj"),
+        _layers(
+            "model.layers.{}.self_attn.",
+            ["qkv_proj"],
+            "o_proj",
+            num_key_value_heads=1,
+            config__num_attention_heads=1,
+            config__num_key_value_heads=1,
+        ),
     ),
     "vit": Family(
         lambda: tf.ViTForImageClassification(tf.ViTConfig(**SIZES, **IMAGE)),

@@ -1,0 +1,358 @@
+import importlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from hand_pruned import FAMILIES, IMAGES, TOKENS, outputs
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.quantizers import HfQuantizer, auto
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+import hf_subprune.loading
+from hf_subprune.layout import choose_layout
+from hf_subprune.loading import SubpruneConfig
+
+WIDTHS = {"mlp": [40, 36], "heads": [3, 2]}
+
+
+def ragged(family, **kept):
+    model = FAMILIES[family].pruned(**(kept or WIDTHS))
+    assert choose_layout(model, "ragged", inputs=FAMILIES[family].inputs).kind == "ragged"
+    return model
+
+
+def run_fresh(script, *args):
+    """Run Python code in a new process; its last line of output is JSON."""
+    root = Path(__file__).parent
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(root), str(root.parent)])}
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def differences_in_a_fresh_process(folder, before=""):
+    """Load every model below `folder` with AutoModel classes and compare with the outputs stored beside it."""
+    script = f"""
+        import json, sys
+        from pathlib import Path
+        import torch, transformers
+        {before}
+        from hand_pruned import FAMILIES, outputs
+        found = {{}}
+        for folder in sorted(Path(sys.argv[1]).iterdir()):
+            about = json.loads((folder / "about.json").read_text())
+            model = getattr(transformers, about["class"]).from_pretrained(folder, **about["kwargs"])
+            inputs = {{
+                name: value.to(model.dtype) if value.is_floating_point() else value
+                for name, value in FAMILIES[about["family"]].inputs.items()
+            }}
+            expected = torch.load(folder / "outputs.pt")
+            found[folder.name] = (outputs(model, inputs) - expected).abs().max().item()
+        print(json.dumps(found))
+        """
+    return run_fresh(script, folder)[0]
+
+
+def store(model, family, folder, kwargs=None, **save):
+    inputs = {
+        name: value.to(model.dtype) if value.is_floating_point() else value
+        for name, value in FAMILIES[family].inputs.items()
+    }
+    model.save_pretrained(folder, **save)
+    torch.save(outputs(model, inputs), folder / "outputs.pt")
+    about = {"class": type(model).__name__, "family": family, "kwargs": kwargs or {}}
+    (folder / "about.json").write_text(json.dumps(about))
+
+
+@pytest.mark.slow
+def test_ragged_models_load_exactly_in_a_fresh_process(tmp_path):
+    for family in FAMILIES:
+        kept = {**WIDTHS, "heads": [3, 3]} if family == "t5" else WIDTHS
+        store(ragged(family, **kept), family, tmp_path / family)
+    for dtype in (torch.bfloat16, torch.float16):
+        store(ragged("bert").to(dtype), "bert", tmp_path / f"bert-{dtype}")
+    # In float16, transformers loads part of any T5 in float32 (`_keep_in_fp32_modules`): only bfloat16 compares.
+    store(ragged("t5", mlp=[40, 36]).bfloat16(), "t5", tmp_path / "t5-bfloat16")
+    store(ragged("gpt2"), "gpt2", tmp_path / "gpt2-sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "gpt2-sharded").glob("*.safetensors"))) > 1
+    store(ragged("llama"), "llama", tmp_path / "llama-placed", {"device_map": {"": "cpu"}})
+    store(ragged("llama"), "llama", tmp_path / "llama-auto", {"device_map": "auto"})
+    store(ragged("llama"), "llama", tmp_path / "llama-eager", {"attn_implementation": "eager"})
+    differences = differences_in_a_fresh_process(tmp_path, "import hf_subprune.loading")
+    assert differences.pop("llama-eager") < 1e-6
+    assert differences == dict.fromkeys(differences, 0.0)
+    assert len(differences) == len(FAMILIES) + 5
+
+
+@pytest.mark.slow
+def test_without_hf_subprune_stock_models_load_and_ragged_ones_say_what_to_install(tmp_path):
+    model = FAMILIES["bert"].pruned(mlp=[40, 40])
+    assert choose_layout(model, "auto", inputs=TOKENS).kind == "stock"
+    store(model, "bert", tmp_path / "stock" / "bert")
+    ragged("bert").save_pretrained(tmp_path / "ragged")
+    block = "sys.modules['hf_subprune'] = None"
+    assert differences_in_a_fresh_process(tmp_path / "stock", block) == {"bert": 0.0}
+    script = f"""
+        import json, sys, transformers
+        {block}
+        from transformers import AutoConfig, AutoModel
+        try:
+            AutoModel.from_pretrained(sys.argv[1])
+        except RuntimeError as error:
+            print(json.dumps([str(error), AutoConfig.from_pretrained(sys.argv[1]).quantization_config]))
+        """
+    (error, entry), log = run_fresh(script, tmp_path / "ragged")
+    assert "ignore_mismatched_sizes" in error
+    assert "Unknown quantization type, got subprune" in log and "MISMATCH" in log
+    assert (entry["library"], entry["install"]) == ("hf_subprune", "pip install hf_subprune")
+    assert "Never pass ignore_mismatched_sizes=True" in entry["notice"]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "clip"])
+def test_a_loaded_model_is_an_ordinary_model(family, tmp_path):
+    model = ragged(family)
+    model.save_pretrained(tmp_path / "first")
+    loaded = type(model).from_pretrained(tmp_path / "first")
+    assert type(loaded) is type(model)
+    for name in ("is_quantized", "hf_quantizer", "quantization_method"):
+        assert not getattr(loaded, name, None)
+    assert not getattr(loaded.config, "_is_quantized", False)
+    assert loaded.half().dtype == torch.float16
+    assert loaded.bfloat16().dtype == torch.bfloat16
+    loaded = type(model).from_pretrained(tmp_path / "first").float().to("cpu")
+    assert loaded.config.quantization_config == model.config.quantization_config
+    loaded.save_pretrained(tmp_path / "second")
+    again = type(model).from_pretrained(tmp_path / "second")
+    assert torch.equal(outputs(again, FAMILIES[family].inputs), outputs(model, FAMILIES[family].inputs))
+
+
+def test_the_model_inside_and_the_class_around(tmp_path):
+    classifier = ragged("bert")
+    classifier.save_pretrained(tmp_path / "classifier")
+    encoder = tf.AutoModel.from_pretrained(tmp_path / "classifier")
+    assert type(encoder) is tf.BertModel
+    expected = outputs(classifier.bert, TOKENS)
+    assert torch.equal(outputs(encoder, TOKENS), expected)
+    encoder.save_pretrained(tmp_path / "encoder")
+    again = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder")
+    assert torch.equal(outputs(again.bert, TOKENS), expected)
+    other = tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "classifier")
+    assert torch.equal(outputs(other.bert, TOKENS)[: 2 * 6 * 32], expected[: 2 * 6 * 32])
+    classifier.bert.save_pretrained(tmp_path / "part")
+    assert torch.equal(outputs(tf.AutoModel.from_pretrained(tmp_path / "part"), TOKENS), expected)
+
+
+def test_one_side_of_a_model_with_several(tmp_path):
+    clip = ragged("clip")
+    clip.save_pretrained(tmp_path / "clip")
+    vision = tf.CLIPVisionModel.from_pretrained(tmp_path / "clip")
+    assert torch.equal(outputs(vision, IMAGES), outputs(clip.vision_model, IMAGES))
+    text = tf.CLIPTextModel.from_pretrained(tmp_path / "clip")
+    assert torch.equal(outputs(text, TOKENS), outputs(clip.text_model, TOKENS))
+    seq2seq = ragged("t5", mlp=[40, 36])
+    seq2seq.save_pretrained(tmp_path / "t5")
+    encoder = tf.T5EncoderModel.from_pretrained(tmp_path / "t5")
+    assert torch.equal(outputs(encoder, TOKENS), outputs(seq2seq.encoder, TOKENS))
+
+
+def test_a_loaded_model_is_pruned_again_and_saved_again(tmp_path):
+    ragged("bert", mlp=[40, 36]).save_pretrained(tmp_path / "first")
+    model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "first")
+    mlp = model.bert.encoder.layer[0]
+    mlp.intermediate.dense.weight = nn.Parameter(mlp.intermediate.dense.weight.detach()[:30].clone())
+    mlp.intermediate.dense.bias = nn.Parameter(mlp.intermediate.dense.bias.detach()[:30].clone())
+    mlp.output.dense.weight = nn.Parameter(mlp.output.dense.weight.detach()[:, :30].clone())
+    mlp.intermediate.dense.out_features = mlp.output.dense.in_features = 30
+    assert choose_layout(model, "auto", inputs=TOKENS).kind == "ragged"
+    model.save_pretrained(tmp_path / "second")
+    again = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "second")
+    assert torch.equal(outputs(again, TOKENS), outputs(model, TOKENS))
+    assert again.bert.encoder.layer[0].intermediate.dense.weight.shape == (30, 32)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bart", "t5"])
+def test_generation_with_and_without_cache(family, tmp_path):
+    model = ragged(family, mlp=[40, 36], heads=[3, 3])
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**TOKENS, use_cache=False, **settings)
+    for cache in ("dynamic", "static"):
+        generated = loaded.generate(**TOKENS, cache_implementation=cache, **settings)
+        assert torch.equal(generated, expected)
+
+
+def test_pipeline(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "good": 5, "film": 6}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[UNK]").save_pretrained(tmp_path)
+    model = ragged("bert")
+    model.save_pretrained(tmp_path)
+    [answer] = tf.pipeline("text-classification", model=str(tmp_path))("good film")
+    logits = model(torch.tensor([[5, 6]])).logits
+    assert answer["score"] == pytest.approx(logits.softmax(-1).max().item(), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_trainer_trains_saves_and_resumes(tmp_path):
+    ragged("bert").save_pretrained(tmp_path / "model")
+    model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    rows = [{"input_ids": TOKENS["input_ids"][0], "labels": label} for label in (0, 1, 0, 1)]
+    settings = tf.TrainingArguments(tmp_path / "run", max_steps=2, save_steps=1, report_to=[], use_cpu=True)
+    tf.Trainer(model, settings, train_dataset=rows).train()
+    settings.max_steps = 3
+    trainer = tf.Trainer(model, settings, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+    again = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "checkpoint-3")
+    assert torch.equal(outputs(again.eval(), TOKENS), outputs(model.eval(), TOKENS))
+
+
+def test_adapters_train_on_top(tmp_path):
+    peft = pytest.importorskip("peft")
+    ragged("llama").save_pretrained(tmp_path / "model")
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert torch.equal(outputs(again, TOKENS), outputs(adapted.eval(), TOKENS))
+    merged = again.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(outputs(type(merged).from_pretrained(tmp_path / "merged"), TOKENS), outputs(merged, TOKENS))
+
+
+@pytest.mark.slow
+def test_export_and_compile(tmp_path):
+    model = ragged("vit")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    images = FAMILIES["vit"].inputs
+    exported = torch.export.export(loaded, (), images).module()
+    assert torch.equal(exported(**images).logits, model(**images).logits)
+    compiled = torch.compile(loaded, backend="aot_eager")
+    torch.testing.assert_close(compiled(**images).logits, model(**images).logits)
+
+
+def test_weights_of_another_pruning_are_refused_even_when_mismatches_are_to_be_ignored(tmp_path):
+    ragged("bert", mlp=[40, 36]).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "bert.encoder.layer.1.intermediate.dense.weight"
+    weights[name] = weights[name][:30].clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    message = rf"{name} has shape \(30, 32\), but .* \(36, 32\): they were not saved together"
+    for ignore in (False, True):
+        with pytest.raises(ValueError, match=message):
+            tf.AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=ignore)
+
+
+def test_a_new_head_is_still_allowed(tmp_path):
+    model = ragged("bert")
+    model.save_pretrained(tmp_path)
+    other = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert other.classifier.weight.shape == (5, 32)
+    assert torch.equal(outputs(other.bert, TOKENS), outputs(model.bert, TOKENS))
+
+
+def edit_config(folder, change):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def test_a_damaged_entry_is_refused(tmp_path):
+    ragged("bert").save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda config: config["quantization_config"]["shapes"].popitem())
+    with pytest.raises(ValueError, match=r"damaged \(its digest does not match .* restore config.json"):
+        tf.AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+def test_a_config_of_other_widths_is_refused(tmp_path):
+    ragged("bert", mlp=[40, 36]).save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda config: config.update(intermediate_size=38))
+    with pytest.raises(ValueError, match=r"shape \(40,\), which does not fit inside the shape \(38,\)"):
+        tf.AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_second_quantization_config_names_ours(tmp_path):
+    ragged("bert").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="The model is quantized with SubpruneConfig but you are passing a Doubling"):
+        tf.AutoModel.from_pretrained(tmp_path, quantization_config=Doubling())
+
+
+def test_widths_for_a_checkpoint_that_has_none_are_refused(tmp_path, doubling):
+    FAMILIES["bert"].pruned().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="this checkpoint has no pruned widths of its own"):
+        tf.AutoModel.from_pretrained(tmp_path, quantization_config=SubpruneConfig(then=Doubling()))
+
+
+def test_then_takes_only_quantization_configs():
+    with pytest.raises(TypeError, match="then must be a quantization config such as BitsAndBytesConfig"):
+        SubpruneConfig(then={"load_in_8bit": True})
+
+
+class Doubling(QuantizationConfigMixin):
+    """A quantization that stores each classifier weight doubled, to watch two quantizers at work without a library."""
+
+    def __init__(self, quant_method="doubling"):
+        self.quant_method = quant_method
+
+
+class DoublingQuantizer(HfQuantizer):
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        self.widths_seen = model.bert.encoder.layer[0].intermediate.dense.out_features
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if not self.pre_quantized:
+            model.classifier.weight.data.mul_(2)
+        return model
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self):
+        return False
+
+
+@pytest.fixture
+def doubling(monkeypatch):
+    monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "doubling", Doubling)
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "doubling", DoublingQuantizer)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_pruned_then_quantized(tmp_path, doubling):
+    model = ragged("bert")
+    model.save_pretrained(tmp_path / "pruned")
+    then = SubpruneConfig(then=Doubling())
+    quantized = type(model).from_pretrained(tmp_path / "pruned", quantization_config=then)
+    assert quantized.hf_quantizer.widths_seen == 40
+    assert quantized.is_quantized and quantized.quantization_method == "doubling"
+    assert torch.equal(quantized.classifier.weight, 2 * model.classifier.weight)
+    quantized.save_pretrained(tmp_path / "both")
+    again = type(model).from_pretrained(tmp_path / "both")
+    assert again.is_quantized and torch.equal(outputs(again, TOKENS), outputs(quantized, TOKENS))
+    with pytest.raises(ValueError, match=r"already quantized \(Doubling\)"):
+        type(model).from_pretrained(tmp_path / "both", quantization_config=then)
+
+
+def test_registration_survives_a_reload_of_the_module():
+    importlib.reload(hf_subprune.loading)
+    assert auto.AUTO_QUANTIZER_MAPPING["subprune"] is hf_subprune.loading.SubpruneQuantizer
+    assert auto.LOADING_ATTRIBUTES_CONFIG_TYPES.count(hf_subprune.loading.SubpruneConfig) == 1
+    names = [known.__name__ for known in auto.LOADING_ATTRIBUTES_CONFIG_TYPES]
+    assert names.count("SubpruneConfig") == 1
