@@ -66,7 +66,7 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
     blocks, inexact = _verified(model, found, inputs)
     for block, reason in inexact:
         if seek.shared[block.consumer]:
-            reason += f" (several units share rows of {_listed(seek.shared[block.consumer])})"
+            reason = f"its units share rows of {_listed(seek.shared[block.consumer])}, and {reason}"
         refusals.append(Refusal(block.name, block.kind, reason, LEFT_WHOLE))
     return Discovery(tuple(blocks), (*refusals, *clashes))
 
@@ -323,7 +323,9 @@ def _without_clashes(blocks: list[Block]) -> tuple[list[Block], list[Refusal]]:
     return kept, refusals
 
 
-def _verified(model: nn.Module, blocks: list[Block], inputs: Mapping[str, Any]) -> tuple[list[Block], list[Refusal]]:
+def _verified(
+    model: nn.Module, blocks: list[Block], inputs: Mapping[str, Any]
+) -> tuple[list[Block], list[tuple[Block, str]]]:
     """Settle each block's attributes and keep the blocks that shrink exactly.
 
     Layers of one class take the same attributes: they are searched for on the first and confirmed on all at once.
@@ -341,15 +343,30 @@ def _verified(model: nn.Module, blocks: list[Block], inputs: Mapping[str, Any]) 
             inexact.append((block, names.reason))
         else:
             exact.append(replace(block, attributes=_attributes(model, block, names)))
-    # As a rule one check of all blocks at once; the blocks at fault, if any, are refused one at a time.
-    while exact:
-        try:
-            verify(model, exact, kept, inputs)
-            break
-        except EquivalenceError as error:
-            inexact.extend((block, error.reason) for block in exact if block.name == error.block)
-            exact = [block for block in exact if block.name != error.block]
+    # As a rule one check of all blocks at once. If it fails, each is checked alone, and those that pass once more.
+    error = _failure(model, exact, kept, inputs)
+    if error is not None:
+        alone = [(block, _failure(model, [block], kept, inputs)) for block in exact]
+        inexact += [(block, one.reason) for block, one in alone if one is not None]
+        exact = [block for block, one in alone if one is None]
+    while (error := _failure(model, exact, kept, inputs)) is not None:
+        inexact += [(block, error.reason) for block in exact if block.name == error.block]
+        exact = [block for block in exact if block.name != error.block]
     return exact, inexact
+
+
+def _failure(
+    model: nn.Module,
+    blocks: list[Block],
+    kept: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, Any],
+    to_consumer: bool = False,
+) -> EquivalenceError | None:
+    try:
+        verify(model, blocks, kept, inputs, to_consumer=to_consumer)
+    except EquivalenceError as error:
+        return error
+    return None
 
 
 def _half(block: Block, seed: int) -> torch.Tensor:
@@ -373,12 +390,8 @@ def _search(
     owner = owner_path(block)
 
     def failure(attributes: tuple[Attribute, ...]) -> EquivalenceError | None:
-        try:
-            # What comes after the consumer is left to the check of all blocks: this one is repeated.
-            verify(model, [replace(block, attributes=attributes)], kept, inputs, to_consumer=True)
-        except EquivalenceError as error:
-            return error
-        return None
+        # What comes after the consumer is left to the check of all blocks: this one is repeated.
+        return _failure(model, [replace(block, attributes=attributes)], kept, inputs, to_consumer=True)
 
     first: EquivalenceError | None = None
     for attributes in attribute_sets(model, block, owner):

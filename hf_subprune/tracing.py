@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from .verification import floating_tensors, undisturbed
@@ -77,14 +78,16 @@ class Trace:
 def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
     """Run the model once with every linear's output replaced by a fresh random leaf that requires a gradient.
 
-    Each linear then reads a tensor that depends on the linears just before it and on nothing further up, and since
-    the leaves are positive no rectifier hides a dependency. The graph lives as long as the context; on exit the model
-    is as it was.
+    Each linear then reads a tensor that depends on the linears just before it and on nothing further up. The graph
+    lives as long as the context; on exit the model is as it was.
 
     Args:
         model: The model.
         inputs: Keyword arguments of its forward.
     """
+    # Tensors made in inference mode cannot be part of a graph; clones of them can.
+    with torch.inference_mode(False):
+        inputs = tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, dict(inputs))
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     reads: list[Read] = []
     leaves: list[Source] = []
@@ -93,8 +96,7 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
     def cut(name: str, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
         # A clone, as a later in-place operation on the input would change what its graph says.
         reads.append(Read(name, (args[0] if args else next(iter(kwargs.values()))).clone()))
-        # In [0.5, 1.5]: away from the dead side of rectifiers and from the saturated ends of gates.
-        leaf = torch.rand(output.shape, generator=random).add_(0.5).to(output.device, output.dtype).requires_grad_()
+        leaf = _fresh(output, random).requires_grad_()
         leaves.append(Source(name, leaf, feature_axis(module)))
         # A clone again: an in-place operation on a leaf is an error.
         return leaf.clone()
@@ -120,6 +122,18 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
                 handle.remove()
         reads.extend(Read(OUTPUT, tensor) for tensor in floating_tensors(output))
         yield _connected(reads, [*leaves, *parameters])
+
+
+def _fresh(output: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Random values in the place of a linear's output: one half of the positions positive, the other negative.
+
+    Absolute values in [0.5, 1.5] stay clear of the saturated ends of gates, and values of one sign side by side bring
+    every rectifier to its live side in one half, whatever the sign of a convolution between.
+    """
+    values = torch.rand(output.shape, generator=random).add_(0.5)
+    batch = next((axis for axis, size in enumerate(output.shape) if size > 1), 0)
+    values.narrow(batch, 0, output.shape[batch] // 2).neg_()
+    return values.to(output.device, output.dtype)
 
 
 def _connected(reads: list[Read], sources: list[Source]) -> Trace:

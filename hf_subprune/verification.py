@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from .blocks import Block
-from .surgery import masked, shrink
+from .surgery import Edit, masked, shrink
 
 TOLERANCE = 1e-4
 """Largest difference allowed, as a fraction of the largest absolute value of the tensor compared."""
@@ -35,6 +35,15 @@ class EquivalenceError(RuntimeError):
             f"{', '.join(map(repr, self.producers)) or 'none'}. The model is as it was before; exclude the block to "
             f"prune the others."
         )
+
+
+class _DifferenceError(Exception):
+    """Outputs differ; `block` is the one at fault if its consumer's output shows it."""
+
+    def __init__(self, block: Block | None, reason: str) -> None:
+        super().__init__(reason)
+        self.block = block
+        self.reason = reason
 
 
 def producers(block: Block) -> tuple[str, ...]:
@@ -71,32 +80,32 @@ def verify(
         The largest relative difference found.
 
     Raises:
-        EquivalenceError: outputs differ, or the shrunk model cannot run. It names the first block at fault.
+        EquivalenceError: outputs differ, or it cannot run. It names the first block at fault.
     """
     with undisturbed(model), ExitStack() as stack:
         for block in blocks:
             stack.enter_context(masked(model, block, kept[block.name]))
         expected = _run(model, blocks, inputs, to_consumer)
-    edits: list = []
+    edits: list[Edit] = []
     with undisturbed(model):
         try:
             for block in blocks:
                 edits.append(shrink(model, block, kept[block.name]))
             found = _run(model, blocks, inputs, to_consumer)
-        except Exception as error:
-            if len(blocks) == 1:
-                raise EquivalenceError(blocks[0], f"the shrunk model cannot run: {_first_line(error)}") from error
-            failure = error
-        else:
             return _compare(blocks, expected, found, tolerance)
+        except Exception as error:
+            reason = error.reason if isinstance(error, _DifferenceError) else f"it cannot run: {_first_line(error)}"
+            culprit = error.block if isinstance(error, _DifferenceError) else None
+            cause = error
         finally:
             for edit in reversed(edits):
                 edit.undo()
-    # A failed forward does not say which block broke it: ask each one.
-    for block in blocks:
-        verify(model, [block], kept, inputs, tolerance)
-    reason = f"the model cannot run with all of {len(blocks)} blocks shrunk, though it can with each: "
-    raise EquivalenceError(blocks[0], reason + _first_line(failure)) from failure
+    if culprit is None and len(blocks) > 1:
+        # A failed forward does not say which block broke it: ask each one.
+        for block in blocks:
+            verify(model, [block], kept, inputs, tolerance)
+        reason = f"each of {len(blocks)} blocks can be shrunk alone, but with all of them shrunk: {reason}"
+    raise EquivalenceError(culprit or blocks[-1], reason) from cause
 
 
 @contextmanager
@@ -187,38 +196,34 @@ def floating_tensors(output: Any) -> Iterator[torch.Tensor]:
 
 def _compare(blocks: Sequence[Block], expected: tuple, found: tuple, tolerance: float) -> float:
     worst = 0.0
-    for block, ours, theirs in zip(blocks, found[0], expected[0], strict=True):
+    pairs: list[tuple[Block | None, list, list]] = list(zip(blocks, found[0], expected[0], strict=True))
+    for block, ours, theirs in [*pairs, (None, found[1], expected[1])]:
+        what = "the model's output" if block is None else "the consumer's output"
         if len(ours) != len(theirs):
-            raise EquivalenceError(block, f"its consumer ran {len(ours)} times in place of {len(theirs)}")
+            raise _DifferenceError(block, f"{what} is made of {len(ours)} tensors in place of {len(theirs)}")
         for one, other in zip(ours, theirs, strict=True):
-            worst = max(worst, _checked_difference(block, "the consumer's output", one, other, tolerance))
-    last = blocks[-1] if blocks else None
-    if last is not None:
-        if len(found[1]) != len(expected[1]):
-            raise EquivalenceError(last, f"the model returns {len(found[1])} tensors in place of {len(expected[1])}")
-        for one, other in zip(found[1], expected[1], strict=True):
-            worst = max(worst, _checked_difference(last, "the model's output", one, other, tolerance))
+            worst = max(worst, _checked_difference(block, what, one, other, tolerance))
     return worst
 
 
 def _checked_difference(
-    block: Block, what: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float
+    block: Block | None, what: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float
 ) -> float:
     if found.shape != expected.shape:
-        raise EquivalenceError(block, f"{what} has shape {tuple(found.shape)} in place of {tuple(expected.shape)}")
+        raise _DifferenceError(block, f"{what} has shape {tuple(found.shape)} in place of {tuple(expected.shape)}")
     if found.numel() == 0:
         return 0.0
     # Masks put -inf (or NaN) into some outputs: those must agree entry by entry, the others in size.
     finite = expected.isfinite()
     if not torch.equal(found.isfinite(), finite):
-        raise EquivalenceError(block, f"{what} is not finite where the masked original's is, or the reverse")
+        raise _DifferenceError(block, f"{what} is not finite where the masked original's is, or the reverse")
     found, expected = found[finite].float(), expected[finite].float()
     if found.numel() == 0:
         return 0.0
     scale = float(expected.abs().max())
     difference = float((found - expected).abs().max()) / max(scale, torch.finfo(torch.float32).tiny)
     if not difference <= tolerance:
-        raise EquivalenceError(
+        raise _DifferenceError(
             block,
             f"{what} differs from the masked original's by {difference:.1e} of its largest value, "
             f"{tolerance:.0e} is allowed",
