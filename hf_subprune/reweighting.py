@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .factorisation import factorise
 from .moments import Moments, combine
 
 # Multiples of mean(diag H) tried by cross-fitting. At infinity the weights stay as they are.
@@ -16,41 +17,23 @@ SHRINKAGE_GRID = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0, mat
 
 
 def solve(H: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """`H^-1 C` by Cholesky, with as little added to the diagonal as makes it succeed.
+    """`H^-1 C` by Cholesky in float64, with as little added to the diagonal as makes it succeed.
 
     Args:
         H: `(k, k)` symmetric positive semi-definite.
         C: `(k, m)`.
 
     Returns:
-        The `(k, m)` solution, in the dtype of `H`, and the jitter: the multiple of each diagonal entry that had to be
-        added (0.0 when none).
+        The `(k, m)` solution, in the dtype of `H`, and the jitter: the multiple of the diagonal that had to be added
+        (0.0 when none). Dead columns get weight zero.
 
     Raises:
         RuntimeError: `H` is not positive semi-definite up to rounding, or an entry is not finite.
     """
-    diagonal = H.diagonal()
-    if len(H) == 0:
-        return C.to(H), 0.0
-    if not (torch.isfinite(H).all() and torch.isfinite(C).all() and (diagonal >= 0).all()):
-        raise RuntimeError(
-            "The moments are not finite or have a negative diagonal: check the calibration activations."
-        )
-    # A unit diagonal makes the jitter relative to each column, whatever its scale; dead columns get weight zero.
-    scale = torch.where(diagonal > 0, diagonal, 1).rsqrt()
-    scaled = H * scale[:, None] * scale
-    scaled.diagonal().copy_(torch.where(diagonal > 0, scaled.diagonal(), 1))
-    eps = torch.finfo(H.dtype).eps
-    for jitter in (0.0, *(eps * 10.0**e for e in range(1, 6))):
-        attempt = scaled if jitter == 0 else scaled + torch.diag(torch.full_like(diagonal, jitter))
-        factor, info = torch.linalg.cholesky_ex(attempt)
-        # A pivot at the level of rounding errors passes the factorisation and still makes garbage of the solution.
-        if int(info) == 0 and float(factor.diagonal().min()) > math.sqrt(4 * eps):
-            return torch.cholesky_solve(C.to(H) * scale[:, None], factor) * scale[:, None], jitter
-    raise RuntimeError(
-        f"The moments of {len(H)} columns are not positive semi-definite: Cholesky failed with a relative jitter of "
-        f"{jitter:.1e}. Accumulate them in float64."
-    )
+    if not torch.isfinite(C).all():
+        raise RuntimeError("The moments are not finite: check the calibration activations.")
+    factor, scale, jitter = factorise(H)
+    return (torch.cholesky_solve(C.double() * scale[:, None], factor) * scale[:, None]).to(H), jitter
 
 
 @dataclass(frozen=True, eq=False)

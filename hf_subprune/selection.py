@@ -5,15 +5,22 @@ Given second moments `H` `(n, n)` and `C` `(n, m)`, the objective of a set of co
 one column or a group of columns. Tensors only; usable without a model.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from .elimination import eliminate, eliminate_groups
+from .factorisation import factorise, rounding, unit_scale
+from .swaps import refine
+
 METHODS = ("auto", "greedy", "backward", "stochastic")
 
-# Columns are scaled to a unit diagonal. What is left of a column's squared norm below this multiple of the rounding
-# error is noise: the column is a combination of those already chosen.
-_EXHAUSTED = 64.0
+# Up to this many columns the computation is in float64 whatever the dtype of the moments: it takes the time of a few
+# Cholesky factorisations there, and leaves the order of float64 moments to the input's own rounding.
+_DOUBLE_BELOW = 4096
+# Added to a unit diagonal before it is inverted.
+_LIFT = 1e-10
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,12 +120,20 @@ def greedy(
         ValueError: `k` or the tensors do not fit.
     """
     groups = check_problem(H, C, groups)
+    units, c = groups.shape
+    if not 0 <= k <= units:
+        raise ValueError(f"A selection can keep 0 to {units} units, not {k}.")
     sample = None
     if epsilon is not None:
         if not 0 < epsilon < 1:
             raise ValueError(f"epsilon must lie between 0 and 1, got {epsilon}.")
-        sample = max(1, min(len(groups), -int(-len(groups) / max(k, 1) * -torch.tensor(epsilon).log().item() // 1)))
-    order, gains = _eliminate(H, C, groups, k, sample=sample, generator=generator)
+        sample = min(units, math.ceil(units / max(k, 1) * math.log(1 / epsilon)))
+    scale = unit_scale(H.diagonal())
+    if c == 1:
+        H, C, scale = _rows(H, C, scale, groups)
+        order, gains = eliminate(H, C, k, dtype=_working(H), scale=scale, sample=sample, generator=generator)
+    else:
+        order, gains = eliminate_groups(H, C, groups, k, scale=scale, sample=sample, generator=generator)
     objective = torch.cat([gains.new_zeros(1), gains.cumsum(0)])
     return Path(order, 0, objective, "greedy" if epsilon is None else "stochastic", t)
 
@@ -135,65 +150,50 @@ def backward(
     Args and errors are those of `greedy`. Returns the path of sizes `k` to `units`.
     """
     groups = check_problem(H, C, groups)
-    units = len(groups)
-    H, C, _ = _scaled(H.double(), C.double())
-    rows = groups.reshape(-1)
-    position = torch.arange(len(rows), device=H.device).view_as(groups)
-    H, C = H[rows][:, rows], C[rows]
-    # A dependent column has no finite inverse; this much on the unit diagonal makes it one that costs nothing.
-    H.diagonal().add_(1e-10)
-    factor = torch.linalg.cholesky(H)
+    units, c = groups.shape
+    if not 0 <= k <= units:
+        raise ValueError(f"A selection can keep 0 to {units} units, not {k}.")
+    H, C, _ = _rows(H, C, unit_scale(H.diagonal()), groups)
+    # A dependent column has no finite inverse; the least jitter makes it one that costs next to nothing.
+    factor, scale, _ = factorise(H, least=max(_LIFT, rounding(H)))
+    C = C.double() * scale[:, None]
     full = float(torch.linalg.solve_triangular(factor, C, upper=False).square().sum())
-    P = torch.cholesky_inverse(factor)
-    removed, costs = _eliminate(P, torch.cholesky_solve(C, factor), position, units - k, smallest=True)
-    mask = torch.ones(units, dtype=torch.bool, device=removed.device)
-    mask[removed] = False
-    order = torch.cat([mask.nonzero()[:, 0], removed.flip(0)])
+    P, V = torch.cholesky_inverse(factor), torch.cholesky_solve(C, factor)
+    del H, factor
+    if c == 1:
+        removed, costs = eliminate(P, V, units - k, dtype=torch.float64, smallest=True)
+    else:
+        position = torch.arange(units * c, device=P.device).view(units, c)
+        removed, costs = eliminate_groups(P, V, position, units - k, smallest=True)
+    left = torch.ones(units, dtype=torch.bool, device=P.device)
+    left[removed] = False
+    order = torch.cat([left.nonzero()[:, 0], removed.flip(0)])
     objective = full - torch.cat([costs.new_zeros(1), costs.cumsum(0)])
     return Path(order, k, objective.flip(0), "backward", t)
 
 
-def _scaled(H: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`H` and `C` with columns scaled to a diagonal near one, by powers of two so that nothing is rounded."""
-    diagonal = H.diagonal().double()
-    scale = torch.where(diagonal > 0, torch.exp2(-(diagonal.clamp_min(1e-300).log2() / 2).round()), 0.0).to(H.dtype)
-    return H * scale[:, None] * scale, C * scale[:, None], scale
+def objective(H: torch.Tensor, C: torch.Tensor, columns: torch.Tensor) -> float:
+    """`F = tr(C_S' H_SS^-1 C_S)` of a set of columns, in float64, by Cholesky; dependent columns add nothing.
+
+    Raises:
+        RuntimeError: `H` is not positive semi-definite.
+    """
+    factor, scale, _ = factorise(H[columns[:, None], columns])
+    return float(
+        torch.linalg.solve_triangular(factor, C[columns].double() * scale[:, None], upper=False).square().sum()
+    )
 
 
-def _eliminate(H, C, groups, steps, *, smallest=False, sample=None, generator=None):
-    """`steps` pivots of largest (or smallest) gain. Returns their order and float64 gains."""
-    units, c = groups.shape
-    if not 0 <= steps <= units:
-        raise ValueError(f"Asked for {steps} of {units} units.")
-    if not smallest:
-        H, C, _ = _scaled(H.double(), C.double())
-    R = C.clone()
-    D = H[groups[:, :, None], groups[:, None, :]].clone()
-    floor = _EXHAUSTED * torch.finfo(H.dtype).eps * D.diagonal(dim1=1, dim2=2).abs()
-    L = H.new_zeros(steps * c, H.shape[0])
-    order = torch.empty(steps, dtype=torch.int64, device=H.device)
-    gains = torch.zeros(steps, dtype=torch.float64, device=H.device)
-    left = torch.ones(units, dtype=torch.bool, device=H.device)
-    for step in range(steps):
-        candidates = left.nonzero()[:, 0]
-        if sample is not None and len(candidates) > sample:
-            chosen = torch.randperm(len(candidates), generator=generator)[:sample]
-            candidates = candidates[chosen.to(H.device)]
-        blocks = D[candidates] + torch.diag_embed(floor[candidates] + torch.finfo(H.dtype).tiny)
-        factor = torch.linalg.cholesky(blocks)
-        value = torch.linalg.solve_triangular(factor, R[groups[candidates]], upper=False).square().sum((1, 2))
-        best = int(value.argmin() if smallest else value.argmax())
-        unit = int(candidates[best])
-        pivot = groups[unit]
-        done = L[: step * c]
-        rows = torch.linalg.solve_triangular(factor[best], H[pivot] - done[:, pivot].T @ done, upper=False)
-        v = torch.linalg.solve_triangular(factor[best], R[pivot], upper=False)
-        L[step * c : (step + 1) * c] = rows
-        R -= rows.T @ v
-        part = rows[:, groups].permute(1, 0, 2)  # (units, c of the pivot, c)
-        D -= part.transpose(1, 2) @ part
-        order[step], gains[step], left[unit] = unit, value[best], False
-    return order, gains
+def _working(H: torch.Tensor) -> torch.dtype:
+    return torch.float64 if len(H) <= _DOUBLE_BELOW else torch.promote_types(H.dtype, torch.float32)
+
+
+def _rows(H, C, scale, groups):
+    """The problem on the columns of the groups, in their order; as it is when these are all columns in order."""
+    rows = groups.reshape(-1)
+    if len(rows) == len(H) and bool((rows[1:] > rows[:-1]).all()):
+        return H, C, scale
+    return H[rows[:, None], rows], C[rows], scale[rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +247,8 @@ def select(
     """
     if method not in METHODS:
         raise ValueError(f"Unknown method {method!r}: choose from {', '.join(METHODS)}.")
-    units = H.shape[0] if groups is None else len(groups)
+    groups_ = check_problem(H, C, groups)
+    units = len(groups_)
     if method == "auto":
         method = "backward" if units - k < units / 4 else "greedy"
     if method == "backward":
@@ -256,5 +257,13 @@ def select(
         path = greedy(
             H, C, k, groups=groups, t=t, epsilon=epsilon if method == "stochastic" else None, generator=generator
         )
-    objective = float(path.objective[k - path.start])
-    return Selection(path.kept(k), objective, method, path)
+    kept = path.kept(k)
+    reached = objective(H, C, columns_of(kept, groups))
+    if swaps == 0 or not 0 < k < units:
+        return Selection(kept, reached, method, path)
+    scale = unit_scale(H.diagonal())
+    refined, made = refine(H, C, kept, groups=groups_, scale=scale, dtype=_working(H), budget=swaps)
+    better = objective(H, C, columns_of(refined, groups))
+    if better <= reached:
+        return Selection(kept, reached, method, path)
+    return Selection(refined, better, method, path, made, better - reached)

@@ -1,0 +1,54 @@
+"""Cholesky factorisation of moments that may be rank deficient, badly scaled or rounded. Tensors only."""
+
+import math
+
+import torch
+
+
+def unit_scale(diagonal: torch.Tensor) -> torch.Tensor:
+    """`(n,)` powers of two that scale columns to a diagonal between 1/2 and 2 without rounding; 0 for dead columns."""
+    exponent = -(diagonal.double().clamp_min(torch.finfo(torch.float64).tiny).log2() / 2).round()
+    return torch.where(diagonal > 0, exponent.exp2(), 0.0)
+
+
+def rounding(H: torch.Tensor, dtype: torch.dtype = torch.float64) -> float:
+    """What rounding moments to the dtype of `H`, or computing in `dtype`, does to eigenvalues of a unit diagonal."""
+    return math.sqrt(max(len(H), 1)) * max(torch.finfo(H.dtype).eps, torch.finfo(dtype).eps)
+
+
+def factorise(H: torch.Tensor, *, least: float = 0.0, dtype: torch.dtype = torch.float64) -> tuple:
+    """Cholesky factor of `H` scaled to a unit diagonal, with as little added to it as makes it succeed.
+
+    Args:
+        H: `(n, n)` symmetric positive semi-definite, up to rounding; dead columns are allowed.
+        least: Least amount to add to the unit diagonal.
+        dtype: Of the computation.
+
+    Returns:
+        `factor` `(n, n)` lower triangular, `scale` `(n,)` and `jitter`, with
+        `factor factor' = scale H scale + jitter I` (and one on the diagonal of dead columns).
+
+    Raises:
+        RuntimeError: `H` is not positive semi-definite up to rounding, or an entry is not finite.
+    """
+    diagonal = H.diagonal()
+    noise = rounding(H, dtype)
+    if not (torch.isfinite(diagonal).all() and float(diagonal.min() if len(H) else 0) >= 0):
+        raise RuntimeError(
+            "The moments are not finite or have a negative diagonal: check the calibration activations."
+        )
+    scale = unit_scale(diagonal).to(dtype)
+    scaled = H.to(dtype) * scale[:, None] * scale
+    scaled.diagonal().add_(scale == 0)
+    added = 0.0
+    for jitter in (least, *(max(least, noise) * 10.0**e for e in range(5))):
+        scaled.diagonal().add_(jitter - added)
+        added = jitter
+        factor, info = torch.linalg.cholesky_ex(scaled)
+        # A pivot at the level of rounding errors passes the factorisation and still makes garbage of a solution.
+        if int(info) == 0 and (len(H) == 0 or float(factor.diagonal().min()) ** 2 > noise / 2):
+            return factor, scale, jitter
+    raise RuntimeError(
+        f"The moments of {len(H)} columns are not positive semi-definite: the factorisation failed with {jitter:.0e} "
+        "added to a unit diagonal. Accumulate them in float64."
+    )

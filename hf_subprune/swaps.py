@@ -1,0 +1,202 @@
+"""Swap refinement: exchange a kept and a removed unit while the objective grows (ALGORITHM section 3).
+
+All that exchanges need is in one symmetric tableau. With S the kept columns, U the others, `P = H_SS^-1`,
+`Z = P H_SU`, and the Schur complement `D = H_UU - H_US Z`,
+
+    G = [[-P, Z], [Z', D]]        X = [[V = P C_S], [R = C_U - H_US V]]
+
+Moving columns E between S and U is a principal pivot: `G <- G - G_:E G_EE^-1 G_E:` off E. The gain of adding j is
+`||X_j||^2 / D_jj`, and the cost of removing i is `||X_i||^2 / P_ii`.
+"""
+
+import torch
+
+from .factorisation import rounding
+
+# Columns on either side of the pool within which exchanges are made before the whole tableau follows.
+_POOL = 64
+# Exchanges that add less than this part of the objective are left alone.
+_LEAST_GAIN = 1e-9
+# Multiple of the rounding error of eigenvalues that is added to the unit diagonal.
+_LIFT = 16.0
+# Numbers in one piece of the table of all exchanges.
+_CHUNK = 1 << 22
+
+
+def refine(
+    H: torch.Tensor,
+    C: torch.Tensor,
+    kept: torch.Tensor,
+    *,
+    groups: torch.Tensor,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    budget: int | None = None,
+) -> tuple[torch.Tensor, int]:
+    """Exchange units until no single exchange adds to the objective, or the budget is spent.
+
+    Args:
+        H: `(n, n)` symmetric positive semi-definite.
+        C: `(n, m)`.
+        kept: `(k,)` int64 units, the starting set.
+        groups: `(units, c)` int64.
+        scale: `(n,)`, factors that `H` (both sides) and `C` are multiplied by on reading.
+        dtype: Of the tableau, `(n, n)`.
+        budget: Largest number of exchanges; `None` for no limit.
+
+    Returns:
+        `(k,)` int64 sorted units, and the number of exchanges made. Each exchange looks at all pairs:
+        O(n^2 (n + m)) for the tableau and for each round of up to 64 exchanges.
+    """
+    tableau = _Tableau(H, C, kept, groups, scale.to(dtype))
+    limit = len(kept) * 10 if budget is None else budget
+    exchange = tableau.exchange_columns if groups.shape[1] == 1 else tableau.exchange_group
+    made = 0
+    while made < limit and (count := exchange(limit - made)):
+        made += count
+    return tableau.inside.nonzero()[:, 0], made
+
+
+class _Tableau:
+    """`G` and `X` of the module's docstring in the order of `groups`, and which units are inside S."""
+
+    def __init__(self, H, C, kept, groups, scale):
+        self.c = groups.shape[1]
+        self.inside = torch.zeros(len(groups), dtype=torch.bool, device=H.device)
+        rows = groups.reshape(-1)
+        self.G = H[rows][:, rows].to(scale.dtype).mul_(scale[rows, None]).mul_(scale[rows])
+        # Dead and duplicate columns have no finite inverse: lift the unit diagonal by rounding errors.
+        self.G.diagonal().add_(_LIFT * rounding(H, scale.dtype))
+        self.X = C[rows].to(scale.dtype) * scale[rows, None]
+        self.least = _LEAST_GAIN
+        self.move(kept, add=True)
+        columns = self.columns(kept)
+        self.objective = float((self.X[columns] * (C[rows[columns]].to(scale) * scale[rows[columns], None])).sum())
+
+    def columns(self, units):
+        return (units[:, None] * self.c + torch.arange(self.c, device=units.device)).reshape(-1)
+
+    def move(self, units, add):
+        """Pivot units into S or out of it."""
+        E = self.columns(units)
+        sign = 1.0 if add else -1.0
+        rows, x = self.G[E], self.X[E]
+        factor = torch.linalg.cholesky(sign * rows[:, E])
+        solved = sign * torch.cholesky_solve(rows, factor)
+        x_solved = sign * torch.cholesky_solve(x, factor)
+        self.G.addmm_(rows.T, solved, alpha=-1)
+        self.X.addmm_(rows.T, x_solved, alpha=-1)
+        self.G[E], self.G[:, E] = sign * solved, sign * solved.T
+        self.G[E[:, None], E] = -sign * torch.cholesky_inverse(factor)
+        self.X[E] = sign * x_solved
+        self.inside[units] = add
+
+    def exchange_columns(self, limit):
+        """One round for single columns: exchanges within a pool of the most promising pairs. Returns their number."""
+        S, U = self.inside.nonzero()[:, 0], (~self.inside).nonzero()[:, 0]
+        if len(S) == 0 or len(U) == 0:
+            return 0
+        partner, delta = self._best_partners(S, U)
+        top = delta.topk(min(_POOL, len(U)))
+        if float(top.values[0]) <= self.least * self.objective:
+            return 0
+        pool = torch.cat([S[partner[top.indices]].unique(), U[top.indices]])
+        G, T = self.G[pool[:, None], pool].double(), (self.X[pool] @ self.X[pool].T).double()
+        inside = self.inside[pool].clone()
+        made = 0
+        while made < limit:
+            inner, outer = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
+            value = _exchange_values(
+                G[inner[:, None], outer], T[inner[:, None], outer], *_diagonals(G, T, inner), *_diagonals(G, T, outer)
+            )
+            best = int(value.argmax())
+            gain = float(value.view(-1)[best])
+            if gain <= self.least * self.objective:
+                break
+            i, j = int(inner[best // len(outer)]), int(outer[best % len(outer)])
+            _pivot(G, T, j, 1.0)
+            _pivot(G, T, i, -1.0)
+            inside[j], inside[i] = True, False
+            self.objective += gain
+            made += 1
+        before = self.inside[pool]
+        if (inside & ~before).any():
+            self.move(pool[inside & ~before], add=True)
+            self.move(pool[before & ~inside], add=False)
+        return made
+
+    def _best_partners(self, S, U):
+        """For each column of U, the position in S of the best one to give up for it, and what the exchange adds."""
+        norms = torch.linalg.vector_norm(self.X, dim=1).square()
+        diagonal = self.G.diagonal()
+        partners, deltas = [], []
+        for part in U.split(max(1, _CHUNK // len(S))):
+            value = _exchange_values(
+                self.G[part][:, S].T,
+                self.X[S] @ self.X[part].T,
+                norms[S],
+                -diagonal[S],
+                norms[part],
+                diagonal[part],
+            )
+            delta, partner = value.max(0)
+            partners.append(partner)
+            deltas.append(delta)
+        return torch.cat(partners), torch.cat(deltas)
+
+    def exchange_group(self, limit):
+        """The best single exchange of groups, if one improves. Returns 1 or 0."""
+        S, U = self.inside.nonzero()[:, 0], (~self.inside).nonzero()[:, 0]
+        c, best = self.c, (self.least * self.objective, -1, -1)
+        columns = self.columns(S).view(-1, c)
+        P = -self.G[columns[:, :, None], columns[:, None, :]]
+        for j in U.tolist():
+            J = torch.arange(j * c, (j + 1) * c, device=S.device)
+            factor, info = torch.linalg.cholesky_ex(self.G[J[:, None], J])
+            if int(info) or not len(S):
+                continue
+            x = torch.linalg.solve_triangular(factor, self.X[J], upper=False)
+            z = torch.linalg.solve_triangular(factor, self.G[J][:, self.columns(S)], upper=False)
+            z = z.T.reshape(-1, c, c)
+            with_j, info = torch.linalg.cholesky_ex(P + z @ z.transpose(1, 2))
+            cost = torch.linalg.solve_triangular(with_j, self.X[columns] - z @ x, upper=False).square().sum((1, 2))
+            cost = torch.where(info == 0, cost, float("inf"))
+            delta = x.square().sum() - cost
+            if float(delta.max()) > best[0]:
+                best = float(delta.max()), int(S[delta.argmax()]), j
+        gain, i, j = best
+        if j < 0:
+            return 0
+        self.move(torch.tensor([j], device=S.device), add=True)
+        self.move(torch.tensor([i], device=S.device), add=False)
+        self.objective += gain
+        return 1
+
+
+def _diagonals(G, T, index):
+    return T.diagonal()[index], G.diagonal()[index].abs()
+
+
+def _exchange_values(z, cross, inner_norm, P, outer_norm, D):
+    """What adding j (columns) and then removing i (rows) adds to the objective, for all pairs.
+
+    `gain_j - ||V_i - z_ij R_j / D_j||^2 / (P_i + z_ij^2 / D_j)`.
+    """
+    ratio = z / D
+    cost = inner_norm[:, None] - ratio * (2 * cross - ratio * outer_norm)
+    return outer_norm / D - cost.clamp_min_(0.0) / (P[:, None] + ratio * z)
+
+
+def _pivot(G, T, j, sign):
+    """Move column j of a pool into S (sign 1) or out of it (-1); `T = X X'` follows."""
+    d = G[j, j].clone()
+    g, t = G[j] / d, T[j].clone()
+    row = G[j].clone()
+    T_jj = t[j].clone()
+    G.addr_(row, g, alpha=-1)
+    T.addr_(g, t, alpha=-1).addr_(t - g * T_jj, g, alpha=-1)
+    G[j] = G[:, j] = sign * g
+    G[j, j] = -1 / d
+    new = sign * (t - g * T_jj) / d
+    T[j] = T[:, j] = new
+    T[j, j] = T_jj / d.square()
