@@ -1,0 +1,258 @@
+"""Prune a model in steps between which it trains: masks at full size, surgery once at the end."""
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import nn
+from transformers import PreTrainedModel
+
+from .advance import plan
+from .blocks import Block
+from .calibration import CalibrationSet
+from .collection import BlockMoments, collect, consumer_weight
+from .config import PruneConfig
+from .evaluation import drift, model_outputs
+from .layout import choose_layout
+from .masking import Mask, MaskEdit
+from .moments import Moments
+from .probe import discover
+from .pruning import _measure, _peak_memory, allocate, choose_blocks
+from .report import BlockReport, Change, PruneReport
+from .reweighting import relative_error
+from .solver import solve_block
+from .surgery import kept_columns, shrink
+from .verification import undisturbed, verify
+
+
+class GradualPruning:
+    """Removes units of a model step by step while somebody else trains it.
+
+    The model's parameters stay the objects that they are until `finish`, so that an optimizer keeps hold of them.
+
+    Args:
+        model: At full size; masked in place by `step`.
+        calibration: What each step fits on and measures drift on.
+        config: As for `prune`; the widths are those that it would end at.
+        progress: `state_dict()` of an earlier run of the same model and config, to go on from.
+
+    Raises:
+        ValueError: no block can be pruned, the data does not reach one, or `progress` is of other blocks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: CalibrationSet,
+        config: PruneConfig,
+        progress: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.calibration, self.config = model, calibration, config
+        with undisturbed(model):
+            found = discover(model, calibration.probe)
+            self.refusals = found.refusals
+            self.blocks = choose_blocks(found.blocks, found.refusals, config)
+            names = [b.name for b in self.blocks]
+            self.targets = dict(zip(names, allocate(self.blocks, config), strict=True))
+            self._plan = plan(model, [b for b in self.blocks if self.targets[b.name] < b.units], calibration.probe)
+            self._before = _measure(self.model, self.calibration)
+        if self._plan.unreached:
+            unreached = ", ".join(b.name for b in self._plan.unreached)
+            raise ValueError(f"The calibration data never reaches {unreached}: leave it whole with `exclude`.")
+        self.kept = {b.name: torch.arange(b.units) for b in self.blocks}
+        self.drift: dict[str, float] = {}
+        self._solutions: dict[str, dict[str, Any]] = {}
+        self._seconds = 0.0
+        if progress is not None:
+            self._load(progress)
+        self._masks = self._make_masks()
+        self.mask()
+
+    @property
+    def kept_fraction(self) -> float:
+        """Fraction of the prunable blocks' parameters that is not masked."""
+        kept = sum(len(self.kept[b.name]) * b.parameters_per_unit for b in self.blocks)
+        return kept / sum(b.parameters for b in self.blocks)
+
+    def mask(self) -> None:
+        """Set the removed units' parameters to zero again, after something has changed parameters."""
+        for mask in self._masks:
+            mask.apply()
+
+    def clear(self, state: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+        """Set the removed units' entries in the optimizer's statistics to zero."""
+        for mask in self._masks:
+            mask.clear(state)
+
+    def step(self, removed: float) -> bool:
+        """Mask further units and compute new weights for the consumers on the others.
+
+        Args:
+            removed: Fraction, in [0, 1], of the units to remove that are masked from now on. Never fewer than now.
+
+        Returns:
+            Whether a unit was masked; widths are whole numbers, so a small step may change none. If not, `drift`
+            stays that of an earlier step.
+        """
+        start = time.perf_counter()
+        edits: dict[str, MaskEdit] = {}
+
+        def undo() -> None:
+            for edit in reversed(edits.values()):
+                edit.undo()
+
+        with undisturbed(self.model), ExitStack() as on_failure:
+            on_failure.callback(undo)
+            reference = model_outputs(self.model, self.calibration.held_out)
+            solutions = {}
+            for block, moments in collect(self.model, self._plan, self.calibration, self.config.variant, edits):
+                target = self.targets[block.name]
+                width = target + round((block.units - target) * (1 - removed))
+                if width < len(self.kept[block.name]):
+                    edits[block.name], solutions[block.name] = self._prune(block, moments, width)
+            change = drift(self.model, self.calibration.held_out, reference)
+            on_failure.pop_all()
+        self.kept.update({name: edit.kept for name, edit in edits.items()})
+        self._solutions.update(solutions)
+        self._seconds += time.perf_counter() - start
+        if edits:
+            self.drift = change.to_dict()
+            self._masks = self._make_masks()
+        return bool(edits)
+
+    def finish(self) -> PruneReport:
+        """Remove the masked units for good.
+
+        Returns:
+            Errors of blocks are those of the last step that changed them, and `drift` is that of the last step, each
+            against the model as it was trained until then. No error is against the model before training.
+
+        Raises:
+            EquivalenceError: the shrunk model is not the masked model; it is left masked.
+        """
+        if any(len(self.kept[name]) > width for name, width in self.targets.items()):
+            self.step(1.0)
+        self.mask()
+        pruned = [b for b in self.blocks if len(self.kept[b.name]) < b.units]
+        start = time.perf_counter()
+        with undisturbed(self.model), ExitStack() as on_failure:
+            verify(self.model, pruned, self.kept, self.calibration.probe)
+            for block in pruned:
+                on_failure.callback(shrink(self.model, block, self.kept[block.name]).undo)
+            layout = choose_layout(self.model, self.config.layout, inputs=self.calibration.probe)
+            on_failure.callback(layout.undo)
+            after = _measure(self.model, self.calibration)
+            on_failure.pop_all()
+        return PruneReport(
+            model=getattr(self.model, "name_or_path", "") or "",
+            architecture=type(self.model).__name__,
+            config=self.config.to_dict(),
+            blocks=tuple(map(self._report, self.blocks)),
+            refusals=self.refusals,
+            layout=layout.kind,
+            layout_reason=layout.reason,
+            parameters=Change(self._before["parameters"], after["parameters"]),
+            macs=Change(self._before["macs"], after["macs"]),
+            latency=Change(self._before["latency"], after["latency"]),
+            measured_on=self._before["on"],
+            drift=self.drift,
+            data=self.calibration.description,
+            seconds={"pruning steps": self._seconds, "surgery": time.perf_counter() - start},
+            peak_memory=_peak_memory(),
+            versions={name: version(name) for name in ("hf_subprune", "torch", "transformers")},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been done so far, as plain JSON types."""
+        return {
+            "kept": {name: kept.tolist() for name, kept in self.kept.items()},
+            "solutions": self._solutions,
+            "drift": self.drift,
+            "seconds": self._seconds,
+        }
+
+    def _load(self, progress: Mapping[str, Any]) -> None:
+        units = {b.name: b.units for b in self.blocks}
+        if set(progress["kept"]) != set(units):
+            raise ValueError(
+                f"The checkpoint was made while pruning {', '.join(progress['kept'])}; the config and the model now "
+                f"give {', '.join(units)}. Go on with the model and the config of the run that made it."
+            )
+        self.kept = {name: torch.tensor(kept) for name, kept in progress["kept"].items()}
+        self._solutions, self.drift = dict(progress["solutions"]), dict(progress["drift"])
+        self._seconds = progress["seconds"]
+
+    def _make_masks(self) -> list[Mask]:
+        return [Mask(self.model, b, self.kept[b.name]) for b in self.blocks if len(self.kept[b.name]) < b.units]
+
+    def _prune(self, block: Block, moments: BlockMoments, width: int) -> tuple[MaskEdit, dict[str, Any]]:
+        """Choose `width` of the block's present units, and write the consumer's weights on them."""
+        start = time.perf_counter()
+        consumer: Any = self.model.get_submodule(block.consumer)
+        W = consumer_weight(consumer)
+        present = self.kept[block.name]
+        columns = kept_columns(block, present)
+        position = torch.full((W.shape[0],), -1)
+        position[columns] = torch.arange(len(columns))
+        W_present = W[columns.to(W.device)]
+        solution = solve_block(
+            [_restricted(fold.moments(W), columns) for fold in moments.folds if fold.rows],
+            None,
+            W_present,
+            position[block.columns[present]].to(W.device),
+            width,
+            shrinkage=self.config.shrinkage,
+            importance=self.config.importance,
+            method=self.config.method,
+            swaps=None if self.config.swaps < 0 else self.config.swaps,
+            reweight_kept=self.config.reweight,
+            certificates=False,
+            generator=torch.Generator().manual_seed(self.config.seed),
+        )
+        held_out = relative_error(
+            _restricted(moments.held_out.moments(W), columns), solution.kept_columns, solution.V, solution.bias_shift
+        )
+        # Every process trains the same units, although sums over the same data may differ in the last bit.
+        chosen, V, shift = broadcast((solution.kept_units.to(W.device), solution.V, solution.bias_shift))
+        bias = None if consumer.bias is None else consumer.bias.detach() + shift.to(consumer.bias)
+        edit = MaskEdit(self.model, block, present[chosen.cpu()], V, bias)
+        return edit, {
+            "fitted_error": solution.fitted_error,
+            "held_out_error": held_out,
+            "shrinkage": solution.shrinkage if self.config.reweight else None,
+            "method": f"gradual, {solution.method}",
+            "guarantee": None,
+            "seconds": time.perf_counter() - start,
+        }
+
+    def _report(self, block: Block) -> BlockReport:
+        kept = self.kept[block.name]
+        whole = {
+            "fitted_error": 0.0,
+            "held_out_error": 0.0,
+            "shrinkage": None,
+            "method": "kept whole",
+            "guarantee": 1.0,
+            "seconds": 0.0,
+        }
+        return BlockReport(
+            name=block.name,
+            kind=block.kind,
+            consumer=block.consumer,
+            units_before=block.units,
+            units_after=len(kept),
+            kept_units=tuple(kept.tolist()),
+            kept_columns=tuple(kept_columns(block, kept).tolist()),
+            **self._solutions.get(block.name, whole),
+        )
+
+
+def _restricted(moments: Moments, columns: torch.Tensor) -> Moments:
+    """The moments of some of the inputs. The consumer's weight on the others is zero, so the targets are the same."""
+    at = columns.to(moments.H.device)
+    return replace(moments, H=moments.H[at][:, at], C=moments.C[at], input_mean=moments.input_mean[at])

@@ -1,0 +1,98 @@
+"""Units that are removed from a model which keeps its shapes: all of their parameters are zero and stay so."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks import Block
+from .surgery import Edit
+
+
+class Mask:
+    """The removed units of one block, as zeros in the model's own parameters.
+
+    A unit whose columns in the consumer are zero has no part in the output; with its producers' rows zero as well, no
+    gradient reaches it, so that it counts neither in the gradient's norm nor in the optimizer's statistics.
+
+    Args:
+        model: The model that `block` was discovered in, unshrunk.
+        block: The block.
+        kept: `(k,)` int64, the units that are not removed.
+    """
+
+    def __init__(self, model: nn.Module, block: Block, kept: torch.Tensor) -> None:
+        removed = torch.ones(block.units, dtype=torch.bool)
+        removed[kept] = False
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._zeros = [
+            (parameter, piece.dim, piece.index[removed].flatten().to(parameter.device))
+            for piece in block.slices
+            if (parameter := parameters.get(piece.tensor)) is not None
+        ]
+
+    def apply(self) -> None:
+        """Set the removed units' parameters to zero."""
+        with torch.no_grad():
+            for parameter, dim, index in self._zeros:
+                parameter.index_fill_(dim, index, 0)
+
+    def clear(self, state: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+        """Set the removed units' entries to zero in every optimizer statistic that has its parameter's shape.
+
+        Args:
+            state: `optimizer.state`.
+        """
+        for parameter, dim, index in self._zeros:
+            for value in state.get(parameter, {}).values():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    value.index_fill_(dim, index, 0)
+
+
+class MaskEdit(Edit):
+    """Units masked, and the consumer's weights on the others written in place: an edit that changes no shape.
+
+    Args:
+        model: The model that `block` was discovered in, unshrunk.
+        block: The block.
+        kept: `(k,)` int64, sorted: units that are not masked.
+        weight: `(k * c, m)`, the consumer's weight on the columns of the kept units, inputs by outputs.
+        bias: `(m,)`, the consumer's bias; `None` where it has none.
+    """
+
+    def __init__(
+        self, model: nn.Module, block: Block, kept: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        super().__init__(block.name, kept)
+        consumer: Any = model.get_submodule(block.consumer)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        owned = [parameters[piece.tensor] for piece in block.slices if piece.tensor in parameters]
+        touched = {id(p): p for p in (*owned, consumer.weight, consumer.bias) if p is not None}
+        self._before = _copies(touched.values())
+        columns = block.columns[kept].flatten().sort().values.to(consumer.weight.device)
+        with torch.no_grad():
+            target = consumer.weight.T if isinstance(consumer, nn.Linear) else consumer.weight
+            target[columns] = weight.to(target)
+            if bias is not None:
+                consumer.bias.copy_(bias)
+        Mask(model, block, kept).apply()
+        self._after = _copies(touched.values())
+
+    def undo(self) -> None:
+        """Write the parameters back as they were."""
+        _write(self._before)
+
+    def redo(self) -> None:
+        """Write the masked and reweighted parameters again."""
+        _write(self._after)
+
+
+def _copies(parameters: Any) -> Sequence[tuple[nn.Parameter, torch.Tensor]]:
+    return [(parameter, parameter.detach().clone()) for parameter in parameters]
+
+
+@torch.no_grad()
+def _write(values: Sequence[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    for parameter, value in values:
+        parameter.copy_(value)
