@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import load_state_dict
 from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -87,20 +88,31 @@ class _PrunedFirst(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
+        self.files = list(checkpoint_files or ())
         self.applied = apply_spec(model, self.spec)
-        for file in checkpoint_files or ():
-            shapes = {name: tuple(tensor.shape) for name, tensor in load_state_dict(file, map_location="meta").items()}
-            self._check_shapes(file, shapes)
         super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
 
-    def _check_shapes(self, file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
+        """Called once it is known how names in files become names in the model: the time to compare shapes."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+        converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+        wanted = model.state_dict()
+        for file in self.files:
+            for key, tensor in load_state_dict(file, map_location="meta").items():
+                name, merged = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+                if merged is None:
+                    self._check_shape(file, key, tuple(tensor.shape), self.applied.shapes.get(name))
+        self.files = []
+        return conversions
+
+    def _check_shape(self, file: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...] | None) -> None:
         """Refuse a checkpoint that does not have the widths of its config, whatever `ignore_mismatched_sizes` says."""
-        for name, expected in {**self.spec.shapes, **self.applied.shapes}.items():
-            if shapes.get(name, expected) != expected:
-                raise ValueError(
-                    f"{file}: {name} has shape {shapes[name]}, but the config.json beside it says {expected}: they "
-                    "were not saved together. Take both from the same save_pretrained"
-                )
+        if expected is not None and shape != expected:
+            raise ValueError(
+                f"{file}: {name} has shape {shape}, but the config.json beside it says {expected}: they were not "
+                "saved together. Take both from the same save_pretrained"
+            )
 
 
 class SubpruneQuantizer(_PrunedFirst):
@@ -134,9 +146,9 @@ class SubpruneQuantizer(_PrunedFirst):
 class _PrunedThenQuantized(_PrunedFirst):
     """Mixed with the quantizer that `then` names; the model stays marked as quantized."""
 
-    def _check_shapes(self, file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    def _check_shape(self, *args: Any) -> None:
         if not self.pre_quantized:  # quantized weights are packed into other shapes
-            super()._check_shapes(file, shapes)
+            super()._check_shape(*args)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         model = super()._process_model_after_weight_loading(model, **kwargs) or model
