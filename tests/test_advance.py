@@ -1,0 +1,147 @@
+import pytest
+import torch
+from tiny import tiny
+from torch import nn
+
+from hf_subprune.advance import Stream, call, plan
+from hf_subprune.blocks import Block
+from hf_subprune.probe_inputs import probe_inputs
+
+
+def block(consumer):
+    return Block(consumer, "mlp", consumer, torch.zeros(1, 1, dtype=torch.long), (), (), 0)
+
+
+def consumers(model, *endings):
+    return [block(name) for name, _ in model.named_modules() if name.endswith(endings)]
+
+
+class Skips(nn.Module):
+    """The last layer reads what the first one returned, as in a U-Net."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(3))
+
+    def forward(self, x):
+        first = self.layers[0](x)
+        return self.layers[2](self.layers[1](first) + first)
+
+
+class Reused(nn.Module):
+    """One layer is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, x):
+        return self.layers[0](self.layers[0](x))
+
+
+@pytest.mark.parametrize(
+    ("family", "endings", "paths"),
+    [
+        ("bert", ("output.dense",), [f"bert.encoder.layer.{i}" for i in range(3)]),
+        ("llama", ("down_proj", "o_proj"), [f"model.layers.{i}" for i in range(3)]),
+        ("t5", (".wo", ".o"), [f"{side}.block.{i}" for side in ("encoder", "decoder") for i in range(3)]),
+        (
+            "bart",
+            ("fc2", "out_proj"),
+            [f"model.{side}.layers.{i}" for side in ("encoder", "decoder") for i in range(2)],
+        ),
+        ("albert", ("ffn_output",), ["albert.encoder"]),
+    ],
+)
+def test_segments_are_the_layers_in_forward_order(family, endings, paths):
+    model = tiny(family)
+    found = plan(model, consumers(model, *endings), probe_inputs(model))
+    assert [segment.path for segment in found.segments] == paths
+    assert not found.unreached
+    assert not found.retain_all
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt_neox", "t5", "bart", "gemma2", "albert", "clip"])
+def test_every_consumer_sees_what_it_sees_in_a_plain_forward(family):
+    model = tiny(family)
+    batch = probe_inputs(model)
+    blocks = consumers(model, "output.dense", "down_proj", ".wo", "fc2", "dense_4h_to_h", "ffn_output")
+    paths = [b.consumer for b in blocks]
+    assert paths
+
+    plain = {path: [] for path in paths}
+    hooks = [
+        model.get_submodule(p).register_forward_pre_hook(lambda _m, a, p=p: plain[p].append(a[0].clone()))
+        for p in paths
+    ]
+    call(model, batch)
+    for hook in hooks:
+        hook.remove()
+
+    stream = Stream(model, plan(model, blocks, batch), [batch])
+    for segment in stream.plan.segments:
+        seen = {b.consumer: [] for b in segment.blocks}
+        stream.run(0, inputs={path: (lambda x, into=into: into.append(x.clone())) for path, into in seen.items()})
+        for path, values in seen.items():
+            assert len(values) == len(plain[path])
+            assert all(torch.equal(x, y) for x, y in zip(values, plain[path], strict=True))
+        stream.step()
+
+
+def test_each_layer_runs_once_and_stops_where_it_is_told():
+    model = tiny("llama")
+    batch = probe_inputs(model)
+    blocks = consumers(model, "down_proj")
+    stream = Stream(model, plan(model, blocks, batch), [batch])
+    ran = []
+    hooks = [
+        module.register_forward_hook(lambda _m, _a, _o, name=name: ran.append(name))
+        for name, module in model.named_modules()
+        if name.endswith(("o_proj", "down_proj"))
+    ]
+    stream.run(0, stop_at="model.layers.0.mlp.down_proj")
+    stream.run(0)
+    stream.step()
+    stream.run(0)
+    for hook in hooks:
+        hook.remove()
+    first = ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"]
+    assert ran == [*first, *first, "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"]
+
+
+def test_outputs_that_are_read_again_later_are_kept():
+    model = Skips().eval()
+    found = plan(model, [block(f"layers.{i}.0") for i in range(3)], {"x": torch.randn(2, 4)})
+    assert [segment.path for segment in found.segments] == ["layers.0", "layers.1", "layers.2"]
+    assert found.retain_all
+
+
+def test_a_layer_that_is_called_twice_is_advanced_with_all_around_it():
+    model = Reused().eval()
+    (segment,) = plan(model, [block("layers.0")], {"x": torch.randn(2, 4)}).segments
+    assert segment.path == ""
+    assert segment.calls == (2,)
+    seen = []
+    Stream(model, plan(model, [block("layers.0")], {"x": torch.ones(2, 4)}), [{"x": torch.ones(2, 4)}]).run(
+        0, inputs={"layers.0": seen.append}
+    )
+    assert len(seen) == 2
+
+
+def test_blocks_off_the_data_s_path_are_reported():
+    model = Skips().eval()
+    model.extra = nn.ModuleList([nn.Linear(4, 4)])
+    found = plan(model, [block("layers.0.0"), block("extra.0")], {"x": torch.randn(2, 4)})
+    assert [b.name for b in found.unreached] == ["extra.0"]
+
+
+def test_nothing_stays_on_the_model():
+    model = tiny("bert")
+    batch = probe_inputs(model)
+    before = call(model, batch).logits
+    stream = Stream(model, plan(model, consumers(model, "output.dense"), batch), [batch])
+    stream.run(0)
+    stream.step()
+    stream.run(0)
+    assert torch.equal(call(model, batch).logits, before)
+    assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in model.modules())

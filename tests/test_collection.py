@@ -1,0 +1,118 @@
+import pytest
+import torch
+from batches import ready_batches
+from tiny import tiny
+
+from hf_subprune.advance import call, plan
+from hf_subprune.calibration import prepare
+from hf_subprune.collection import collect, consumer_weight
+from hf_subprune.config import PruneConfig
+from hf_subprune.moments import combine
+from hf_subprune.probe import discover
+from hf_subprune.surgery import shrink
+
+CONFIG = PruneConfig(samples=20, held_out=4, batch_size=4)
+
+
+def prepared(family, **overrides):
+    model = tiny(family, **overrides)
+    calibration = prepare(model, ready_batches(model), CONFIG)
+    blocks = discover(model, calibration.probe).blocks
+    return model, calibration, blocks, plan(model, blocks, calibration.probe)
+
+
+def rows(model, calibration, path, output=False):
+    """What reaches (or leaves) a module at the real tokens of the batches fitted on, by plain forwards."""
+    seen = []
+    module = model.get_submodule(path)
+    hook = module.register_forward_hook(lambda _m, args, out: seen.append(out if output else args[0]))
+    for batch in calibration.fit:
+        call(model, batch)
+    hook.remove()
+    calls = len(seen) // len(calibration.fit)  # more than one where layers share the module
+    return torch.cat([calibration.rows(x, i // calls, path) for i, x in enumerate(seen)]).detach().double()
+
+
+def check(moments, model, block, B, Y=None):
+    consumer = model.get_submodule(block.consumer)
+    W = consumer_weight(consumer).double()
+    Y = B @ W if Y is None else Y
+    if consumer.bias is not None:
+        B, Y = B - B.mean(0), Y - Y.mean(0)
+    found = combine([fold.moments(W) for fold in moments.folds])
+    assert found.rows == len(B)
+    torch.testing.assert_close(found.H, B.T @ B, rtol=1e-4, atol=1e-5 * float(found.H.diagonal().max()))
+    torch.testing.assert_close(found.C, B.T @ Y, rtol=1e-4, atol=1e-5 * float(found.C.abs().max()))
+    assert found.t == pytest.approx(float(Y.square().sum()), rel=1e-4)
+
+
+def run(model, calibration, segments, variant, inspect):
+    """Collect, let `inspect` look at each block, and shrink it with weights that change the blocks behind it."""
+    edits = {}
+    for block, moments in collect(model, segments, calibration, variant, edits):
+        inspect(block, moments)
+        kept = torch.arange(max(1, block.units // 2))
+        W = consumer_weight(model.get_submodule(block.consumer))
+        edits[block.name] = shrink(model, block, kept, weight=1.5 * W[block.columns[kept].flatten().sort().values])
+    return edits
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "albert", "vit"])
+def test_layer_collects_the_original_model_s_moments(family):
+    model, calibration, _blocks, segments = prepared(family)
+    original, *_ = prepared(family)
+    found = []
+
+    def inspect(block, moments):
+        found.append(block.name)
+        check(moments, original, block, rows(original, calibration, block.consumer))
+
+    run(model, calibration, segments, "layer", inspect)
+    assert sorted(found) == sorted(b.name for b in _blocks)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_seq_collects_the_moments_of_the_model_as_pruned_so_far(family):
+    model, calibration, _, segments = prepared(family)
+    run(
+        model,
+        calibration,
+        segments,
+        "seq",
+        lambda block, moments: check(moments, model, block, rows(model, calibration, block.consumer)),
+    )
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_asym_pairs_pruned_inputs_with_original_targets(family):
+    model, calibration, _, segments = prepared(family)
+    original, *_ = prepared(family)
+
+    def inspect(block, moments):
+        consumer = original.get_submodule(block.consumer)
+        Y = rows(original, calibration, block.consumer, output=True)
+        if consumer.bias is not None:
+            Y = Y - consumer.bias.double()
+        check(moments, model, block, rows(model, calibration, block.consumer), Y)
+
+    run(model, calibration, segments, "asym", inspect)
+
+
+def test_folds_split_the_batches_and_the_held_out_ones_stay_apart():
+    model, calibration, _, segments = prepared("bert")
+    _, moments = next(collect(model, segments, calibration, "layer", {}))
+    tokens = [int(batch["attention_mask"].sum()) for batch in calibration.fit]
+    assert [fold.rows for fold in moments.folds] == [sum(tokens[0::2]), sum(tokens[1::2])]
+    assert moments.held_out.rows == sum(int(batch["attention_mask"].sum()) for batch in calibration.held_out)
+
+
+@pytest.mark.parametrize("variant", ["layer", "seq", "asym"])
+def test_activations_that_are_not_finite_name_the_block_and_the_sample(variant):
+    model = tiny("vit")
+    batches = ready_batches(model)
+    batches[1]["pixel_values"][2] = float("nan")
+    calibration = prepare(model, batches, CONFIG)
+    blocks = discover(model).blocks
+    segments = plan(model, blocks, ready_batches(model, count=1)[0])
+    with pytest.raises(ValueError, match=rf"{blocks[0].name}.*NaN or inf.*samples? .*2"):
+        next(collect(model, segments, calibration, variant, {}))
