@@ -1,0 +1,256 @@
+"""What becomes of every architecture of the installed Transformers: pruned exactly, or refused and why."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..blocks import Block, Discovery
+from ..layout import choose_layout
+from ..probe import discover
+from ..surgery import shrink
+from ..verification import floating_tensors
+from .architectures import model_types
+from .inputs import probe_inputs
+from .isolation import isolated
+from .tiny import CannotBuildError, first_line, tiny_model
+
+TOLERANCE = 1e-4
+"""Largest difference between a shrunk and a masked model, as a fraction of an output's largest value."""
+KINDS = ("mlp", "attention")
+LIKELY = {"mlp": re.compile("MLP|FeedForward|FFN|Intermediate|Expert"), "attention": re.compile("Attention|Attn")}
+"""Class names of modules in which a reader of the table would expect blocks of a kind; used to count what is missed."""
+
+
+@dataclass(frozen=True)
+class KindOutcome:
+    """What became of the blocks of one kind in one model.
+
+    Args:
+        verdict: `"exact"`: all were found and shrink exactly; `"partly"`: those found do, others were refused;
+            `"refused"`: none was found, some were refused; `"missed"`: the model has modules with the name of this
+            kind, and nothing was found or refused; `"absent"`: it has none; `"wrong"`: a block that discovery
+            returned does not shrink exactly.
+        found: Number of blocks.
+        refused: Names of what was refused, with the reasons.
+        difference: Largest relative difference between the shrunk and the masked model, over the found blocks.
+    """
+
+    verdict: str
+    found: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    difference: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model type with one head.
+
+    Args:
+        model_type: Key of `transformers.CONFIG_MAPPING`.
+        head: `"base"` or `"main"`.
+        architecture: Class of the model; empty if there is none.
+        problem: Why the model could not be built or run, or where the survey failed; empty if nothing did.
+        inputs: Names of the inputs that the forward ran with.
+        kinds: Outcome per kind of block; empty if there is a `problem` with the model.
+        layout: How the shrunk model was stored: `"stock"`, `"ragged"`, or why it could not be.
+        reload: `"exact"` if the reloaded model gives the same outputs, else what happened; empty if nothing was saved.
+        seconds: Time that all of it took.
+    """
+
+    model_type: str
+    head: str
+    architecture: str = ""
+    problem: str = ""
+    inputs: tuple[str, ...] = ()
+    kinds: dict[str, KindOutcome] = field(default_factory=dict)
+    layout: str = ""
+    reload: str = ""
+    seconds: float = 0.0
+
+    @property
+    def silently_wrong(self) -> bool:
+        """Whether a user would get a wrong model without an error."""
+        return any(outcome.verdict == "wrong" for outcome in self.kinds.values()) or self.reload.startswith("differs")
+
+
+def survey(
+    model_types: Sequence[str] | None = None,
+    heads: Sequence[str] = ("base", "main"),
+    *,
+    seconds: float = 120.0,
+    workers: int = 2,
+    progress: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Discover, shrink by half, verify, save, reload and compare a tiny model of every type.
+
+    Each model is handled in a process of its own: one that crashes or hangs costs its row only.
+
+    Args:
+        model_types: Types to look at; all of the installed Transformers by default.
+        heads: `"base"`, `"main"` or both.
+        seconds: Time for one model; more counts as a problem.
+        workers: Processes at a time.
+        progress: Called with each row, in order, as soon as it is there.
+
+    Returns:
+        One row per type and head that exists, in the order asked for.
+    """
+    wanted = architectures_of(model_types)
+    rows = []
+    items = [(model_type, head) for model_type in wanted for head in heads]
+    for row in isolated(examine_item, items, _lost, seconds=seconds, workers=workers):
+        if row.head == "main" and row.problem.startswith(NO_CLASS):
+            continue
+        rows.append(row)
+        if progress is not None:
+            progress(row)
+    return rows
+
+
+NO_CLASS = "no class"
+
+
+def architectures_of(names: Sequence[str] | None) -> list[str]:
+    """The model types asked for, all by default.
+
+    Raises:
+        ValueError: Transformers has no such type.
+    """
+    known = model_types()
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise ValueError(f"Transformers {transformers.__version__} has no model type {', '.join(map(repr, unknown))}")
+    return list(known if names is None else names)
+
+
+def _lost(item: tuple[str, str], reason: str) -> Row:
+    return Row(*item, problem=reason)
+
+
+def examine_item(item: tuple[str, str]) -> Row:
+    """`examine` in a process of its own, on one thread and without warnings."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    return examine(*item)
+
+
+def examine(model_type: str, head: str) -> Row:
+    """The row of one model; no error but a crash of the process escapes."""
+    start = time.perf_counter()
+    row: dict[str, Any] = {"model_type": model_type, "head": head}
+    try:
+        model = tiny_model(model_type, head)
+        row["architecture"] = type(model).__name__
+        inputs = probe_inputs(model)
+        row["inputs"] = tuple(inputs)
+        discovery = discover(model, inputs)
+        row["kinds"] = {kind: _judge(model, discovery, kind, inputs) for kind in KINDS}
+        if discovery.blocks:
+            row.update(_stored(model, discovery, inputs))
+    except (CannotBuildError, ValueError) as error:
+        row["problem"] = str(error)
+    except Exception as error:
+        row["problem"] = f"the survey met {first_line(error)}"
+    return Row(**row, seconds=round(time.perf_counter() - start, 2))
+
+
+def _judge(model: PreTrainedModel, discovery: Discovery, kind: str, inputs: Mapping[str, Any]) -> KindOutcome:
+    blocks = [block for block in discovery.blocks if block.kind == kind]
+    refused = {refusal.name: refusal.reason for refusal in discovery.refusals if refusal.kind == kind}
+    if not blocks:
+        likely = any(LIKELY[kind].search(type(module).__name__) for module in model.modules())
+        return KindOutcome("refused" if refused else "missed" if likely else "absent", 0, refused)
+    difference = shrunk_difference(model, blocks, inputs)
+    verdict = "wrong" if not difference <= TOLERANCE else "partly" if refused else "exact"
+    return KindOutcome(verdict, len(blocks), refused, difference)
+
+
+def half(block: Block, seed: int) -> torch.Tensor:
+    """About half of a block's units, a different choice and number for neighbouring seeds; `(k,)` int64, sorted."""
+    random = torch.Generator().manual_seed(1000 + seed)
+    count = min(max(block.units // 2 + seed % 2, 1), block.units)
+    return torch.randperm(block.units, generator=random)[:count].sort().values
+
+
+def shrunk_difference(model: PreTrainedModel, blocks: Sequence[Block], inputs: Mapping[str, Any]) -> float:
+    """Largest relative difference of outputs between `model` shrunk and with the removed units' weights at zero.
+
+    It shares no code with the check that discovery makes: here the consumers' weights are zeroed in a copy, and other
+    units are removed. An output is compared in units of its largest entry; a shrunk model that fails gives infinity.
+    """
+    zeroed = copy.deepcopy(model)
+    for seed, block in enumerate(blocks):
+        _zero_removed(zeroed, block, half(block, seed))
+    expected = outputs(zeroed, inputs)
+    edits = [shrink(model, block, half(block, seed)) for seed, block in enumerate(blocks)]
+    try:
+        return relative_difference(expected, outputs(model, inputs))
+    except Exception:  # whatever a forward raises when shapes do not fit
+        return float("inf")
+    finally:
+        for edit in reversed(edits):
+            edit.undo()
+
+
+@torch.no_grad()
+def _zero_removed(model: nn.Module, block: Block, kept: torch.Tensor) -> None:
+    removed = torch.ones(block.units, dtype=torch.bool)
+    removed[kept] = False
+    for piece in block.slices:
+        if piece.tensor.rpartition(".")[0] == block.consumer:
+            tensor = model.get_parameter(piece.tensor)
+            tensor.index_fill_(piece.dim, piece.index[removed].flatten(), 0.0)
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Floating outputs of one forward in evaluation mode; models that draw random numbers draw the same ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return list(floating_tensors(model(**inputs)))
+
+
+def relative_difference(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
+    """Largest difference between tensors, each in units of the largest finite entry expected; shapes must agree."""
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
+        return float("inf")
+    worst = 0.0
+    for one, other in zip(expected, found, strict=True):
+        finite = one.isfinite()
+        if not torch.equal(finite, other.isfinite()):
+            return float("inf")
+        if finite.any():
+            scale = one[finite].abs().max().clamp_min(torch.finfo(one.dtype).tiny)
+            worst = max(worst, float((one[finite] - other[finite]).abs().max() / scale))
+    return worst
+
+
+def _stored(model: PreTrainedModel, discovery: Discovery, inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Shrink all blocks, save, reload and compare."""
+    for seed, block in enumerate(discovery.blocks):
+        shrink(model, block, half(block, seed))
+    try:
+        layout = choose_layout(model, inputs=inputs)
+    except Exception as error:
+        return {"layout": f"refused: {first_line(error)}", "reload": ""}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder)
+            reloaded = type(model).from_pretrained(folder).eval()
+            difference = relative_difference(outputs(model, inputs), outputs(reloaded, inputs))
+        except Exception as error:
+            return {"layout": layout.kind, "reload": f"fails: {first_line(error)}"}
+    return {"layout": layout.kind, "reload": "exact" if difference <= TOLERANCE else f"differs by {difference:.1e}"}

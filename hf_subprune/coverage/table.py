@@ -1,0 +1,67 @@
+"""The survey as JSON, as a Markdown table, and in a sentence."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import transformers
+
+from .survey import KINDS, Row
+
+SYMBOLS = {"exact": "exact", "partly": "exact, some refused", "absent": "none"}
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Counts in one sentence, with the version of Transformers."""
+    run = [row for row in rows if row.kinds]
+    parts = []
+    for kind in KINDS:
+        verdicts = Counter(row.kinds[kind].verdict for row in run)
+        having = sum(verdicts.values()) - verdicts["absent"]
+        exact = verdicts["exact"] + verdicts["partly"]
+        parts.append(f"{kind} exact in {exact} of {having} that have such blocks")
+    saved = [row for row in run if row.layout]
+    reloaded = sum(row.reload == "exact" for row in saved)
+    return (
+        f"Transformers {transformers.__version__}: {len(rows)} models of {len({row.model_type for row in rows})} types, "
+        f"{len(run)} could be built and run; {'; '.join(parts)}; {reloaded} of {len(saved)} pruned models reload "
+        f"exactly; silently wrong: {sum(row.silently_wrong for row in rows)}."
+    )
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """All rows, with the version of Transformers."""
+    return json.dumps({"transformers": transformers.__version__, "rows": [asdict(row) for row in rows]}, indent=1)
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """The summary, the models that ran as a table, the refusals, and the models that could not be built or run."""
+    lines = [summary(rows), "", "| type | class | MLP | attention | saved as | reload |", "| --- " * 6 + "|"]
+    for row in rows:
+        if row.kinds:
+            verdicts = [_cell(row, kind) for kind in KINDS]
+            cells = [row.model_type, row.architecture, *verdicts, row.layout, row.reload]
+            lines.append("| " + " | ".join(_escaped(cell) for cell in cells) + " |")
+    refusals: dict[str, list[str]] = {}
+    for row in rows:
+        for kind, outcome in row.kinds.items():
+            for name, reason in outcome.refused.items():
+                refusals.setdefault(f"{kind}: {reason}", []).append(f"{row.architecture} `{name}`")
+    lines += ["", "Refused:", ""]
+    lines += [f"- {reason} ({places[0]}, {len(places)} in all)" for reason, places in refusals.items()]
+    lines += ["", "Could not be built or run:", ""]
+    lines += [f"- {row.model_type} ({row.head}): {row.problem}" for row in rows if not row.kinds]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row, kind: str) -> str:
+    outcome = row.kinds[kind]
+    count = f" ({outcome.found})" if outcome.found else ""
+    return SYMBOLS.get(outcome.verdict, outcome.verdict) + count
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
