@@ -151,7 +151,7 @@ def _results(report: PruneReport, task: str | None) -> list[EvalResult]:
                 metric_name=f"{name.replace('_', ' ')} to the original model's output",
                 metric_value=round(value, 6),
             )
-            for name, value in report.drift.items()
+            for name, value in report.drift_figures.items()
         ]
     return results
 

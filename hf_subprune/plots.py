@@ -239,7 +239,7 @@ def _spread(blocks: Sequence[BlockReport], count: int) -> list[BlockReport]:
 
 def _qualities(report: PruneReport) -> dict[str, float]:
     """Figures of the pruned model's quality by name, labelled tasks first."""
-    return {**{metric.name: metric.value.after for metric in report.metrics}, **report.drift}
+    return {**{metric.name: metric.value.after for metric in report.metrics}, **report.drift_figures}
 
 
 @contextmanager

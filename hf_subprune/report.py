@@ -146,6 +146,11 @@ class PruneReport:
     metrics: tuple[TaskMetric, ...] = ()
     command: str = ""
 
+    @property
+    def drift_figures(self) -> dict[str, float]:
+        """`drift` without the number of rows that it was measured on."""
+        return {name: value for name, value in self.drift.items() if name != "rows"}
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         return {"format": FORMAT, **asdict(self)}
@@ -292,13 +297,13 @@ class PruneReport:
         table = Table(title=f"{self.architecture} pruned, {self.layout} layout", title_justify="left")
         for name in ("", "before", "after", "ratio"):
             table.add_column(name, justify="left" if not name else "right")
-        table.add_row("parameters", *_change(self.parameters, lambda x: f"{x / 1e6:.2f} M"))
-        table.add_row("MACs a sample", *_change(self.macs, lambda x: f"{x / 1e9:.3f} G"))
-        table.add_row("latency", *_change(self.latency, lambda x: f"{x * 1e3:.1f} ms"))
+        table.add_row("parameters", *change_row(self.parameters, 1e6, "M"))
+        table.add_row("MACs a sample", *change_row(self.macs, 1e9, "G"))
+        table.add_row("latency", *change_row(self.latency, 1e-3, "ms"))
         for metric in self.metrics:
-            table.add_row(f"{metric.name}, {metric.dataset} {metric.split}", *_change(metric.value, "{:.4f}".format))
-        for name, value in self.drift.items():
-            table.add_row(f"held-out {name.replace('_', ' ')}", "", f"{value:.4f}", "")
+            table.add_row(f"{metric.name}, {metric.dataset} {metric.split}", *change_row(metric.value))
+        for name, value in self.drift_figures.items():
+            table.add_row(f"held-out {name.replace('_', ' ')}", "", f"{value:.4g}", "")
         table.caption = (
             f"Latency: batch {on.get('batch_size')}, length {on.get('length')}, {on.get('device')}, "
             f"{on.get('threads')} threads. Layout: {self.layout_reason}"
@@ -374,5 +379,7 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: convert(value) for name, value in values.items()}
 
 
-def _change(change: Change, form: Any) -> tuple[str, str, str]:
-    return form(change.before), form(change.after), f"{change.ratio:.3f}"
+def change_row(change: Change, scale: float = 1.0, unit: str = "") -> tuple[str, str, str]:
+    """Cells before, after and ratio of a table; values are shown in `unit`, which is `scale` of theirs."""
+    before, after = (f"{value / scale:.4g} {unit}".rstrip() for value in (change.before, change.after))
+    return before, after, f"{change.ratio:.3f}"

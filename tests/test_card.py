@@ -80,7 +80,7 @@ def test_given_metadata_replaces_what_was_found(base):
 def test_the_body_says_what_changed_how_and_within_which_limits():
     body = model_card(make_report(), "me/small").text
     assert "25% of its parameters removed" in body
-    assert re.search(r"\| parameters \| 2.00 M \| 1.50 M \| 0.750 \|", body)
+    assert re.search(r"\| parameters \| 2 M \| 1.5 M \| 0.750 \|", body)
     assert "batch 4, length 16, cpu, 2 threads" in body
     assert "at least 90.0% of what the best choice" in body
     assert "MLP neurons and attention heads are gone" in body
