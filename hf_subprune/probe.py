@@ -235,7 +235,8 @@ def _slices(model: nn.Module, line: Line, owners: torch.Tensor, units: int) -> l
     counts = owners[owners >= 0].bincount(minlength=units)
     if (counts != counts[0]).any():
         raise _RefusedError(f"its units own different numbers of entries of {line.source.name!r}")
-    index = torch.stack([(owners == unit).nonzero().flatten() for unit in range(units)])
+    # A stable sort puts owned entries last, unit by unit, each unit's in increasing order.
+    index = owners.sort(stable=True).indices[-int(counts.sum()) :].view(units, -1)
     if line.source.axis is None:
         return [Slice(line.source.name, line.axis, index)]
     module = model.get_submodule(line.source.name)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from .blocks import Block
 from .surgery import Edit, masked, shrink
 
 TOLERANCE = 1e-4
 """Largest difference allowed, as a fraction of the largest absolute value of the tensor compared."""
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class EquivalenceError(RuntimeError):
@@ -137,15 +138,15 @@ class _InFloat32(TorchDispatchMode):
     """Every operation on half precision tensors is carried out in float32, and nothing is stored in less."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return func(*tree_map(_widened, args), **tree_map(_widened, kwargs or {}))
+        return func(*_widened(args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
 
 
 def _widened(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
-        return value.float()
-    if value in (torch.float16, torch.bfloat16):
-        return torch.float32
-    return value
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.dtype in HALVES else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_widened, value))
+    return torch.float32 if isinstance(value, torch.dtype) and value in HALVES else value
 
 
 class _Reached(BaseException):
@@ -166,7 +167,7 @@ def _run(
             consumer = model.get_submodule(block.consumer)
             handle = consumer.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
             stack.callback(handle.remove)
-        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
+        if any(parameter.dtype in HALVES for parameter in model.parameters()):
             stack.enter_context(_InFloat32())
         if to_consumer:
             stack.callback(model.get_submodule(blocks[-1].consumer).register_forward_hook(_stop).remove)
