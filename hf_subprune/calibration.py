@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .config import PruneConfig
 from .decoding import add_decoder_inputs
-from .features import Features, example_columns, is_label, make_encoder
+from .features import Features, example_columns, is_label, make_encoder, text_config
 from .padding import token_mask
 
 logger = logging.get_logger(__name__)
@@ -57,7 +57,7 @@ class CalibrationSet:
     def probe(self) -> Batch:
         """Two samples to fit on (all of the first batch where its tensors cannot be cut)."""
         first = self.fit[0]
-        return {name: value[:2] for name, value in first.items()} if _is_divisible(first) else first
+        return {name: value[:2] for name, value in first.items()} if is_divisible(first) else first
 
     @property
     def description(self) -> dict[str, Any]:
@@ -239,11 +239,10 @@ def _encoded(
 def _max_length(model: PreTrainedModel, processing_class: Any, asked: int) -> int:
     """Tokens that a text is truncated to: the least that is asked for, or that tokenizer or positions allow."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    text_config = model.config.get_text_config()
     limits = [
         asked,
         getattr(tokenizer, "model_max_length", None),
-        getattr(text_config, "max_position_embeddings", None),
+        getattr(text_config(model), "max_position_embeddings", None),
     ]
     for name, module in model.named_modules():
         # RoBERTa numbers positions from the padding index on: so many rows of the table are never reached.
@@ -255,10 +254,9 @@ def _max_length(model: PreTrainedModel, processing_class: Any, asked: int) -> in
 def _pad_id(model: PreTrainedModel, processing_class: Any) -> int:
     """Token id to pad with. Padding is masked, so any will do for models whose tokenizer has none."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    text_config = model.config.get_text_config()
     candidates = (
         getattr(tokenizer, "pad_token_id", None),
-        getattr(text_config, "pad_token_id", None),
+        getattr(text_config(model), "pad_token_id", None),
         getattr(tokenizer, "eos_token_id", None),
     )
     return next((candidate for candidate in candidates if candidate is not None and candidate >= 0), 0)
@@ -336,7 +334,8 @@ def _tokens(batches: list[Batch]) -> int | None:
     return sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
 
 
-def _is_divisible(batch: Batch) -> bool:
+def is_divisible(batch: Batch) -> bool:
+    """Whether the batch can be cut into samples: every tensor has one first dimension."""
     return all(
         isinstance(value, torch.Tensor) and value.ndim and len(value) == _rows(batch) for value in batch.values()
     )
@@ -344,7 +343,7 @@ def _is_divisible(batch: Batch) -> bool:
 
 def _split_ready(batches: list[Batch], config: PruneConfig) -> tuple[list[Batch], list[Batch], tuple[int, int]]:
     """Fit and held-out batches; cut along the first dimension where every tensor shares it, else whole."""
-    if all(map(_is_divisible, batches)):
+    if all(map(is_divisible, batches)):
         fit, held_out = _counts(sum(map(_rows, batches)), config)
         largest = min(config.batch_size, -(-fit // 2))
         return _cut(batches, 0, fit, largest), _cut(batches, fit, fit + held_out, config.batch_size), (fit, held_out)
@@ -373,7 +372,7 @@ def _complete(model: PreTrainedModel, batch: Batch) -> None:
 
 def _check_vocabulary(model: PreTrainedModel, batch: Batch) -> None:
     ids = batch.get("input_ids")
-    known = getattr(model.config.get_text_config(), "vocab_size", None)
+    known = getattr(text_config(model), "vocab_size", None)
     if ids is None or known is None:
         return
     try:

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .features import forward_arguments
+from .features import forward_arguments, text_config
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +35,7 @@ def add_decoder_inputs(model: PreTrainedModel, batch: Batch) -> None:
         if token is not None
     )
     ids = batch.get("input_ids")
-    if ids is not None and int(ids.max()) < decoder_config.vocab_size:
+    if ids is not None and text_config(model).vocab_size == decoder_config.vocab_size:
         batch["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
         if "attention_mask" in batch:
             mask = batch["attention_mask"]

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .calibration import Batch
+from .calibration import Batch, is_divisible
 from .padding import token_mask
-from .verification import undisturbed
+from .verification import floating_tensors, undisturbed
 
 # Bytes of reference outputs that are held for one batch list; beyond that, evenly spaced tokens stand for all.
 _STORED_BYTES = 64 * 2**20
@@ -87,13 +87,16 @@ def count_parameters(model: PreTrainedModel) -> int:
 def count_macs(model: PreTrainedModel, batch: Batch) -> int:
     """Multiply-accumulates of one forward on the batch's first sample, at the batch's (padded) length.
 
-    Matrix products, convolutions and attention scores are counted, a causal mask saves nothing.
+    Matrix products, convolutions and attention scores are counted, a causal mask saves nothing. A batch whose tensors
+    do not share their first dimension (patches of several images in one list) is counted as a whole.
     """
-    sample = {name: value[:1] if _is_batched(value) else value for name, value in batch.items()}
+    sample = {name: value[:1] for name, value in batch.items()} if is_divisible(batch) else batch
     # The counter knows no formula for the fused attention of CPUs.
     formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        _forward(model, sample)
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with undisturbed(model), torch.no_grad(), counter:
+        model.requires_grad_(False)  # the counter follows gradients, of which there are none
+        model(**_on_device(model, sample))
     return counter.get_total_flops() // 2
 
 
@@ -254,7 +257,7 @@ def _is_batched(value: Any) -> bool:
 
 def _outputs(model: PreTrainedModel, batch: Batch, limit: int) -> Outputs:
     """The rows of a batch's output that are compared, at most `limit` bytes of them."""
-    kind, output = _compared(_forward(model, batch))
+    kind, output = compared_output(_forward(model, batch))
     mask = token_mask(model, "", batch, output.shape)
     rows = output.reshape(-1, output.shape[-1])
     if mask is not None:
@@ -265,17 +268,14 @@ def _outputs(model: PreTrainedModel, batch: Batch, limit: int) -> Outputs:
     return Outputs(kind, rows[spaced].cpu(), pooled)
 
 
-def _compared(output: Mapping[str, Any]) -> tuple[str, torch.Tensor]:
+def compared_output(output: Mapping[str, Any]) -> tuple[str, torch.Tensor]:
     """The tensor that stands for a model's output: logits over classes, else hidden states, else the first one."""
-    floating = {
-        name: value for name, value in output.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
-    }
-    floating = {name: value for name, value in floating.items() if value.ndim >= 2}
-    if "logits" in floating and floating["logits"].shape[-1] > 1:
-        return "logits", floating["logits"]
-    for name in ("last_hidden_state", *floating):
-        if name in floating:
-            return "hidden", floating[name]
+    logits = output.get("logits")
+    if isinstance(logits, torch.Tensor) and logits.ndim >= 2 and logits.shape[-1] > 1:
+        return "logits", logits
+    for tensor in floating_tensors([output.get("last_hidden_state"), output]):
+        if tensor.ndim > 0:
+            return "hidden", tensor
     raise ValueError(f"The model's output has no floating-point tensor to compare, found: {', '.join(output)}.")
 
 

@@ -22,6 +22,19 @@ def forward_arguments(model: PreTrainedModel) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
+def text_config(model: PreTrainedModel) -> Any:
+    """The part of the model's config that describes its token inputs: the encoder's, where both sides have one."""
+    config: Any = model.config
+    if not config.is_encoder_decoder:
+        return config.get_text_config()
+    sides = (
+        getattr(config, "encoder", None),
+        config.get_text_config(encoder=True),
+        config.get_text_config(decoder=True),
+    )
+    return next((side for side in sides if getattr(side, "vocab_size", None) is not None), config)
+
+
 def is_label(name: str, model: PreTrainedModel) -> bool:
     """Whether a column holds labels: named so, or one that the model's forward would compute a loss from."""
     return "label" in name or name in find_labels(type(model))

@@ -16,6 +16,8 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -291,6 +293,21 @@ def test_text_models_decode_their_own_input_shifted(tokenizer):
         assert torch.equal(batch["decoder_input_ids"][:, 1:], batch["input_ids"][:, :-1])
         assert torch.equal(batch["decoder_attention_mask"][:, 1:], batch["attention_mask"][:, :-1])
         assert model(**batch).loss is None
+
+
+@pytest.mark.parametrize(("decoder_vocabulary", "shifted"), [(43, True), (50, False)])
+def test_a_decoder_with_its_own_vocabulary_generates(tokenizer, monkeypatch, decoder_vocabulary, shifted):
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        BertConfig(vocab_size=43, **TEXT_MODEL), BertConfig(vocab_size=decoder_vocabulary, **TEXT_MODEL)
+    )
+    config.decoder_start_token_id = config.pad_token_id = 1
+    model = EncoderDecoderModel(config).eval()
+    monkeypatch.setattr(model, "generate", lambda **inputs: torch.full((len(inputs["input_ids"]), 3), 49))
+    batch = prepare(model, TEXTS, PruneConfig(**SMALL), tokenizer).fit[0]
+    assert (batch["decoder_input_ids"][:, 0] == 1).all() == shifted
+    assert (batch["decoder_input_ids"] == 49).all() != shifted
+    with pytest.raises(ValueError, match="token id 49, but EncoderDecoderModel embeds 43"):
+        prepare(model, [{"input_ids": torch.full((4, 4), 49)}], PruneConfig())
 
 
 def test_given_decoder_inputs_are_kept():

@@ -95,6 +95,12 @@ def test_macs_of_grouped_heads_do_not_depend_on_the_implementation():
     assert fused == count_macs(model, batch) > 0
 
 
+def test_batches_that_cannot_be_cut_are_counted_whole():
+    model, batch = make_bert(), make_batches(1)[0]
+    one = count_macs(model, batch)
+    assert count_macs(model, {**batch, "position_ids": torch.arange(7)[None]}) == 3 * one
+
+
 def test_latency_says_what_it_was_measured_on():
     latency = measure_latency(make_bert(), make_batches(1)[0], min_run_time=0.01)
     assert 0 < latency.seconds < 1
@@ -191,6 +197,13 @@ def test_decoders_are_compared_on_their_own_tokens():
         "decoder_attention_mask": torch.tensor([[1, 1, 0, 0]]),
     }
     assert drift(model, [batch], model_outputs(model, [batch])).rows == 2
+
+
+def test_nested_outputs_are_found_and_none_is_an_error():
+    tensor = torch.ones(2, 3)
+    assert evaluation.compared_output({"feature_maps": (torch.arange(2), tensor)}) == ("hidden", tensor)
+    with pytest.raises(ValueError, match="no floating-point tensor to compare, found: boxes"):
+        evaluation.compared_output({"boxes": torch.arange(2)})
 
 
 def test_large_outputs_are_sampled_evenly(monkeypatch):
