@@ -1,0 +1,257 @@
+import copy
+
+import pytest
+import torch
+from batches import ready_batches
+from datasets import Dataset
+from tiny import tiny
+from torch import nn
+
+import hf_subprune.pruning as pruning
+from hf_subprune import PruneConfig, PruneReport, prune
+from hf_subprune.advance import call
+from hf_subprune.evaluation import model_outputs
+
+FAMILIES = [
+    "bert", "roberta", "distilbert", "modernbert", "gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3",
+    "gemma2", "phi3", "vit", "clip", "t5", "bart", "whisper",
+]  # fmt: skip
+QUICK = {"samples": 20, "held_out": 4, "batch_size": 4}
+
+
+def snapshot(model):
+    """Everything that a failed run must leave alone: parameter objects and values, flags, configuration."""
+    return (
+        {name: (id(p), p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()},
+        {name: module.training for name, module in model.named_modules()},
+        copy.deepcopy(model.config.to_dict()),
+    )
+
+
+def assert_unchanged(model, before):
+    parameters, training, config = before
+    after = dict(model.named_parameters())
+    assert set(after) == set(parameters)
+    for name, (identity, value, requires_grad) in parameters.items():
+        assert id(after[name]) == identity, name
+        assert torch.equal(after[name], value), name
+        assert after[name].requires_grad == requires_grad
+    assert {name: module.training for name, module in model.named_modules()} == training
+    assert model.config.to_dict() == config
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_shrinks_to_half_and_runs(family):
+    model = tiny(family)
+    batches = ready_batches(model)
+    before = model.num_parameters()
+    report = prune(model, batches, PruneConfig(**QUICK))
+    assert {b.kind for b in report.blocks} == {"mlp", "attention"}
+    for block in report.blocks:
+        assert block.units_after == block.units_before // 2 == len(block.kept_units)
+        assert list(block.kept_units) == sorted(set(block.kept_units))
+        assert list(block.kept_columns) == sorted(set(block.kept_columns))
+        consumer = model.get_submodule(block.consumer)
+        width = consumer.weight.shape[1] if isinstance(consumer, nn.Linear) else consumer.weight.shape[0]
+        assert width == len(block.kept_columns)
+        assert 0 <= block.fitted_error < 1
+        assert 0 < block.guarantee <= 1
+    assert report.parameters.before == before
+    assert report.parameters.after == model.num_parameters() < before
+    assert report.macs.after < report.macs.before
+    call(model, batches[0])
+
+
+@pytest.mark.parametrize("variant", ["layer", "seq", "asym"])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_new_weights_beat_plain_removal(family, variant):
+    errors = {}
+    for reweight in (True, False):
+        model = tiny(family)
+        report = prune(model, ready_batches(model), PruneConfig(**QUICK, variant=variant, reweight=reweight))
+        errors[reweight] = [block.fitted_error for block in report.blocks]
+    first = zip(errors[True][:1], errors[False][:1], strict=True)  # later blocks see different inputs
+    assert all(new < old for new, old in first)
+    assert sum(errors[True]) < sum(errors[False])
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_keeping_everything_changes_nothing(family):
+    model = tiny(family)
+    batches = ready_batches(model)
+    before = snapshot(model)
+    expected = call(model, batches[0]).logits
+    report = prune(model, batches, PruneConfig(**QUICK, keep=1.0))
+    assert torch.equal(call(model, batches[0]).logits, expected)
+    assert_unchanged(model, before)
+    assert all(block.units_after == block.units_before for block in report.blocks)
+    assert report.parameters.ratio == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_flags_and_untouched_parameters_are_kept(dtype):
+    model = tiny("llama").to(dtype)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    model.train()
+    untouched = {id(p) for n, p in model.named_parameters() if "norm" in n or "embed" in n or "lm_head" in n}
+    prune(model, ready_batches(model), PruneConfig(**QUICK))
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
+    assert model.model.layers[1].mlp.up_proj.weight.requires_grad
+    assert all(module.training for module in model.modules())
+    assert untouched <= {id(p) for p in model.parameters()}
+
+
+def test_a_pruned_model_can_be_pruned_again():
+    model = tiny("bert")
+    batches = ready_batches(model)
+    prune(model, batches, PruneConfig(**QUICK))
+    again = prune(model, batches, PruneConfig(**QUICK))
+    assert [b.units_after for b in again.blocks] == [b.units_before // 2 for b in again.blocks]
+    assert {b.units_before for b in again.blocks if b.kind == "mlp"} == {28}
+
+
+def test_kinds_can_be_kept_apart():
+    model = tiny("bert")
+    report = prune(model, ready_batches(model), PruneConfig(**QUICK, keep={"mlp": 0.25, "attention": 0.75}))
+    assert {(b.kind, b.units_after) for b in report.blocks} == {("mlp", 14), ("attention", 3)}
+
+
+def test_excluded_blocks_and_included_ones():
+    model = tiny("bert")
+    whole = "bert.encoder.layer.0.*"
+    report = prune(model, ready_batches(model), PruneConfig(**QUICK, exclude=(whole,)))
+    assert not any(b.name.startswith("bert.encoder.layer.0.") for b in report.blocks)
+    model = tiny("bert")
+    report = prune(model, ready_batches(model), PruneConfig(**QUICK, include=(whole,), units=("mlp",)))
+    assert [b.consumer for b in report.blocks] == ["bert.encoder.layer.0.output.dense"]
+
+
+def test_labels_are_never_used():
+    results = []
+    for labels in (None, 0, 1):
+        model = tiny("bert")
+        batches = ready_batches(model)
+        if labels is not None:
+            batches = [{**b, "labels": torch.full((4,), labels)} for b in batches]
+        prune(model, batches, PruneConfig(**QUICK))
+        results.append(model.state_dict())
+    assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in other)
+
+
+def test_the_same_seed_gives_the_same_model():
+    results = []
+    for _ in range(2):
+        model = tiny("bert")
+        prune(model, ready_batches(model), PruneConfig(**QUICK))
+        results.append(model.state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 0.01}, r"keep=0\.01 would leave block .* none of its 4 attention units"),
+        ({"exclude": ("*",)}, "No prunable block is left"),
+        ({"exclude": ("nothing.like.it",)}, r"'nothing\.like\.it' matches no block; the blocks are bert\.encoder"),
+    ],
+)
+def test_impossible_requests_change_nothing(settings, message):
+    model = tiny("bert")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        prune(model, ready_batches(model), PruneConfig(**{**QUICK, **settings}))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ([], ValueError, "empty|no sample"),
+        (3, TypeError, "int"),
+        (["a sentence"] * 9, ValueError, "processing_class"),
+        (Dataset.from_dict({"score": [0.1] * 9}), ValueError, "score"),
+    ],
+)
+def test_bad_data_changes_nothing(data, error, message):
+    model = tiny("bert")
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        prune(model, data, PruneConfig(**QUICK))
+    assert_unchanged(model, before)
+
+
+def test_activations_that_are_not_finite_change_nothing():
+    model = tiny("vit")
+    batches = ready_batches(model)
+    batches[2]["pixel_values"][1, 0, 0, 0] = float("inf")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="NaN or inf"):
+        prune(model, batches, PruneConfig(**QUICK))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("stage", ["verify", "choose_layout", "drift"])
+@pytest.mark.parametrize("variant", ["layer", "asym"])
+def test_a_failure_at_any_stage_restores_the_model(monkeypatch, stage, variant):
+    model = tiny("llama")
+    before = snapshot(model)
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(pruning, stage, fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        prune(model, ready_batches(model), PruneConfig(**QUICK, variant=variant))
+    assert_unchanged(model, before)
+
+
+def test_a_failure_between_blocks_restores_the_model(monkeypatch):
+    model = tiny("bert")
+    before = snapshot(model)
+    solve, calls = pruning.solve_block, []
+
+    def fail_third(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("on purpose")
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(pruning, "solve_block", fail_third)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        prune(model, ready_batches(model), PruneConfig(**QUICK, variant="seq"))
+    assert len(calls) == 3
+    assert_unchanged(model, before)
+
+
+def test_models_that_cannot_be_pruned_are_refused():
+    with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
+        prune(nn.Linear(2, 2), [])
+    with torch.device("meta"):
+        meta = tiny.__wrapped__("bert") if hasattr(tiny, "__wrapped__") else type(tiny("bert"))(tiny("bert").config)
+    with pytest.raises(ValueError, match="meta device"):
+        prune(meta, [])
+    quantized = tiny("bert")
+    quantized.is_quantized, quantized.quantization_method = True, "fp8"
+    with pytest.raises(ValueError, match="quantized.*fp8"):
+        prune(quantized, [])
+
+
+def test_adapters_must_be_merged_first():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny("bert"), peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="merge"):
+        prune(model, [])
+
+
+def test_the_report_can_be_saved_read_and_printed(tmp_path):
+    model = tiny("bert")
+    batches = ready_batches(model)
+    report = prune(model, batches, PruneConfig(**QUICK))
+    report.save(tmp_path)
+    assert PruneReport.load(tmp_path) == report
+    assert "bert.encoder.layer.1.attention" in str(report)
+    assert report.config["keep"] == 0.5
+    reference = model_outputs(tiny("bert"), batches[-1:])
+    assert report.drift == pruning.drift(model, batches[-1:], reference).to_dict()
