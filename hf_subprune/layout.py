@@ -5,7 +5,6 @@ Both are decided on the model as it is, however it was pruned: it is compared wi
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,36 +60,47 @@ def choose_layout(model: PreTrainedModel, layout: str = "auto", *, inputs: Mappi
     """
     if layout not in ("auto", "stock", "ragged"):
         raise ValueError(f"layout must be 'auto', 'stock' or 'ragged', got {layout!r}")
-    with ExitStack() as on_error:
-        undo = _snapshot(model)
-        on_error.callback(undo)
+    undo = _snapshot(model)
+    try:
         _drop_entries(model)
         spec = describe(model)
-        kind, reason = "stock", "the config already says every width"
-        if spec and layout == "ragged":
+        if not spec:
+            kind, reason = "stock", "the config already says every width" + _prove(model, spec, inputs)
+        elif layout == "ragged":
             kind, reason = "ragged", "asked for"
-        elif spec:
-            stock = find_stock_config(model)
-            reason = stock.reason
-            if stock.config is None:
-                kind = "ragged"
-            else:
-                adopt(model, stock.config)
-                try:
-                    _prove(model, LayoutSpec(), inputs)
-                except ValueError as error:
-                    kind, reason = "ragged", f"with {reason}, {error}"
-                    undo()
-                    _drop_entries(model)
-            if kind == "ragged" and layout == "stock":
-                raise ValueError(
-                    f"layout='stock' is not possible for {type(model).__name__}: {reason}. {stock.advice}"
-                )
+        else:
+            kind, reason = _try_stock(model, inputs, required=layout == "stock")
         if kind == "ragged":
+            undo()
+            _drop_entries(model)
             write_ragged(model, spec)
-        reason += _prove(model, spec if kind == "ragged" else LayoutSpec(), inputs)
-        on_error.pop_all()
+            reason += _prove(model, spec, inputs)
+    except BaseException:
+        undo()
+        raise
     return Layout(kind, reason, undo)
+
+
+def _try_stock(model: PreTrainedModel, inputs: Mapping[str, Any], required: bool) -> tuple[str, str]:
+    """Adopt a config that says the widths of `model` and proves to.
+
+    Returns:
+        `("stock", the values that say them)`, or `("ragged", why the config cannot)`.
+
+    Raises:
+        ValueError: It cannot, and it is `required`.
+    """
+    stock = find_stock_config(model)
+    problem = stock.reason
+    if stock.config is not None:
+        adopt(model, stock.config)
+        try:
+            return "stock", stock.reason + _prove(model, LayoutSpec(), inputs)
+        except ValueError as error:
+            problem = f"with {stock.reason}, {error}"
+    if required:
+        raise ValueError(f"layout='stock' is not possible for {type(model).__name__}: {problem}. {stock.advice}")
+    return "ragged", problem
 
 
 def write_ragged(model: PreTrainedModel, spec: LayoutSpec) -> None:
@@ -164,16 +174,16 @@ def _prove(model: PreTrainedModel, spec: LayoutSpec, inputs: Mapping[str, Any]) 
         held: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
         # What this model was built without, such as a pooler, must not be the reason why the forward fails.
         held[leaf] = mine.get(name, torch.zeros_like(tensor, device=next(iter(devices))))
-    difference = _difference(_outputs(model, inputs), _outputs(rebuilt, inputs))
-    if difference != 0.0:
+    gap = difference(outputs(model, inputs), outputs(rebuilt, inputs))
+    if gap != 0.0:
         raise ValueError(
-            f"{cannot}gives outputs that differ by {difference:.3g}. Something besides widths was changed (a forward "
+            f"{cannot}gives outputs that differ by {gap:.3g}. Something besides widths was changed (a forward "
             "hook, a replaced module, an attribute that is not an integer); undo it before pruning"
         )
     return ""
 
 
-def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Tensors that a forward in evaluation mode returns, by name."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -195,7 +205,7 @@ def _flatten(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield from _flatten(f"{name}.{key}", item)
 
 
-def _difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
     """Largest absolute difference over the tensors of `first`; NaN equals NaN."""
     largest = 0.0
     for name, tensor in first.items():

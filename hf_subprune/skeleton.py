@@ -20,18 +20,21 @@ def describe(model: PreTrainedModel) -> LayoutSpec:
     of them. What is larger than the config says (a cache that grew in a forward) is not a matter of pruning.
     """
     built = build_skeleton(type(model), model.config)
+    mine = tensors(model)
     shapes = {
-        name: tuple(tensor.shape)
+        name: tuple(mine[name].shape)
         for name, expected in tensors(built).items()
-        if (tensor := tensors(model).get(name)) is not None and _is_smaller(tensor.shape, expected.shape)
+        if name in mine and _is_smaller(mine[name].shape, expected.shape)
     }
     attributes: dict[str, dict[str, int]] = {}
     expected_modules = dict(built.named_modules())
+    shared = _shared_configs(model)
     for path, module in model.named_modules():
         if path in expected_modules:
             smaller = _smaller_integers(vars(module), vars(expected_modules[path]))
-            if path and reads_own_config(module, model):
-                own = _smaller_integers(vars(module.config), vars(expected_modules[path].config))
+            config = vars(module).get("config")
+            if isinstance(config, PreTrainedConfig) and id(config) not in shared:
+                own = _smaller_integers(vars(config), vars(expected_modules[path].config))
                 smaller |= {f"config.{name}": value for name, value in own.items()}
             if smaller:
                 attributes[path] = smaller
@@ -69,12 +72,10 @@ def read_back(config: PreTrainedConfig) -> PreTrainedConfig:
     return read
 
 
-def reads_own_config(module: nn.Module, model: PreTrainedModel) -> bool:
-    """Whether `module` holds a config that no model in `model` holds, as a layer with its own head count does."""
-    config = vars(module).get("config")
+def _shared_configs(model: PreTrainedModel) -> set[int]:
+    """Identities of the configs that models in `model` hold; a layer with a head count of its own holds another."""
     models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    shared = {id(part) for owner in models for _, part in nested_configs(owner.config)}
-    return isinstance(config, PreTrainedConfig) and id(config) not in shared
+    return {id(config) for part in models for _, config in nested_configs(part.config)}
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -7,10 +7,10 @@ pruned size to the full one gives a valid number, and it is taken if the skeleto
 import copy
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, logging
+from transformers import LlamaPreTrainedModel, PreTrainedConfig, PreTrainedModel, logging
 
 from .skeleton import build_skeleton, describe, nested_configs, read_back, tensors
 
@@ -55,7 +55,7 @@ def find_stock_config(model: PreTrainedModel) -> StockSearch:
         logging.set_verbosity(verbosity)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Attempt:
     """A config with some values changed, the sizes that it builds, and why it would not load, if so."""
 
@@ -97,11 +97,19 @@ class _Search:
                 reason = f"no value of {name} builds {path}.{leaf} of {sizes}"
                 if nearer:
                     reason = f"{name} refuses {nearer[0]}: {nearer[0].refusal}"
-                advice = "Exclude that block, keep a width that the config can say, or use layout='ragged'"
-                return StockSearch(None, reason, advice)
+                return StockSearch(None, reason, self._advice(refused=bool(nearer)))
             taken.append(str(step))
             self.current = step
         return StockSearch(self.current.config, ", ".join(taken))
+
+    def _advice(self, refused: bool) -> str:
+        advice = "Exclude that block, keep a width that the config can say, or use layout='ragged'"
+        if refused and isinstance(self.model, LlamaPreTrainedModel):
+            advice += (
+                ". Or save the weights as Mistral, the same network with any number of heads: "
+                "hf_subprune.recast.as_mistral(model, inputs).save_pretrained(folder)"
+            )
+        return advice
 
     def _nearer(self) -> list[_Attempt]:
         """Attempts that are nearer to the pruned model than the current config, the nearest first."""
@@ -124,10 +132,12 @@ class _Search:
         return self._improving(self._attempts(pairs))
 
     def _improving(self, attempts: list[_Attempt]) -> list[_Attempt]:
-        distances = [len(self._wrong(attempt, self.telling)) for attempt in attempts]
+        """Those that are nearer than the current config, also as they come back from disk, the nearest first."""
         limit = len(self._wrong(self.current, self.telling))
-        order = sorted(range(len(attempts)), key=distances.__getitem__)
-        return [attempts[index] for index in order if distances[index] < limit]
+        nearer = [attempt for attempt in attempts if len(self._wrong(attempt, self.telling)) < limit]
+        loaded = [self._read_back(attempt) for attempt in nearer]
+        distances = {attempt: len(self._wrong(attempt, self.telling)) for attempt in loaded}
+        return sorted((attempt for attempt in loaded if distances[attempt] < limit), key=distances.__getitem__)
 
     def _attempts(self, proposals: Iterable[tuple[Change, ...]]) -> list[_Attempt]:
         """Change the current config and build skeletons; proposals from which no model can be built are left out.
@@ -138,19 +148,24 @@ class _Search:
         for changes in proposals:
             config = copy.deepcopy(self.current.config)
             parts = dict(nested_configs(config))
-            refusal = ""
             try:
                 for path, name, value in changes:
                     setattr(parts[path], name, value)
-                try:
-                    config = read_back(config)
-                except Exception as error:
-                    refusal = " ".join(str(error.__cause__ or error).split()).rstrip(".")
                 sizes = self._sizes(build_skeleton(type(self.model), config))
             except Exception:
                 continue
-            attempts.append(_Attempt(config, changes, sizes, refusal))
+            attempts.append(_Attempt(config, changes, sizes))
         return attempts
+
+    def _read_back(self, attempt: _Attempt) -> _Attempt:
+        """`attempt` as its config loads, or with the refusal of its config."""
+        try:
+            config = read_back(attempt.config)
+            sizes = self._sizes(build_skeleton(type(self.model), config))
+        except Exception as error:
+            refusal = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+            return replace(attempt, refusal=refusal)
+        return replace(attempt, config=config, sizes=sizes)
 
     def _candidates(self, wrong: set[Key]) -> list[Change]:
         """Config values scaled as the wrong sizes are, and unset ones at the pruned size.
