@@ -26,7 +26,8 @@ class Attribute:
 
     Args:
         module: Dotted path of the module (`""` is the model itself).
-        name: Attribute name, e.g. `"num_heads"`.
+        name: Attribute name, e.g. `"num_heads"`; `"config.num_attention_heads"` is a value of the module's config,
+            of which the module gets a copy of its own.
         before: Value with all units.
         per_unit: Value that each unit contributes; `before == per_unit * units`.
     """
@@ -75,8 +76,8 @@ class Refusal:
     """A candidate block that is left whole, and what the user can do about it.
 
     Args:
-        name: Dotted path of the consumer (or of the module that holds it).
-        kind: `"mlp"`, `"attention"` or `"unknown"`.
+        name: Dotted path of the consumer, or the name that the block would have had.
+        kind: `"mlp"`, `"attention"`, or `"unknown"` where the input columns do not fall into units.
         reason: What was found.
         advice: What the user can do.
     """

@@ -18,7 +18,7 @@ from .blocks import Attribute, Block, Discovery, Refusal, Slice
 from .probe_inputs import probe_inputs
 from .tracing import OUTPUT, Read, Source, Trace, traced
 from .units import SHARED, Jacobian, Line, agrees, decode
-from .verification import EquivalenceError, verify
+from .verification import EquivalenceError, first_line, undisturbed, verify
 
 __all__ = ["discover", "probe_inputs"]
 
@@ -45,12 +45,12 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
         Blocks in the order of the forward, and refusals.
 
     Raises:
-        ValueError: the model has no parameters in memory, or no inputs can be made for it.
+        ValueError: the model is on meta, or no inputs can be made for it that its forward accepts.
     """
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError("The model is on the meta device: load its weights before looking for blocks.")
     if inputs is None:
-        inputs = probe_inputs(model)
+        inputs = _own_inputs(model)
     found: list[Block] = []
     refusals: list[Refusal] = []
     with traced(model, inputs) as trace:
@@ -69,6 +69,20 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
             reason = f"its units share rows of {_listed(seek.shared[block.consumer])}, and {reason}"
         refusals.append(Refusal(block.name, block.kind, reason, LEFT_WHOLE))
     return Discovery(tuple(blocks), (*refusals, *clashes))
+
+
+def _own_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    inputs = probe_inputs(model)
+    try:
+        with undisturbed(model), torch.no_grad():
+            model(**inputs)
+    except Exception as error:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
+        raise ValueError(
+            f"{type(model).__name__} cannot run on the probe batch made for it ({shapes}): {first_line(error)}. Pass "
+            f"`inputs`, a small batch of your own."
+        ) from error
+    return inputs
 
 
 class _RefusedError(Exception):
@@ -97,7 +111,8 @@ class _Seeker:
         jacobian = _local_jacobian(read, sources)
         decoded = self._decoded(jacobian)
         if decoded is None or not _owns_rows(jacobian, decoded[1]):
-            if any(source.readers != {consumer} for source in sources if source.axis is not None):
+            elsewhere = any(source.readers != {consumer} for source in sources if source.axis is not None)
+            if elsewhere or layer_of(model, consumer) is None:
                 return None
             names = ", ".join(repr(source.name) for source in own)
             reason = f"every input column depends on all rows of {names}: something between them spans the width"

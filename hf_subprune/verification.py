@@ -95,7 +95,7 @@ def verify(
             found = _run(model, blocks, inputs, to_consumer)
             return _compare(blocks, expected, found, tolerance)
         except Exception as error:
-            reason = error.reason if isinstance(error, _DifferenceError) else f"it cannot run: {_first_line(error)}"
+            reason = error.reason if isinstance(error, _DifferenceError) else f"it cannot run: {first_line(error)}"
             culprit = error.block if isinstance(error, _DifferenceError) else None
             cause = error
         finally:
@@ -232,5 +232,6 @@ def _checked_difference(
     return difference
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, in one line."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

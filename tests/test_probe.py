@@ -367,6 +367,13 @@ def test_inputs_that_cannot_be_made_are_asked_for():
         probe_inputs(Odd())
 
 
+def test_a_probe_batch_that_does_not_run_is_shown():
+    model = tiny("vit")
+    model.config.image_size = 32  # the position embeddings are for 16
+    with pytest.raises(ValueError, match=r"pixel_values \(2, 3, 32, 32\).*Pass `inputs`"):
+        discover(model)
+
+
 @pytest.mark.parametrize("family", ["bert", "vit", "clip", "whisper", "t5", "wav2vec2"])
 def test_probe_inputs_run(family):
     model = tiny(family)
