@@ -288,7 +288,7 @@ def _measure(model: nn.Module, calibration: CalibrationSet) -> dict[str, Any]:
     latency = measure_latency(model, calibration.held_out[0])
     return {
         "parameters": count_parameters(model),
-        "macs": count_macs(model, calibration.probe),
+        "macs": count_macs(model, calibration.held_out[0]),
         "latency": latency.seconds,
         "on": latency.measured_on,
     }
