@@ -2,19 +2,20 @@
 
 import importlib
 from functools import cache
+from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 # Heads in the order in which one is taken for a type's main head: what the type is used for first, pretraining last.
 MAIN_HEADS = (
+    "MASKED_LM",
     "CAUSAL_LM",
     "SEQ_TO_SEQ_CAUSAL_LM",
     "IMAGE_TEXT_TO_TEXT",
     "MULTIMODAL_LM",
     "SPEECH_SEQ_2_SEQ",
     "CTC",
-    "MASKED_LM",
     "IMAGE_CLASSIFICATION",
     "OBJECT_DETECTION",
     "SEMANTIC_SEGMENTATION",
@@ -51,7 +52,7 @@ def model_class(config_class: type[PreTrainedConfig], head: str) -> type[PreTrai
     return None
 
 
-def first(classes: type | tuple[type, ...]) -> type:
+def first(classes: Any) -> type[PreTrainedModel]:
     """An auto mapping names one class, or several of which the first is the usual one."""
     return classes[0] if isinstance(classes, tuple) else classes
 

@@ -203,11 +203,15 @@ def _images(sizes: Sizes, model: nn.Module) -> torch.Tensor:
     return _image(sizes, model).unsqueeze(1)
 
 
+def _image_pairs(sizes: Sizes, model: nn.Module) -> torch.Tensor:
+    return torch.stack([_image(sizes, model), _image(sizes, model)], 1)
+
+
 def _square(side: int) -> Layout:
     return lambda sizes, model: sizes.normal(SAMPLES, sizes.channels, side, side)
 
 
-def _patches(sizes: Sizes, model: nn.Module) -> torch.Tensor | None:
+def _patches(sizes: Sizes, model: nn.Module) -> torch.Tensor:
     return sizes.normal(SAMPLES * GRID * GRID, sizes.patch_width)
 
 
@@ -272,6 +276,12 @@ def _audio_spectrogram(sizes: Sizes, model: nn.Module) -> torch.Tensor:
     return sizes.normal(SAMPLES, sizes.get("max_length", default=FRAMES), sizes.bins)
 
 
+def _flattened_patches(sizes: Sizes, model: nn.Module) -> torch.Tensor:
+    width = sizes.get("patch_embed_hidden_size", default=sizes.patch_width)
+    numbered = torch.stack([torch.arange(1, GRID * GRID + 1), torch.ones(GRID * GRID)], -1)  # rows and columns
+    return torch.cat([numbered.expand(SAMPLES, -1, -1), sizes.normal(SAMPLES, GRID * GRID, width)], -1)
+
+
 def _states(sizes: Sizes, model: nn.Module) -> torch.Tensor:
     return sizes.normal(SAMPLES, TOKENS, sizes.hidden)
 
@@ -301,7 +311,8 @@ MAKERS: dict[str, tuple[Layout, ...]] = {
     "qformer_input_ids": (_tokens,),
     "bbox": (_boxes,),
     "pixel_values": (
-        _pixels, _images, _square(64), _square(128), _square(224), _patch_rows, _patches, _patch_images, _video,
+        _pixels, _images, _square(64), _square(128), _square(224), _patch_rows, _patches, _patch_images, _image_pairs,
+        _video,
     ),
     "pixel_values_videos": (_video,),
     "image": (_image,),
@@ -325,13 +336,15 @@ MAKERS: dict[str, tuple[Layout, ...]] = {
     "inputs_embeds": (_states,),
     "query_embeds": (_states,),
     "encoder_hidden_states": (_states,),
-    "flattened_patches": (lambda sizes, model: sizes.normal(SAMPLES, GRID * GRID, sizes.patch_width + 2),),
+    "flattened_patches": (_flattened_patches,),
+    "visual_feats": (lambda sizes, model: sizes.normal(SAMPLES, GRID, sizes.get("visual_feat_dim", default=64)),),
+    "visual_pos": (lambda sizes, model: sizes.normal(SAMPLES, GRID, sizes.get("visual_pos_dim", default=4)),),
     "spectrogram": (lambda sizes, model: sizes.normal(SAMPLES, TOKENS, sizes.get("model_in_dim", default=80)),),
     "inputs": (_tokens, _waveform, _states),
 }  # fmt: skip
 MODALITIES = ("input_ids", "pixel_values", "input_features", "input_values")
 COMPANIONS = {
-    "input_ids": ("attention_mask", "bbox"),
+    "input_ids": ("attention_mask", "bbox", "visual_feats", "visual_pos"),
     "pixel_values": (
         "image_grid_thw", "grid_thw", "spatial_shapes", "pixel_attention_mask", "pixel_position_ids",
         "image_position_ids", "image_sizes", "merge_sizes",

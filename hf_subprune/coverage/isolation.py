@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+GRACE = 5.0
+"""Seconds that a process has to end after it gave its result."""
+
 
 def isolated(
     function: Callable[[Item], Result],
@@ -33,7 +36,7 @@ def isolated(
         preload: Modules that are imported once, before the processes are forked.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__, *preload])
+    context.set_forkserver_preload([__name__, function.__module__, *preload])
 
     def call(item: Item) -> Result:
         receiver, sender = context.Pipe(duplex=False)
@@ -43,7 +46,9 @@ def isolated(
         try:
             if not receiver.poll(seconds):
                 return failed(item, f"no result after {seconds:.0f} s")
-            return receiver.recv()
+            result = receiver.recv()
+            process.join(GRACE)
+            return result
         except EOFError:
             process.join()
             return failed(item, f"its process ended with exit code {process.exitcode}")

@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 """Largest difference between a shrunk and a masked model, as a fraction of an output's largest value."""
 KINDS = ("mlp", "attention")
 LIKELY = {"mlp": re.compile("MLP|FeedForward|FFN|Intermediate|Expert"), "attention": re.compile("Attention|Attn")}
-"""Class names of modules in which a reader of the table would expect blocks of a kind; used to count what is missed."""
+"""Class names of modules in which one would expect blocks of a kind; used only to count what is missed."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _stored(model: PreTrainedModel, discovery: Discovery, inputs: Mapping[str, A
     for seed, block in enumerate(discovery.blocks):
         shrink(model, block, half(block, seed))
     try:
-        layout = choose_layout(model, inputs=inputs)
+        layout = choose_layout(model, "ragged", inputs=inputs)
     except Exception as error:
         return {"layout": f"refused: {first_line(error)}", "reload": ""}
     with tempfile.TemporaryDirectory() as folder:

@@ -26,8 +26,8 @@ def summary(rows: Sequence[Row]) -> str:
     saved = [row for row in run if row.layout]
     reloaded = sum(row.reload == "exact" for row in saved)
     return (
-        f"Transformers {transformers.__version__}: {len(rows)} models of {len({row.model_type for row in rows})} types, "
-        f"{len(run)} could be built and run; {'; '.join(parts)}; {reloaded} of {len(saved)} pruned models reload "
+        f"Transformers {transformers.__version__}: {len(rows)} models of {len({row.model_type for row in rows})} "
+        f"types, {len(run)} built and run; {'; '.join(parts)}; {reloaded} of {len(saved)} pruned models reload "
         f"exactly; silently wrong: {sum(row.silently_wrong for row in rows)}."
     )
 

@@ -75,14 +75,18 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"n_groups?$|num_expert_group", at_most(2)),
     (r"experts?$|experts_num|expert_num$|num_experts|local_experts", at_most(EXPERTS)),
     (r"max_position|n_positions|position_embeddings|max_seq|n_ctx|context_length", at_most(POSITIONS)),
-    (r"depths|num_block_repeats|stage_num|layer_depth", at_most(2)),
+    (r"depths|num_block_repeats|stage_num|layer_depth|blocks_per_stage", at_most(2)),
     (r"(layers?|depth|blocks|num_hidden_groups|self_attends_per_block)$", at_most(LAYERS)),
-    (r"num_queries|num_proposals|num_latents|query_num|num_query_tokens|num_prototypes", at_most(QUERIES)),
+    (
+        r"num_queries|num_proposals|num_latents|hash_byte_group_vocab|query_num|num_query_tokens|num_prototypes",
+        at_most(QUERIES),
+    ),
     (r"source_positions|max_length|num_frames|train_num_points|index_topk", at_most(FRAMES)),
     (r"lora_rank|_rank$", at_most(WIDTH // 4)),
     (r"intermediate|ffn|d_ff|dff|dim_ff|mlp_dim|mlp_hidden|feed_?forward|inner|linear_units", width(INNER)),
+    (r"n(um)?_filters$", width(WIDTH // 8)),
     (r"num_pos_feats", width(WIDTH // 2)),
-    (r"hidden|emb|d_model|dim|width|channels|feature_size|_size_global|planes|descriptor|units", width(WIDTH)),
+    (r"hidden|emb|d_model|dim|width|channel|latents|feature_size|_size_global|planes|descriptor|units", width(WIDTH)),
     (
         r"upsample_groups|projection|proj_size|lru_width|num_filters|filters$|mel_bins_hidden|out_features",
         width(WIDTH),
@@ -101,6 +105,8 @@ NEEDED = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": INNER,
     "sliding_window": FRAMES,
+    "image_token_index": VOCABULARY - 1,
+    "image_token_id": VOCABULARY - 1,
 }
 IMAGE_SIZE = re.compile(r"image_size|img_size|input_size|resolution")
 
@@ -181,6 +187,7 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 def shrink_config(config_class: type[PreTrainedConfig], given: dict[str, Any]) -> PreTrainedConfig:
     """A tiny `config_class`; `given` are arguments that its owner would have passed."""
+    given = {**given, "use_cache": False} if "use_cache" in field_defaults(config_class) else given
     config = config_class(**tiny_arguments(config_class, given))
     fit_rotary_sections(config)
     return config
@@ -189,12 +196,16 @@ def shrink_config(config_class: type[PreTrainedConfig], given: dict[str, Any]) -
 def tiny_arguments(config_class: type[PreTrainedConfig], given: dict[str, Any]) -> dict[str, Any]:
     """Arguments that make a tiny `config_class`; `given` are arguments that its owner would have passed."""
     defaults = {**field_defaults(config_class), **given}
+    full = config_class(**given)
+    defaults.update(
+        {name: vars(full)[name] for name in per_stage_fields(config_class, full) if defaults[name] is None}
+    )
     arguments = {name: shrink_field(name, value, defaults) for name, value in defaults.items()}
     arguments = {name: value for name, value in arguments.items() if name in given or value != defaults[name]}
     for name, spec in config_class.sub_configs_defaults.items():
         if not (defaults.get(name) is None and spec.optional):
             arguments[name] = tiny_sub_config(spec, defaults.get(name))
-    return with_layer_pattern(config_class, given, arguments)
+    return with_layer_pattern(config_class, given, full, arguments)
 
 
 def field_defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
@@ -209,6 +220,14 @@ def field_defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
         elif field.default_factory is not MISSING:
             defaults[field.name] = field.default_factory()
     return defaults
+
+
+def per_stage_fields(config_class: type[PreTrainedConfig], full: PreTrainedConfig) -> list[str]:
+    """Fields in which a configuration writes one number per stage by itself when it is given none."""
+    depth = getattr(full, "num_hidden_layers", None)
+    names = [name for name in field_defaults(config_class) if re.search(r"stage|hidden_sizes|depths|channel", name)]
+    lists = {name: vars(full)[name] for name in names if is_list(vars(full).get(name))}
+    return [name for name, value in lists.items() if len(value) != depth]
 
 
 def shrink_field(name: str, value: Any, defaults: dict[str, Any]) -> Any:
@@ -240,7 +259,7 @@ def shrink_field(name: str, value: Any, defaults: dict[str, Any]) -> Any:
 
 def is_staged_width(name: str, value: Any, defaults: dict[str, Any]) -> bool:
     """Whether a width is that of the first stage of a vision model, from which the others follow by fixed ratios."""
-    stages = (defaults.get(sibling) for sibling in ("depths", "num_heads", "block_sizes"))
+    stages = (defaults.get(sibling) for sibling in ("depths", "num_heads", "block_sizes", "embed_dim_per_stage"))
     return isinstance(value, int) and name in ("embed_dim", "hidden_size") and any(map(is_list, stages))
 
 
@@ -285,7 +304,7 @@ def tiny_sub_config(spec: Any, given: Any) -> PreTrainedConfig:
 
 
 def with_layer_pattern(
-    config_class: type[PreTrainedConfig], given: dict[str, Any], arguments: dict[str, Any]
+    config_class: type[PreTrainedConfig], given: dict[str, Any], full: PreTrainedConfig, arguments: dict[str, Any]
 ) -> dict[str, Any]:
     """Arguments with just enough layers to show every type of layer (full and sliding attention, dense and sparse).
 
@@ -293,7 +312,6 @@ def with_layer_pattern(
     """
     depth = config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     defaults = {**field_defaults(config_class), **given}
-    full = config_class(**given)
     unset = {name: value for name, value in NEEDED.items() if name in defaults and vars(full).get(name, 0) is None}
     arguments = {**arguments, **unset}
     if not isinstance(defaults.get(depth), int):
@@ -340,6 +358,8 @@ def layer_positions(name: str, value: Any, layers: int) -> dict[str, Any]:
         return {name: list(stages) if isinstance(value[0], int) else [f"stage{stage}" for stage in stages]}
     if is_list(value) and LAYER_INDEX.search(name) and all(isinstance(v, int) for v in value):
         return {name: sorted({min(v, layers - 1) for v in value})}
+    if name == "attention_types" and value is None:
+        return {name: [[["global", "local"], layers // 2]]}
     if isinstance(value, int) and not isinstance(value, bool) and LAYER_POSITION.search(name):
         return {name: min(value, layers - 1)}
     return {}
