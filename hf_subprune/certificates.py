@@ -113,5 +113,5 @@ def _block_factors(D: torch.Tensor, c: int) -> torch.Tensor:
 def _block_correlation(D: torch.Tensor, c: int) -> torch.Tensor:
     """`D` with its groups of `c` columns whitened: identity blocks on the diagonal."""
     n, factors = len(D), _block_factors(D, c)
-    form = torch.linalg.solve_triangular(factors, D.view(-1, c, n), upper=False).reshape(n, n)
-    return torch.linalg.solve_triangular(factors, form.T.reshape(-1, c, n), upper=False).reshape(n, n)
+    form = torch.linalg.solve_triangular(factors, D.view(n // c, c, n), upper=False).reshape(n, n)
+    return torch.linalg.solve_triangular(factors, form.T.reshape(n // c, c, n), upper=False).reshape(n, n)

@@ -135,15 +135,13 @@ class MomentAccumulator:
         """
         if self.rows == 0:
             raise ValueError("No row was added: there are no moments to compute.")
-        width = -(-self.n // _PANELS)
-        H = self._gram.clone()
-        for start in range(0, self.n, width):
-            H[start + width :, start : start + width] = H[start : start + width, start + width :].T
-        H.diagonal(0).copy_(self._gram.diagonal())
+        H = self._gram.triu()
+        H += H.triu(1).T
         mean = self._sum / self.rows
         input_mean = mean
         if self.intercept:
-            H.addr_(self._sum.to(H), mean.to(H), alpha=-1)
+            root = (self._sum / self.rows**0.5).to(H)
+            H.addr_(root, root, alpha=-1)
             input_mean = mean + self.shift.to(mean)  # type: ignore[union-attr]
         input_mean = input_mean.to(H)
         if self.m is None:

@@ -111,7 +111,7 @@ class CrossFit:
     """Result of cross-fitting.
 
     Args:
-        shrinkage: The chosen lambda.
+        shrinkage: The lambda to fit all rows with.
         fitted: Relative error at each lambda of the grid on the rows fitted on, mean over folds.
         held_out: The same on the rows left out.
         grid: The lambdas.
@@ -152,5 +152,22 @@ def cross_fit(
             fitted[position] += relative_error(rest, S, new.V, new.bias_shift) / len(folds)
             share = left_out.t / total if total > 0 else 0.0
             held_out[position] += share * relative_error(left_out, S, new.V, new.bias_shift)
+    return CrossFit(_refined(grid, held_out, len(folds)), tuple(fitted), tuple(held_out), tuple(grid))
+
+
+def _refined(grid: Sequence[float], held_out: Sequence[float], folds: int) -> float:
+    """The lambda to fit all rows with, from the errors of fits that left a fold out.
+
+    The lowest point of the parabola through the best value and its neighbours, over log lambda; times
+    `(folds - 1) / folds`, since the ridge that is best depends little on the number of rows (the prior is about the
+    weights), and lambda multiplies moments that are sums over rows.
+    """
     best = min(range(len(grid)), key=held_out.__getitem__)
-    return CrossFit(grid[best], tuple(fitted), tuple(held_out), tuple(grid))
+    low = grid[best]
+    if 0 < best < len(grid) - 1 and grid[best - 1] > 0 and math.isfinite(grid[best + 1]):
+        x = [math.log(value) for value in grid[best - 1 : best + 2]]
+        y = held_out[best - 1 : best + 2]
+        left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+        if right > left:  # slopes at the middles of the two intervals; zero in between
+            low = math.exp((x[0] + x[1]) / 2 - left * (x[2] - x[0]) / 2 / (right - left))
+    return low * (folds - 1) / folds

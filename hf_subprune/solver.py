@@ -12,7 +12,7 @@ import torch
 from .certificates import Certificate, certify
 from .importance import scores
 from .moments import Moments, combine
-from .reweighting import cross_fit, relative_error, reweight
+from .reweighting import SHRINKAGE_GRID, cross_fit, relative_error, reweight
 from .selection import columns_of, greedy, select
 
 # What selection uses before cross-fitting has chosen, and what is used when there are no two folds to cross-fit on.
@@ -195,13 +195,10 @@ def solve_block(
         fitted = relative_error(total, columns, V, zero)
         error = relative_error(combine(folds), columns, V, zero) if len(folds) > 1 else None
         return BlockSolution(kept, columns, V, zero, math.inf, fitted, error, used, count, gain, 0.0, certificate)
-    held_out = None
+    lam, held_out = prior, None
     if len(folds) > 1:
-        grid = {} if shrinkage == "auto" else {"grid": (prior,)}
-        fit = cross_fit(folds, W, columns, **grid)
-        lam, held_out = fit.shrinkage, min(fit.held_out)
-    else:
-        lam = prior
+        fit = cross_fit(folds, W, columns, SHRINKAGE_GRID if shrinkage == "auto" else (prior,))
+        lam, held_out = fit.shrinkage if shrinkage == "auto" else prior, min(fit.held_out)
     new = reweight(total, W, columns, lam)
     fitted = relative_error(total, columns, new.V, new.bias_shift)
     return BlockSolution(

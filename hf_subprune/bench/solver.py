@@ -1,0 +1,184 @@
+"""Time and objective of the solver's methods, each as a ratio measured in the same run. Tensors only."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..moments import Moments
+from ..selection import backward, greedy, objective, select
+from ..solver import regularise
+
+# (n, m): inputs and outputs of the consumers of a small encoder and of BERT-base.
+SIZES = ((384, 96), (1536, 384), (3072, 768))
+# Of the synthetic problems, and of moments given without a shrinkage of their own.
+_SHRINKAGE = 0.1
+
+
+def synthetic_moments(
+    n: int, m: int, *, rows: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Moments, torch.Tensor]:
+    """Moments of correlated GELU activations of varying strength, and the weight `(n, m)` that follows them.
+
+    Args:
+        n: Inputs.
+        m: Outputs.
+        rows: Rows summed over; twice `n` by default.
+        dtype: Of the result.
+        seed: Of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rank, rows = max(n // 4, 1), 2 * n if rows is None else rows
+    mixing = normal(rank, n) / math.sqrt(rank)
+    strength, offset = 0.2 + 2 * torch.rand(n, generator=generator), torch.rand(n, generator=generator)
+    W = normal(n, m) / math.sqrt(n)
+    H = torch.zeros(n, n)
+    for start in range(0, rows, 4096):
+        size = min(4096, rows - start)
+        B = torch.nn.functional.gelu((normal(size, rank) @ mixing + 0.3 * normal(size, n)) * strength - offset)
+        H.addmm_(B.T, B)
+    C = H @ W
+    t = float((W * C).sum(dtype=torch.float64))
+    mean = torch.zeros(n)
+    moments = Moments(H.to(dtype), C.to(dtype), t, rows, mean.to(dtype), torch.zeros(m, dtype=dtype), False)
+    return moments, W.to(dtype)
+
+
+def rank_one_backward(H: torch.Tensor, C: torch.Tensor, steps: int) -> torch.Tensor:
+    """The yardstick: backward elimination of single columns with one rank-one update of `H^-1` a step.
+
+    Args:
+        H: `(n, n)` positive definite.
+        C: `(n, m)`.
+        steps: Number of columns to remove.
+
+    Returns:
+        `(steps,)` int64, removed columns in order.
+    """
+    P = torch.linalg.inv(H)
+    V = P @ C
+    removed = torch.empty(steps, dtype=torch.int64, device=H.device)
+    gone = torch.zeros(len(H), dtype=torch.bool, device=H.device)
+    for step in range(steps):
+        cost = V.square().sum(1) / P.diagonal()
+        j = cost.masked_fill(gone, float("inf")).argmin()
+        row, pivot = P[j].clone(), P[j, j].clone()
+        V.addr_(row, V[j] / pivot, alpha=-1)
+        P.addr_(row, row / pivot, alpha=-1)
+        gone[j] = True
+        P[j, j] = 1.0  # a removed column has no row left; its cost is masked
+        removed[step] = j
+    return removed
+
+
+def bench_solver(
+    sizes: Iterable[tuple[int, int]] = SIZES,
+    *,
+    keep: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    problems: Mapping[str, tuple[Moments, torch.Tensor]] | None = None,
+    rank_one_below: int = 4096,
+    repeats: int = 3,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Run every method on synthetic problems and on given ones.
+
+    Args:
+        sizes: `(n, m)` of the synthetic problems.
+        keep: Fraction of columns kept.
+        dtype: Of the synthetic moments.
+        device: Where to run.
+        problems: Further problems by name: moments and the weight `(n, m)`, single columns.
+        rank_one_below: Largest n at which rank-one backward elimination is run too; beyond, its columns are `None`.
+        repeats: Times are the least of this many runs (rank-one elimination runs once).
+        seed: Of the synthetic problems and of stochastic greedy.
+
+    Returns:
+        A row per problem and method, of JSON types:
+
+        - `problem`, `n`, `m`, `k`, `dtype`, `device`, `method`;
+        - `seconds`, `cholesky_seconds` (of `torch.linalg.cholesky(H)`), `ratio_to_cholesky`;
+        - `speedup_over_rank_one`, against rank-one backward elimination, or `None`;
+        - `relative_error`: `1 - F / t`, shrinkage included, solved in float64;
+        - `swaps`: exchanges made, 0 where there is no refinement.
+    """
+    rows: list[dict[str, Any]] = []
+    for n, m in sizes:
+        rows += _bench_problem(
+            f"synthetic {n}x{m}",
+            *synthetic_moments(n, m, dtype=dtype, seed=seed),
+            keep=keep,
+            device=device,
+            rank_one=n <= rank_one_below,
+            repeats=repeats,
+            seed=seed,
+        )
+    for name, (moments, W) in (problems or {}).items():
+        rank_one = len(W) <= rank_one_below
+        rows += _bench_problem(
+            name, moments, W, keep=keep, device=device, rank_one=rank_one, repeats=repeats, seed=seed
+        )
+    return rows
+
+
+def _bench_problem(name, moments, W, *, keep, device, rank_one, repeats, seed) -> list[dict[str, Any]]:
+    H, C, t = regularise(moments, W, _SHRINKAGE)
+    H, C = H.to(device), C.to(device)
+    n, m = C.shape
+    k = max(1, round(keep * n))
+    kept: dict[str, tuple[torch.Tensor, float, int]] = {}
+    cholesky, _ = _timed(lambda: torch.linalg.cholesky(H), repeats, H.device)
+    seconds, path = _timed(lambda: greedy(H, C, k), repeats, H.device)
+    kept["greedy"] = (path.kept(k), seconds, 0)
+    seconds, path = _timed(
+        lambda: greedy(H, C, k, epsilon=0.01, generator=torch.Generator().manual_seed(seed)), repeats, H.device
+    )
+    kept["stochastic greedy"] = (path.kept(k), seconds, 0)
+    seconds, path = _timed(lambda: backward(H, C, k), repeats, H.device)
+    kept["backward"] = (path.kept(k), seconds, 0)
+    for start in ("greedy", "backward"):
+        seconds, chosen = _timed(lambda start=start: select(H, C, k, method=start), 1, H.device)
+        kept[f"{start} + swaps"] = (chosen.kept, seconds, chosen.swaps)
+    slow = None
+    if rank_one:
+        slow, removed = _timed(lambda: rank_one_backward(H, C, n - k), 1, H.device)
+        left = torch.ones(n, dtype=torch.bool, device=H.device)
+        left[removed] = False
+        kept["rank-one backward"] = (left.nonzero()[:, 0], slow, 0)
+    return [
+        {
+            "problem": name,
+            "n": n,
+            "m": m,
+            "k": k,
+            "dtype": str(H.dtype).removeprefix("torch."),
+            "device": str(H.device),
+            "method": method,
+            "seconds": seconds,
+            "cholesky_seconds": cholesky,
+            "ratio_to_cholesky": seconds / cholesky,
+            "speedup_over_rank_one": None if slow is None else slow / seconds,
+            "relative_error": 1 - objective(H, C, columns) / t if t > 0 else 0.0,
+            "swaps": swaps,
+        }
+        for method, (columns, seconds, swaps) in kept.items()
+    ]
+
+
+def _timed(run: Callable[[], Any], repeats: int, device: torch.device) -> tuple[float, Any]:
+    """The least wall time of a few runs, in seconds, and the last result."""
+    best, result = math.inf, None
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best, result
