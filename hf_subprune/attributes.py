@@ -1,14 +1,18 @@
-"""Integer attributes that a module's forward reads and that must follow the number of units."""
+"""Settle which integer attributes must follow the number of units for a block to shrink exactly, if any do."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
+import torch
 from torch import nn
 
 from .blocks import Attribute, Block
+from .verification import EquivalenceError, verify
 
 COUNT = re.compile(r"head|group")
 """Names of attributes that count heads: `num_heads`, `n_heads`, `num_key_value_groups`, ..."""
@@ -18,7 +22,105 @@ MOST = 6
 """Attributes of one sort that are tried in every combination."""
 
 
-def attribute_sets(model: nn.Module, block: Block, owner: str) -> Iterator[tuple[Attribute, ...]]:
+def settle(
+    model: nn.Module, blocks: list[Block], inputs: Mapping[str, Any]
+) -> tuple[list[Block], list[tuple[Block, str]]]:
+    """Settle each block's attributes and keep the blocks that shrink exactly.
+
+    Layers of one class take the same attributes: they are searched for on the first and confirmed on all at once.
+
+    Args:
+        model: The model.
+        blocks: Candidates in the order of the forward, with unique names; their `attributes` are ignored.
+        inputs: Keyword arguments of the forward, a small batch.
+
+    Returns:
+        The blocks that shrink exactly, with their attributes, and the others with the reason.
+    """
+    kept = {block.name: _half(block, i) for i, block in enumerate(blocks)}
+    settled: dict[tuple, list[tuple[str, str]] | EquivalenceError] = {}
+    exact: list[Block] = []
+    inexact: list[tuple[Block, str]] = []
+    for block in blocks:
+        key = _signature(model, block)
+        if key not in settled:
+            settled[key] = _search(model, block, kept, inputs)
+        names = settled[key]
+        if isinstance(names, EquivalenceError):
+            inexact.append((block, names.reason))
+        else:
+            exact.append(replace(block, attributes=_attributes(model, block, names)))
+    # As a rule one check of all blocks at once. If it fails, each is checked alone, and those that pass once more.
+    if exact and _failure(model, exact, kept, inputs) is not None:
+        alone = [(block, _failure(model, [block], kept, inputs)) for block in exact]
+        inexact += [(block, one.reason) for block, one in alone if one is not None]
+        exact = [block for block, one in alone if one is None]
+        while exact and (error := _failure(model, exact, kept, inputs)) is not None:
+            inexact += [(block, error.reason) for block in exact if block.name == error.block]
+            exact = [block for block in exact if block.name != error.block]
+    return exact, inexact
+
+
+def _failure(
+    model: nn.Module,
+    blocks: list[Block],
+    kept: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, Any],
+    to_consumer: bool = False,
+) -> EquivalenceError | None:
+    try:
+        verify(model, blocks, kept, inputs, to_consumer=to_consumer)
+    except EquivalenceError as error:
+        return error
+    return None
+
+
+def _half(block: Block, seed: int) -> torch.Tensor:
+    """About half of the units, a different number in neighbouring blocks."""
+    random = torch.Generator().manual_seed(seed)
+    count = max(1, min(block.units - 1, block.units // 2 + seed // 2 % 2))
+    return torch.randperm(block.units, generator=random)[:count].sort().values
+
+
+def _signature(model: nn.Module, block: Block) -> tuple:
+    """Equal for blocks of one class in different layers."""
+    owner = block.owner
+    pieces = [(piece.tensor.removeprefix(owner), piece.dim, tuple(piece.index.shape)) for piece in block.slices]
+    return (type(model.get_submodule(owner)), block.kind, tuple(block.columns.shape), *pieces)
+
+
+def _search(
+    model: nn.Module, block: Block, kept: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]
+) -> list[tuple[str, str]] | EquivalenceError:
+    """Attributes, by module path within the block's owner and name, with which the block shrinks exactly."""
+    owner = block.owner
+
+    def failure(attributes: tuple[Attribute, ...]) -> EquivalenceError | None:
+        # What comes after the consumer is left to the check of all blocks: this one is repeated.
+        return _failure(model, [replace(block, attributes=attributes)], kept, inputs, to_consumer=True)
+
+    first: EquivalenceError | None = None
+    for attributes in attribute_sets(model, block):
+        error = failure(attributes)
+        if error is None:
+            for attribute in attributes:
+                fewer = tuple(one for one in attributes if one != attribute)
+                # A width that the forward does not need may be that of something else.
+                if is_width(attribute) and failure(fewer) is None:
+                    attributes = fewer
+            return [(attribute.module.removeprefix(owner), attribute.name) for attribute in attributes]
+        first = first or error
+    assert first is not None  # the empty set is always tried
+    return first
+
+
+def _attributes(model: nn.Module, block: Block, names: list[tuple[str, str]]) -> tuple[Attribute, ...]:
+    owner = block.owner
+    found = {(one.module, one.name): one for group in candidates(model, block) for one in group}
+    return tuple(found[owner + module, name] for module, name in names if (owner + module, name) in found)
+
+
+def attribute_sets(model: nn.Module, block: Block) -> Iterator[tuple[Attribute, ...]]:
     """Sets of attributes to try for a block, likeliest first; the equivalence check has the last word.
 
     Candidates are integers on the modules that hold the block's tensors whose value is a whole multiple of the units
@@ -28,13 +130,13 @@ def attribute_sets(model: nn.Module, block: Block, owner: str) -> Iterator[tuple
     Args:
         model: The model.
         block: The block; its `attributes` are ignored.
-        owner: Dotted path of the smallest module that holds the block.
 
     Yields:
         Tuples of attributes, without repetition, the empty one among them.
     """
-    counts, widths, configured = candidates(model, block, owner)
-    choices = [(some, few) for some in ((), widths, *_subsets(widths)) for few in _subsets(counts)]
+    counts, widths, configured = candidates(model, block)
+    choices = [(some, few) for some in ((), widths) for few in _subsets(counts)]
+    choices += [(some, few) for some in _subsets(widths) for few in (counts, ())]
     # A forward that reads the config needs a copy of it for its layer: the last resort.
     choices += [(some, few) for some in _subsets(configured) for few in _subsets(counts)]
     seen = set()
@@ -45,11 +147,11 @@ def attribute_sets(model: nn.Module, block: Block, owner: str) -> Iterator[tuple
             yield *few, *some
 
 
-def candidates(model: nn.Module, block: Block, owner: str) -> tuple[tuple[Attribute, ...], ...]:
+def candidates(model: nn.Module, block: Block) -> tuple[tuple[Attribute, ...], ...]:
     """Head counts and widths among the integers of the modules that hold the block; head counts in their config."""
     owned = {piece.index.numel() for piece in block.slices}
     counts, widths, configured = [], [], []
-    for path in _holders(block, owner):
+    for path in _holders(block):
         module = model.get_submodule(path)
         for name, value in module.__dict__.items():
             attribute = _attribute(block, path, name, value)
@@ -81,8 +183,9 @@ def is_width(attribute: Attribute) -> bool:
     return WIDTH.search(attribute.name) is not None
 
 
-def _holders(block: Block, owner: str) -> list[str]:
+def _holders(block: Block) -> list[str]:
     """The owner and the modules between it and the block's linears, e.g. `attention`, `attention.self`."""
+    owner = block.owner
     paths = {owner: None}
     for piece in block.slices:
         parts = piece.tensor.split(".")[:-2]

@@ -1,6 +1,7 @@
 """A prunable block: one consumer, the producers that feed it, and the units that can be removed from it."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
@@ -59,6 +60,13 @@ class Block:
     slices: tuple[Slice, ...]
     attributes: tuple[Attribute, ...]
     parameters_per_unit: int
+
+    @property
+    def owner(self) -> str:
+        """Dotted path of the smallest module that holds the whole block, e.g. `"encoder.layer.0.attention"`."""
+        holders = [piece.tensor.split(".")[:-2] for piece in self.slices]
+        shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*holders, strict=False))
+        return ".".join(parts[0] for parts in shared)
 
     @property
     def units(self) -> int:

@@ -6,19 +6,18 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .attributes import attribute_sets, candidates, is_width
-from .blocks import Attribute, Block, Discovery, Refusal, Slice
+from .attributes import settle
+from .blocks import Block, Discovery, Refusal, Slice
 from .probe_inputs import probe_inputs
 from .tracing import OUTPUT, Read, Source, Trace, traced
 from .units import SHARED, Jacobian, Line, agrees, decode
-from .verification import EquivalenceError, first_line, undisturbed, verify
+from .verification import first_line, undisturbed
 
 __all__ = ["discover", "probe_inputs"]
 
@@ -63,7 +62,7 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
                 elif candidate is not None:
                     refusals.append(candidate)
     found, clashes = _without_clashes(_named(model, found))
-    blocks, inexact = _verified(model, found, inputs)
+    blocks, inexact = settle(model, found, inputs)
     for block, reason in inexact:
         if seek.shared[block.consumer]:
             reason = f"its units share rows of {_listed(seek.shared[block.consumer])}, and {reason}"
@@ -299,16 +298,9 @@ def _parameters_per_unit(model: nn.Module, piece: Slice) -> int:
     return tensor.numel() // tensor.shape[piece.dim] * piece.index.shape[1]
 
 
-def owner_path(block: Block) -> str:
-    """Dotted path of the smallest module that holds the whole block."""
-    owners = [piece.tensor.split(".")[:-2] for piece in block.slices]
-    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False))
-    return ".".join(parts[0] for parts in shared)
-
-
 def _named(model: nn.Module, blocks: list[Block]) -> list[Block]:
     """Name each block after the module that holds it, with its kind where that module holds more than the block."""
-    paths = [owner_path(block) for block in blocks]
+    paths = [block.owner for block in blocks]
     names = []
     for block, path in zip(blocks, paths, strict=True):
         above = model.get_submodule(path.rpartition(".")[0])
@@ -337,94 +329,3 @@ def _without_clashes(blocks: list[Block]) -> tuple[list[Block], list[Refusal]]:
                 Refusal(block.name, block.kind, reason, "Prune one of the two blocks, then discover again.")
             )
     return kept, refusals
-
-
-def _verified(
-    model: nn.Module, blocks: list[Block], inputs: Mapping[str, Any]
-) -> tuple[list[Block], list[tuple[Block, str]]]:
-    """Settle each block's attributes and keep the blocks that shrink exactly.
-
-    Layers of one class take the same attributes: they are searched for on the first and confirmed on all at once.
-    """
-    kept = {block.name: _half(block, i) for i, block in enumerate(blocks)}
-    settled: dict[tuple, list[tuple[str, str]] | EquivalenceError] = {}
-    exact: list[Block] = []
-    inexact: list[tuple[Block, str]] = []
-    for block in blocks:
-        key = _signature(model, block)
-        if key not in settled:
-            settled[key] = _search(model, block, kept, inputs)
-        names = settled[key]
-        if isinstance(names, EquivalenceError):
-            inexact.append((block, names.reason))
-        else:
-            exact.append(replace(block, attributes=_attributes(model, block, names)))
-    # As a rule one check of all blocks at once. If it fails, each is checked alone, and those that pass once more.
-    error = _failure(model, exact, kept, inputs)
-    if error is not None:
-        alone = [(block, _failure(model, [block], kept, inputs)) for block in exact]
-        inexact += [(block, one.reason) for block, one in alone if one is not None]
-        exact = [block for block, one in alone if one is None]
-    while (error := _failure(model, exact, kept, inputs)) is not None:
-        inexact += [(block, error.reason) for block in exact if block.name == error.block]
-        exact = [block for block in exact if block.name != error.block]
-    return exact, inexact
-
-
-def _failure(
-    model: nn.Module,
-    blocks: list[Block],
-    kept: Mapping[str, torch.Tensor],
-    inputs: Mapping[str, Any],
-    to_consumer: bool = False,
-) -> EquivalenceError | None:
-    try:
-        verify(model, blocks, kept, inputs, to_consumer=to_consumer)
-    except EquivalenceError as error:
-        return error
-    return None
-
-
-def _half(block: Block, seed: int) -> torch.Tensor:
-    """About half of the units, a different number in neighbouring blocks."""
-    random = torch.Generator().manual_seed(seed)
-    count = max(1, min(block.units - 1, block.units // 2 + seed // 2 % 2))
-    return torch.randperm(block.units, generator=random)[:count].sort().values
-
-
-def _signature(model: nn.Module, block: Block) -> tuple:
-    """Equal for blocks of one class in different layers."""
-    owner = owner_path(block)
-    pieces = [(piece.tensor.removeprefix(owner), piece.dim, tuple(piece.index.shape)) for piece in block.slices]
-    return (type(model.get_submodule(owner)), block.kind, tuple(block.columns.shape), *pieces)
-
-
-def _search(
-    model: nn.Module, block: Block, kept: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]
-) -> list[tuple[str, str]] | EquivalenceError:
-    """Attributes, by module path within the block's owner and name, with which the block shrinks exactly."""
-    owner = owner_path(block)
-
-    def failure(attributes: tuple[Attribute, ...]) -> EquivalenceError | None:
-        # What comes after the consumer is left to the check of all blocks: this one is repeated.
-        return _failure(model, [replace(block, attributes=attributes)], kept, inputs, to_consumer=True)
-
-    first: EquivalenceError | None = None
-    for attributes in attribute_sets(model, block, owner):
-        error = failure(attributes)
-        if error is None:
-            for attribute in attributes:
-                fewer = tuple(one for one in attributes if one != attribute)
-                # A width that the forward does not need may be that of something else.
-                if is_width(attribute) and failure(fewer) is None:
-                    attributes = fewer
-            return [(attribute.module.removeprefix(owner), attribute.name) for attribute in attributes]
-        first = first or error
-    assert first is not None  # the empty set is always tried
-    return first
-
-
-def _attributes(model: nn.Module, block: Block, names: list[tuple[str, str]]) -> tuple[Attribute, ...]:
-    owner = owner_path(block)
-    found = {(one.module, one.name): one for group in candidates(model, block, owner) for one in group}
-    return tuple(found[owner + module, name] for module, name in names if (owner + module, name) in found)

@@ -93,9 +93,11 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
     leaves: list[Source] = []
     random = torch.Generator().manual_seed(0)
 
-    def cut(name: str, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
+    def cut(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         # A clone, as a later in-place operation on the input would change what its graph says.
         reads.append(Read(name, (args[0] if args else next(iter(kwargs.values()))).clone()))
+        if not isinstance(output, torch.Tensor):
+            return output  # a subclass that does more, such as a router
         leaf = _fresh(output, random).requires_grad_()
         leaves.append(Source(name, leaf, feature_axis(module)))
         # A clone again: an in-place operation on a leaf is an error.
