@@ -97,18 +97,19 @@ class _PrunedFirst(HfQuantizer):
         conversions = super().update_weight_conversions(weight_conversions, model)
         renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
         converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-        wanted = model.state_dict()
+        built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        listed = {*self.spec.shapes, *self.applied.shapes}
         for file in self.files:
             for key, tensor in load_state_dict(file, map_location="meta").items():
-                name, merged = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
-                if merged is None:
-                    self._check_shape(file, key, tuple(tensor.shape), self.applied.shapes.get(name))
+                name, merged = rename_source_key(key, renamings, converters, model.base_model_prefix, built)
+                if merged is None and name in built and not listed.isdisjoint((key, name)):
+                    self._check_shape(file, key, tuple(tensor.shape), built[name])
         self.files = []
         return conversions
 
-    def _check_shape(self, file: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...] | None) -> None:
+    def _check_shape(self, file: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
         """Refuse a checkpoint that does not have the widths of its config, whatever `ignore_mismatched_sizes` says."""
-        if expected is not None and shape != expected:
+        if shape != expected:
             raise ValueError(
                 f"{file}: {name} has shape {shape}, but the config.json beside it says {expected}: they were not "
                 "saved together. Take both from the same save_pretrained"

@@ -34,8 +34,8 @@ class LayoutSpec:
 
     @property
     def modules(self) -> dict[str, set[str]]:
-        """Dotted path of each module that differs -> names of its tensors and attributes that differ."""
-        names: dict[str, set[str]] = {path: set(values) for path, values in self.attributes.items()}
+        """Dotted path of each module that differs -> names of its tensors that differ."""
+        names: dict[str, set[str]] = {path: set() for path in self.attributes}
         for tensor in self.shapes:
             path, _, leaf = tensor.rpartition(".")
             names.setdefault(path, set()).add(leaf)
@@ -113,13 +113,23 @@ def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
         if path in rename:
             module = model.get_submodule(rename[path])
             for name, value in values.items():
-                if name.startswith("config."):
-                    module.config = copy.deepcopy(module.config)
-                    setattr(module.config, name.removeprefix("config."), value)
-                else:
-                    setattr(module, name, value)
+                _set_integer(module, name, value, path)
             applied.attributes[rename[path]] = dict(values)
     return applied
+
+
+def _set_integer(module: nn.Module, name: str, value: int, path: str) -> None:
+    """Set an integer attribute that exists; `"config.x"` is set in a copy of the config for this module alone."""
+    owner: object = module
+    attribute = name.removeprefix("config.")
+    if attribute != name:
+        owner = module.config = copy.deepcopy(module.config)
+    if not hasattr(owner, attribute):
+        raise ValueError(
+            f"{path} was saved with {name}={value}, but {type(module).__name__} has no {name} here: load with the "
+            "version of transformers that config.json names"
+        )
+    setattr(owner, attribute, value)
 
 
 def _narrow(module: nn.Module, leaf: str, shape: tuple[int, ...], name: str) -> None:
@@ -152,7 +162,7 @@ def _match(spec: LayoutSpec, model: nn.Module) -> dict[str, str]:
     wanted = spec.modules
 
     def fits(path: str, names: set[str]) -> bool:
-        return path in found and all(hasattr(found[path], name.partition(".")[0]) for name in names)
+        return path in found and names <= {*found[path]._parameters, *found[path]._buffers}
 
     def renamed(strip: str, add: str) -> dict[str, str]:
         pairs = {path: _join(add, _strip(path, strip)) for path in wanted if _is_below(path, strip)}

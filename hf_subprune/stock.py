@@ -77,6 +77,7 @@ class _Search:
         """Sizes of the pruned model."""
         named = {(name.rpartition(".")[0], name.rpartition(".")[2]) for name in tensors(model)}
         changed = {(path, name) for path, names in self.spec.modules.items() for name in names}
+        changed |= {(path, name) for path, values in self.spec.attributes.items() for name in values}
         unchanged = {key for key in self.wanted if self.current.sizes.get(key) == self.wanted[key]}
         self.binding = changed | (unchanged & named)
         """Sizes that the config must build."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from hand_pruned import FAMILIES, IMAGES, TOKENS, outputs
+from hand_pruned import FAMILIES, IMAGES, SIZES, TEXT, TOKENS, outputs
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.quantizers import HfQuantizer, auto
@@ -127,7 +127,7 @@ def test_a_loaded_model_is_an_ordinary_model(family, tmp_path):
     assert not getattr(loaded.config, "_is_quantized", False)
     assert loaded.half().dtype == torch.float16
     assert loaded.bfloat16().dtype == torch.bfloat16
-    loaded = type(model).from_pretrained(tmp_path / "first").float().to("cpu")
+    loaded = type(model).from_pretrained(tmp_path / "first", config=loaded.config).float().to("cpu")
     assert loaded.config.quantization_config == model.config.quantization_config
     loaded.save_pretrained(tmp_path / "second")
     again = type(model).from_pretrained(tmp_path / "second")
@@ -161,6 +161,46 @@ def test_one_side_of_a_model_with_several(tmp_path):
     seq2seq.save_pretrained(tmp_path / "t5")
     encoder = tf.T5EncoderModel.from_pretrained(tmp_path / "t5")
     assert torch.equal(outputs(encoder, TOKENS), outputs(seq2seq.encoder, TOKENS))
+
+
+def test_experts_whose_weights_are_split_in_the_files(tmp_path):
+    sizes = {**SIZES, "num_key_value_heads": 4, "num_local_experts": 4}
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, **TEXT)).eval()
+    for layer, kept in zip(model.model.layers, (40, 32), strict=True):
+        experts = layer.mlp.experts
+        gate_up = [part[:, :kept] for part in experts.gate_up_proj.detach().chunk(2, dim=1)]
+        experts.gate_up_proj = nn.Parameter(torch.cat(gate_up, dim=1))
+        experts.down_proj = nn.Parameter(experts.down_proj.detach()[..., :kept].clone())
+        experts.intermediate_dim = kept
+    assert choose_layout(model, "auto", inputs=TOKENS).kind == "ragged"
+    model.save_pretrained(tmp_path)
+    assert "model.layers.1.mlp.experts.down_proj" not in load_file(tmp_path / "model.safetensors")
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(outputs(again, TOKENS), outputs(model, TOKENS))
+
+
+def test_two_models_in_one(tmp_path):
+    encoder = FAMILIES["bert"].pruned(**WIDTHS).bert
+    config = tf.BertConfig(**SIZES, **TEXT, max_position_embeddings=16, is_decoder=True, add_cross_attention=True)
+    model = tf.EncoderDecoderModel(encoder=encoder, decoder=tf.BertLMHeadModel(config)).eval()
+    inputs = {**TOKENS, "decoder_input_ids": TOKENS["input_ids"]}
+    assert choose_layout(model, "auto", inputs=inputs).kind == "ragged"
+    model.save_pretrained(tmp_path)
+    again = tf.EncoderDecoderModel.from_pretrained(tmp_path)
+    assert torch.equal(outputs(again, inputs), outputs(model, inputs))
+
+
+def test_layers_left_on_disk(tmp_path):
+    model = ragged("llama")
+    model.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(
+        ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    settings = {"device_map": {**places, "model.layers.1": "disk"}, "offload_folder": tmp_path / "disk"}
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", **settings)
+    assert torch.equal(outputs(loaded, TOKENS), outputs(model, TOKENS))
+    layout = choose_layout(loaded, "auto", inputs=TOKENS)
+    assert layout.kind == "ragged" and "outputs were not, because the model spans several devices" in layout.reason
 
 
 def test_a_loaded_model_is_pruned_again_and_saved_again(tmp_path):

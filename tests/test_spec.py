@@ -93,6 +93,13 @@ def test_widths_that_the_config_does_not_hold_are_refused(shape):
         apply_spec(bert(tf.BertModel), spec)
 
 
+@pytest.mark.parametrize("name", ["head_count", "config.head_count"])
+def test_attributes_that_the_code_no_longer_has_are_refused(name):
+    spec = LayoutSpec({}, {"encoder": {name: 3}})
+    with pytest.raises(ValueError, match=f"encoder was saved with {name}=3, but BertEncoder has no {name} here"):
+        apply_spec(bert(tf.BertModel), spec)
+
+
 def test_resized_buffers_are_saved_from_then_on():
     model = bert(tf.BertModel)
     assert "embeddings.position_ids" not in model.state_dict()
