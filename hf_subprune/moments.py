@@ -141,7 +141,7 @@ class MomentAccumulator:
         input_mean = mean
         if self.intercept:
             root = (self._sum / self.rows**0.5).to(H)
-            H.addr_(root, root, alpha=-1)
+            H -= torch.outer(root, root)  # unlike addr_, symmetric to the last bit
             input_mean = mean + self.shift.to(mean)  # type: ignore[union-attr]
         input_mean = input_mean.to(H)
         if self.m is None:

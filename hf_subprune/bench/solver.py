@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ def _bench_problem(name, moments, W, *, keep, device, rank_one, repeats, seed) -
     seconds, path = _timed(lambda: backward(H, C, k), repeats, H.device)
     kept["backward"] = (path.kept(k), seconds, 0)
     for start in ("greedy", "backward"):
-        seconds, chosen = _timed(lambda start=start: select(H, C, k, method=start), 1, H.device)
+        seconds, chosen = _timed(partial(select, H, C, k, method=start), 1, H.device)
         kept[f"{start} + swaps"] = (chosen.kept, seconds, chosen.swaps)
     slow = None
     if rank_one:
