@@ -5,7 +5,7 @@ import inspect as introspection
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+from .bench.commands import bench_app
 from .config import PruneConfig, field_help
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+app.add_typer(bench_app, name="bench")
 
 Model = Annotated[str, typer.Argument(help="Local folder or Hub id of a model.", metavar="MODEL")]
 Data = Annotated[
@@ -100,15 +102,24 @@ def _config_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.command()
 def inspect(
-    model: Model,
+    model: Annotated[str | None, typer.Argument(help="Local folder or Hub id of a model.", metavar="MODEL")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Survey a tiny model of every architecture in the installed Transformers.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="With --all: folder for coverage.json and coverage.md.")] = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Show what can be pruned: blocks, their units and parameters; what is refused, and why."""
+    if every == (model is not None):
+        raise typer.BadParameter("Give a MODEL, or --all for every architecture.")
+    if every:
+        _survey(out)
+        return
     from .datafiles import load_model
     from .probe import discover
     from .report import refusal_table
 
-    loaded, _ = load_model(model, dtype=dtype)
+    loaded, _ = load_model(str(model), dtype=dtype)
     found = discover(loaded)
     table = Table(title=f"Prunable blocks of {type(loaded).__name__}", title_justify="left")
     for name in ("block", "kind", "units", "parameters"):
@@ -122,6 +133,19 @@ def inspect(
     console.print(refusal_table(found.refusals))
 
 
+def _survey(out: Path | None) -> None:
+    from .coverage.survey import architectures_of, survey
+    from .coverage.table import summary, to_json, to_markdown
+
+    with logging.tqdm(total=2 * len(architectures_of(None)), desc="Architectures", disable=None) as bar:
+        rows = survey(progress=lambda _row: bar.update())
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "coverage.json").write_text(to_json(rows), encoding="utf-8")
+        (out / "coverage.md").write_text(to_markdown(rows), encoding="utf-8")
+    console.print(summary(rows))
+
+
 @app.command()
 @_config_options
 def prune(
@@ -132,6 +156,7 @@ def prune(
     split: Split = None,
     column: Column = None,
     dtype: Dtype = "auto",
+    push: Annotated[str | None, typer.Option(help="Hub repo to push the result to, user/name.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Prune a model on unlabeled samples and save it."""
@@ -143,10 +168,41 @@ def prune(
     check_output(out)
     loaded, processing_class = load_model(model, dtype=dtype)
     samples = load_data(data, split=split, column=column)
-    report = prune_model(loaded, samples, config, processing_class)
+    report = replace(prune_model(loaded, samples, config, processing_class), command=command_line())
     save_pruned(out, loaded, processing_class, report)
     console.print(report.summary(), report.block_table())
     console.print(f"Saved to {out}.")
+    if push is not None:
+        from .hub import push_folder
+
+        console.print(f"Pushed: {push_folder(out, push).commit_url}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a pruned model, or its report.")],
+) -> None:
+    """Show the report of an earlier run."""
+    from .report import PruneReport
+
+    loaded = PruneReport.load(folder)
+    console.print(loaded.summary(), loaded.block_table())
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `prune` wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub repo, user/name; made if need be.")],
+    private: Annotated[bool | None, typer.Option(help="Whether a repo that is made is private.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a repo that is not one of ours.")] = False,
+) -> None:
+    """Push a pruned model with its card, report and plots to the Hub, as one commit."""
+    from .hub import push_folder
+
+    commit = push_folder(folder, repo, private=private, revision=revision, create_pr=create_pr, force=force)
+    console.print(f"Pushed: {commit.commit_url}")
 
 
 @app.command()

@@ -1,0 +1,71 @@
+"""The `hf-subprune bench` commands: each prints a table and saves its rows as JSON."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+bench_app = typer.Typer(help="Measure this package on this machine.", no_args_is_help=True)
+console = Console()
+
+Out = Annotated[Path | None, typer.Option(help="Folder for the rows as JSON, and for plots.")]
+
+
+@bench_app.command()
+def pipeline(
+    samples: Annotated[int, typer.Option(help="Paragraphs to calibrate on.", min=4)] = 128,
+    out: Out = None,
+) -> None:
+    """Seconds per stage and peak memory of pruning the demo model, per variant."""
+    from .pipeline import bench_pipeline, table
+
+    rows = bench_pipeline(samples)
+    _save(rows, out, "pipeline.json")
+    console.print(table(rows))
+
+
+@bench_app.command()
+def quality(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id; the demo model when left out.")] = None,
+    data: Annotated[str | None, typer.Option(help="As for `prune`; docstrings when left out.")] = None,
+    test: Annotated[str | None, typer.Option(help="Unseen text, for the perplexity of a language model.")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="Kept fraction; may be repeated.")] = None,
+    importance: Annotated[list[str] | None, typer.Option(help="Importance; may be repeated.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Variant; may be repeated.")] = None,
+    kind: Annotated[str, typer.Option(help="Kind of units to prune.")] = "mlp",
+    samples: Annotated[int, typer.Option(help="Samples to calibrate on.", min=4)] = 128,
+    max_length: Annotated[int, typer.Option(help="Tokens a sample is truncated to.", min=1)] = 256,
+    split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column to read.")] = None,
+    out: Out = None,
+) -> None:
+    """Every importance, with and without new weights, and every variant: block error, drift, perplexity, seconds."""
+    from transformers.utils import logging
+
+    from ..config import IMPORTANCES, VARIANTS, PruneConfig
+    from ..datafiles import load_data, load_model
+    from ..demo import demo_model_folder, docstrings
+    from .quality import bench_quality, plot, settings, table
+
+    loaded, processing_class = load_model(str(demo_model_folder()) if model is None else model)
+    base = PruneConfig(units=(kind,), samples=samples, max_length=max_length)
+    texts: Any = docstrings(samples + base.held_out)
+    if data is not None:
+        texts = list(load_data(data, split=split, column=column).take(samples + base.held_out))
+        texts = [next(iter(row.values())) if len(row) == 1 else row for row in texts]
+    unseen = [next(iter(row.values())) for row in load_data(test, column=column)] if test else None
+    configs = list(settings(keep or [0.5], importance or IMPORTANCES, variant or VARIANTS, base))
+    with logging.tqdm(total=len(configs), desc="Settings", disable=None) as bar:
+        rows = bench_quality(loaded, texts, configs, processing_class, unseen, bar.update)
+    _save(rows, out, "quality.json")
+    if out is not None:
+        plot(rows, out / "quality.png")
+    console.print(table(rows))
+
+
+def _save(rows: list[dict[str, Any]], out: Path | None, name: str) -> None:
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,152 @@
+"""Compare importances, with and without new weights, and the paper's variants on one model."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from ..calibration import batch_all
+from ..config import IMPORTANCES, VARIANTS, PruneConfig
+from ..evaluation import perplexity
+from ..pruning import prune
+
+
+def settings(
+    keeps: Sequence[float],
+    importances: Sequence[str] = IMPORTANCES,
+    variants: Sequence[str] = VARIANTS,
+    base: PruneConfig | None = None,
+) -> Iterator[PruneConfig]:
+    """Every combination; without new weights the variants are the same, so only the first one is run.
+
+    Args:
+        keeps: Kept fractions.
+        importances: Of `PruneConfig.importance`.
+        variants: Of `PruneConfig.variant`.
+        base: What the combinations have in common.
+    """
+    common = (base or PruneConfig()).to_dict()
+    for keep in keeps:
+        for importance in importances:
+            for reweight in (True, False):
+                for variant in variants if reweight else variants[:1]:
+                    changed = {"keep": keep, "importance": importance, "reweight": reweight, "variant": variant}
+                    yield PruneConfig.from_dict({**common, **changed})
+
+
+def bench_quality(
+    model: PreTrainedModel,
+    data: list[Any],
+    configs: Sequence[PruneConfig],
+    processing_class: Any = None,
+    test: list[str] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Prune a copy of `model` once per config.
+
+    Args:
+        model: Left as it is.
+        data: To calibrate on; drift is measured on what each config holds out of it.
+        configs: From `settings`.
+        processing_class: As for `prune`.
+        test: Unseen texts for the perplexity of a causal language model; none when left out.
+        progress: Called after each config.
+
+    Returns:
+        One row per config: `keep`, `importance`, `reweight`, `variant`, `block_error` (mean relative error of the
+        pruned blocks on held-out rows), `drift` (see `evaluation.Drift`), `perplexity` and `dense_perplexity` (with
+        `test`), `seconds` of selection and calibration.
+    """
+    dense = _perplexity(model, processing_class, test, configs[0])
+    rows = []
+    for config in configs:
+        pruned = copy.deepcopy(model)
+        start = time.perf_counter()
+        report = prune(pruned, data, config, processing_class)
+        seconds = time.perf_counter() - start - report.seconds["evaluation"]
+        errors = [b.held_out_error for b in report.blocks if b.units_after < b.units_before]
+        row = {
+            "keep": config.keep,
+            "importance": config.importance,
+            "reweight": config.reweight,
+            "variant": config.variant,
+            "block_error": sum(errors) / len(errors),
+            "drift": report.drift,
+            "seconds": seconds,
+        }
+        if dense is not None:
+            row |= {"dense_perplexity": dense, "perplexity": _perplexity(pruned, processing_class, test, config)}
+        rows.append(row)
+        progress()
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows as a rich table."""
+    figures = [name for name in rows[0]["drift"] if name != "rows"]
+    shown = Table(title="Quality by importance, reweighting and variant", title_justify="left")
+    for name in ("keep", "importance", "new weights", "variant", "block error", *figures, "perplexity", "seconds"):
+        if name != "perplexity" or "perplexity" in rows[0]:
+            left = name in ("importance", "new weights", "variant")
+            shown.add_column(name.replace("_", " "), justify="left" if left else "right")
+    for row in rows:
+        cells = [str(row["keep"]), row["importance"], "yes" if row["reweight"] else "no"]
+        cells += [row["variant"] if row["reweight"] else "", f"{row['block_error']:.4f}"]
+        cells += [f"{row['drift'][name]:.4f}" for name in figures]
+        cells += [f"{row['perplexity']:.2f}"] if "perplexity" in row else []
+        shown.add_row(*cells, f"{row['seconds']:.1f}")
+    if "dense_perplexity" in rows[0]:
+        shown.caption = f"Perplexity of the dense model: {rows[0]['dense_perplexity']:.2f}."
+        shown.caption_justify = "left"
+    return shown
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Drift of the output against the kept fraction, a line per importance; dashed without new weights.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    importances = list(dict.fromkeys(row["importance"] for row in rows))
+    for reweight in (True, False):
+        for variant in dict.fromkeys(row["variant"] for row in rows if row["reweight"] == reweight):
+            for color, importance in enumerate(importances):
+                line = [
+                    (row["keep"], row["drift"]["relative_error"])
+                    for row in rows
+                    if (row["importance"], row["reweight"], row["variant"]) == (importance, reweight, variant)
+                ]
+                if not line:
+                    continue
+                label = f"{importance}, {variant}" if reweight else f"{importance}, old weights"
+                marker = {"layer": "o", "seq": "s", "asym": "^"}[variant] if reweight else "x"
+                axes.plot(
+                    *zip(*sorted(line), strict=True),
+                    color=f"C{color}",
+                    linestyle="-" if reweight else "--",
+                    marker=marker,
+                    label=label,
+                )
+    axes.set_xlabel("kept fraction")
+    axes.set_ylabel("relative error of the output, held out")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _perplexity(
+    model: PreTrainedModel, processing_class: Any, test: list[str] | None, config: PruneConfig
+) -> float | None:
+    if not test:
+        return None
+    batches = batch_all(model, test, processing_class, max_length=config.max_length, batch_size=config.batch_size)
+    return perplexity(model, batches)
