@@ -16,7 +16,7 @@ from .reweighting import SHRINKAGE_GRID, cross_fit, relative_error, reweight
 from .selection import columns_of, greedy, select
 
 # What selection uses before cross-fitting has chosen, and what is used when there are no two folds to cross-fit on.
-_PRIOR_SHRINKAGE = 0.1
+PRIOR_SHRINKAGE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ def block_curve(
     W: torch.Tensor,
     groups: torch.Tensor | None = None,
     *,
-    shrinkage: float = _PRIOR_SHRINKAGE,
+    shrinkage: float = PRIOR_SHRINKAGE,
     output_metric: torch.Tensor | None = None,
 ) -> Curve:
     """The error of a block at every number of units kept, in one greedy run.
@@ -175,7 +175,7 @@ def solve_block(
         zero = torch.zeros_like(total.target_mean)
         return BlockSolution(every, columns, W[columns], zero, math.inf, 0.0, error, "all", 0, 0.0, 0.0, None)
 
-    prior = _PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
+    prior = PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
     certificate, count, gain = None, 0, 0.0
     if importance == "greedy":
         root = None if output_metric is None else metric_root(output_metric)
