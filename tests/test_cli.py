@@ -1,0 +1,129 @@
+import json
+
+import pytest
+from tiny import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from hf_subprune import PruneConfig, PruneReport, cli
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "past", "it", "and", "nobody", "saw"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny BERT with a tokenizer, saved."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny("bert").save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        tmp_path / "model"
+    )
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(" ".join(WORDS[i % 7 : i % 7 + 5]) + f" {WORDS[i % 14]}" for i in range(40)))
+    return path
+
+
+def run(*words):
+    result = CliRunner().invoke(cli.app, [str(word) for word in words], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def test_prune_then_report_evaluate_and_load(folder, texts, tmp_path):
+    out = tmp_path / "out"
+    printed = run(
+        "prune", folder, "--data", texts, "--out", out, "--keep", "mlp=0.5,attention=0.75", "--samples", 24,
+        "--held-out", 8, "--batch-size", 4, "--quiet",
+    )  # fmt: skip
+    assert "bert.encoder.layer.0.mlp" in printed
+    report = PruneReport.load(out)
+    assert {(b.kind, b.units_after) for b in report.blocks} == {("mlp", 28), ("attention", 3)}
+    assert report.config["keep"] == {"mlp": 0.5, "attention": 0.75}
+    assert AutoModel.from_pretrained(out).num_parameters() < tiny("bert").num_parameters()
+    assert "bert.encoder.layer.0.mlp" in run("report", out)
+    compared = run("evaluate", out, "--against", folder, "--data", texts, "--samples", 8, "--quiet")
+    assert "kl" in compared
+    assert "parameters" in compared
+
+
+def test_options_override_the_config_file(folder, texts, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("keep: 0.75\nsamples: 24\nheld_out: 8\nunits: [mlp]\n")
+    run("prune", folder, "--data", texts, "--out", tmp_path / "out", "--config", file, "--keep", 0.5, "--seed", 3)
+    config = PruneConfig.from_dict(PruneReport.load(tmp_path / "out").config)
+    assert (config.keep, config.samples, config.units, config.seed) == (0.5, 24, ("mlp",), 3)
+
+
+def test_every_field_of_the_config_is_an_option():
+    printed = run("prune", "--help")
+    missing = [name for name in PruneConfig().to_dict() if f"--{name.replace('_', '-')}" not in printed]
+    assert not missing
+
+
+def test_inspect_lists_blocks_and_parameters(folder):
+    printed = run("inspect", folder)
+    assert "bert.encoder.layer.2.attention" in printed
+    assert f"of {tiny('bert').num_parameters():,} parameters" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--keep", "2"), "keep"),
+        (("--variant", "sideways"), "'layer', 'seq', 'asym'"),
+        (("--exclude", "nothing"), "matches no block"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing_behind(folder, texts, tmp_path, monkeypatch, capsys, words, message):
+    out = tmp_path / "out"
+    arguments = ["hf-subprune", "prune", str(folder), "--data", str(texts), "--out", str(out), *words]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    printed = " ".join(capsys.readouterr().err.split())
+    assert message in printed
+    assert "Traceback" not in printed
+    assert not out.exists()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(folder, texts, tmp_path):
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    result = CliRunner().invoke(cli.app, ["prune", str(folder), "--data", str(texts), "--out", str(out)])
+    assert isinstance(result.exception, ValueError)
+    assert "was not written by hf_subprune" in str(result.exception)
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.slow
+def test_bench_quality_on_a_model_of_one_s_own(folder, texts, tmp_path):
+    words = [
+        "--samples",
+        24,
+        "--importance",
+        "greedy",
+        "--importance",
+        "wanda",
+        "--variant",
+        "layer",
+        "--out",
+        tmp_path,
+    ]
+    printed = run("bench", "quality", folder, "--data", texts, *words)
+    assert "wanda" in printed
+    rows = json.loads((tmp_path / "quality.json").read_text())
+    assert [(row["importance"], row["reweight"]) for row in rows] == [
+        ("greedy", True), ("greedy", False), ("wanda", True), ("wanda", False),
+    ]  # fmt: skip
+    assert rows[0]["block_error"] < rows[3]["block_error"]
+    assert (tmp_path / "quality.png").stat().st_size > 10_000

@@ -1,0 +1,21 @@
+import re
+
+import pytest
+from transformers import AutoModel
+
+from hf_subprune.demo import run_demo
+from hf_subprune.report import PruneReport, render
+
+
+@pytest.mark.slow
+def test_the_demo_beats_the_baseline_on_unseen_text_and_loads_again(tmp_path):
+    printed = render(run_demo(tmp_path / "out"), width=200)
+    row = next(line for line in printed.splitlines() if "cosine to the original" in line)
+    original, ours, baseline = map(float, re.findall(r"\d\.\d+", row))
+    assert original == 1
+    assert ours >= 0.9
+    assert baseline < ours - 0.1
+    assert "largest difference 0.0" in printed
+    report = PruneReport.load(tmp_path / "out")
+    assert {(b.kind, b.units_after / b.units_before) for b in report.blocks} == {("mlp", 0.5), ("attention", 1.0)}
+    assert AutoModel.from_pretrained(tmp_path / "out").config.intermediate_size == 768
