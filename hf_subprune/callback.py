@@ -8,7 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -313,7 +313,7 @@ def collated(model: PreTrainedModel, loader: DataLoader, config: PruneConfig) ->
 
 def _check(args: TrainingArguments, model: Any) -> None:
     """Refuse distributed set-ups that keep parameters elsewhere, and models that `prune` refuses."""
-    kind = AcceleratorState().distributed_type
+    kind = PartialState().distributed_type
     name = _REFUSED.get(kind) or ("FSDP" if args.fsdp else "DeepSpeed" if args.deepspeed else None)
     if name is not None:
         raise ValueError(

@@ -149,7 +149,7 @@ def test_a_step_that_rounds_to_nothing_changes_nothing():
 
 
 def test_going_on_masks_what_the_state_says():
-    model, gradual = started("bert")
+    _, gradual = started("bert")
     gradual.step(0.5)
     other, resumed = started("bert", progress=gradual.state_dict())
     assert resumed.kept_fraction == gradual.kept_fraction
