@@ -83,7 +83,7 @@ def model_card(
         plots=_plots(folder),
         processor=processor,
         imports=", ".join(sorted(filter(None, [report.architecture, processor]))),
-        auto_class=_auto_class(folder),
+        auto_class=_auto_class(folder, report.architecture),
         least_guarantee=min(guarantees, default=None),
         block_table=markdown_table(report.block_table()),
         refusal_table=markdown_table(refusal_table(report.refusals)),
@@ -176,12 +176,13 @@ def _processor_class(folder: str | Path | None) -> str | None:
     return "AutoTokenizer" if (Path(folder) / "tokenizer_config.json").is_file() else None
 
 
-def _auto_class(folder: str | Path | None) -> str | None:
-    """Which Auto class the remote code beside the model serves."""
+def _auto_class(folder: str | Path | None, architecture: str) -> str | None:
+    """Which Auto class builds the architecture from the remote code beside the model."""
     if folder is None:
         return None
     config = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
-    return next((name for name in config.get("auto_map", {}) if name.startswith("AutoModel")), None)
+    served = {target.split(".")[-1]: name for name, target in sorted(config.get("auto_map", {}).items(), reverse=True)}
+    return served.get(architecture)
 
 
 def _settings(config: Mapping[str, Any]) -> str:

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from .remote_code import write_remote_code
 from .report import REPORT_NAME, PruneReport
+
+logger = logging.get_logger(__name__)
 
 
 def check_output(folder: str | Path) -> None:
@@ -31,6 +35,8 @@ def save_pruned(
 ) -> None:
     """Save into a folder beside `folder` and put it in place when it is complete.
 
+    A ragged model gets the code that loads it where hf_subprune is not installed.
+
     Args:
         folder: Replaced when it is an earlier result of ours.
         model: After `prune`.
@@ -47,6 +53,11 @@ def save_pruned(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         staged = Path(scratch) / "new"
         model.save_pretrained(staged, **save_options)
+        if report.layout == "ragged":
+            try:
+                write_remote_code(staged, model)
+            except ValueError as error:
+                logger.warning("The model will load with hf_subprune only: %s", error)
         if processing_class is not None:
             processing_class.save_pretrained(staged)
         report.save(staged)

@@ -122,7 +122,9 @@ def test_a_stock_model_is_loaded_by_transformers_alone(folder):
 def test_a_ragged_model_is_loaded_by_the_plugin_or_by_remote_code(folder):
     report = make_report(layout="ragged")
     assert len(code_blocks(model_card(report, "me/small", folder=folder).text)) == 1
-    (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "c.C", "AutoModel": "m.M"}}))
+    (folder / "config.json").write_text(
+        json.dumps({"auto_map": {"AutoModelForCausalLM": "m.BertLMHeadModel", "AutoModel": "m.BertModel"}})
+    )
     plugin, remote = code_blocks(model_card(report, "me/small", folder=folder).text)
     assert plugin.startswith("import hf_subprune")
     assert 'AutoModel.from_pretrained("me/small", trust_remote_code=True)' in remote

@@ -337,7 +337,15 @@ SHOW = """
 import torch
 
 ids = torch.arange(320).reshape(20, 16) % 20
-print(tokenizer("b a")["input_ids"], model(ids[:2]).last_hidden_state.double().sum().item())
+print(model(ids[:2]).last_hidden_state.double().sum().item())
+"""
+SHOW_TOKENS = """
+print(tokenizer("b a")["input_ids"])
+"""
+WITHOUT_US = """
+import sys
+
+sys.modules["hf_subprune"] = None
 """
 
 
@@ -348,8 +356,11 @@ def test_a_pushed_model_loads_in_a_fresh_process_at_every_revision(tmp_path, lay
         code = PRUNE_AND_PUSH.format(tests=str(Path(__file__).parent), layout=layout, repo=REPO)
         (first, first_sum), (_, last_sum) = (line.split() for line in run(code, hub, tmp_path / "a").splitlines())
         card = hub.files(REPO)["README.md"].decode()
-        load = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[0]
+        load, *others = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
         pinned = load.replace(f'("{REPO}")', f'("{REPO}", revision="{first}")')
-        shown = run(load + SHOW + pinned + SHOW, hub, tmp_path / "b").splitlines()
-    assert ("import hf_subprune" in load) == (layout == "ragged")
-    assert shown == [f"[3, 2] {last_sum}", f"[3, 2] {first_sum}"] and first_sum != last_sum
+        shown = run(load + SHOW + SHOW_TOKENS + pinned + SHOW, hub, tmp_path / "b").splitlines()
+        assert shown == [last_sum, "[3, 2]", first_sum] and first_sum != last_sum
+        # A stock model takes nothing of ours, a ragged one takes the code in the repo.
+        assert ("import hf_subprune" in load) == (layout == "ragged")
+        alone = next(code for code in others if "trust_remote_code" in code) if layout == "ragged" else load
+        assert run(WITHOUT_US + alone + SHOW, hub, tmp_path / "c").strip() == last_sum
