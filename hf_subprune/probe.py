@@ -51,12 +51,17 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
     if inputs is None:
         inputs = _own_inputs(model)
     found: list[Block] = []
+    candidate: Block | Refusal | None
     refusals: list[Refusal] = []
     with traced(model, inputs) as trace:
         seek = _Seeker(model, trace)
         for consumer in dict.fromkeys(read.reader for read in trace.reads):
             if consumer != OUTPUT and isinstance(model.get_submodule(consumer), (nn.Linear, Conv1D)):
-                candidate = seek.candidate(consumer)
+                try:
+                    candidate = seek.candidate(consumer)
+                except RuntimeError as error:
+                    reason = f"what it reads cannot be differentiated: {first_line(error)}"
+                    candidate = Refusal(consumer, "unknown", reason, LEFT_WHOLE)
                 if isinstance(candidate, Block):
                     found.append(candidate)
                 elif candidate is not None:
@@ -128,6 +133,7 @@ class _Seeker:
             slices = [_consumer_slice(model, consumer, columns)]
             for line, owners in lines:
                 slices.extend(_slices(model, line, owners, len(columns)))
+            slices = _without_repeats(slices)
             _check_layer(model, consumer, slices)
             _check_untied(model, slices)
         except _RefusedError as refused:
@@ -258,6 +264,16 @@ def _slices(model: nn.Module, line: Line, owners: torch.Tensor, units: int) -> l
     if module.bias is not None:
         slices.append(Slice(f"{line.source.name}.bias", 0, index))
     return slices
+
+
+def _without_repeats(slices: list[Slice]) -> list[Slice]:
+    """One slice for a producer that a layer calls twice (queries and positions through one projection)."""
+    first: dict[tuple[str, int], Slice] = {}
+    for piece in slices:
+        known = first.setdefault((piece.tensor, piece.dim), piece)
+        if not torch.equal(known.index, piece.index):
+            raise _RefusedError(f"{piece.tensor!r} is used several times, with other rows for its units each time")
+    return list(first.values())
 
 
 def layer_of(model: nn.Module, path: str) -> str | None:

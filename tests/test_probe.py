@@ -290,6 +290,19 @@ def test_one_in_projection_for_two_consumers_gives_one_block_and_a_refusal():
     assert "layers.0.up.weight" in refusal.reason and "discover again" in refusal.advice
 
 
+def test_a_layer_that_overwrites_what_it_needs_for_gradients_is_refused():
+    class Overwriting(nn.Module):
+        def forward(self, x):
+            squared = x.exp()
+            out = squared.sin()
+            squared.zero_()
+            return out
+
+    discovery = discover(Layers(Mlp(between=Overwriting()), Mlp()), X)
+    assert [block.name for block in discovery.blocks] == ["layers.1.mlp"]
+    assert "cannot be differentiated" in discovery.refusals[0].reason
+
+
 def test_tied_producers_are_refused():
     model = Layers(Mlp(), Mlp(), Mlp())
     model.layers[1].up.weight = model.layers[0].up.weight

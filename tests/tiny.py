@@ -54,6 +54,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "DebertaV2ForSequenceClassification",
         {**ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
     ),
+    "deberta-v3": (
+        "DebertaV2ForSequenceClassification",
+        {**ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
+        | {"share_att_key": True, "norm_rel_ebd": "layer_norm"},
+    ),
     "albert": ("AlbertForMaskedLM", {**ENCODER, "embedding_size": 24}),
     "modernbert": (
         "ModernBertForMaskedLM",
