@@ -1,0 +1,86 @@
+"""Compare a pruned model with the original on the same samples."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from .calibration import Batch, prepare
+from .config import PruneConfig
+from .evaluation import Drift, count_macs, count_parameters, drift, iter_outputs, measure_latency
+from .report import Change, change_row
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Size, speed and output of a pruned model against the original.
+
+    Args:
+        parameters: Number of parameters.
+        macs: Multiply-accumulates of one forward on one sample.
+        latency: Median seconds of a forward on one batch.
+        measured_on: What latency was measured on.
+        drift: Of the pruned model's output from the original's.
+    """
+
+    parameters: Change
+    macs: Change
+    latency: Change
+    measured_on: dict[str, Any]
+    drift: Drift
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """Side by side, as a rich table."""
+        table = Table(title="Pruned against original", title_justify="left")
+        for name in ("", "original", "pruned", "ratio"):
+            table.add_column(name, justify="right" if name else "left")
+        table.add_row("parameters", *change_row(self.parameters, 1e6, "M"))
+        table.add_row("MACs a sample", *change_row(self.macs, 1e9, "G"))
+        table.add_row("latency", *change_row(self.latency, 1e-3, "ms"))
+        for name, value in self.drift.to_dict().items():
+            table.add_row(name.replace("_", " "), "", f"{value:.4g}", "")
+        on = self.measured_on
+        table.caption = (
+            f"Latency: batch {on['batch_size']}, length {on['length']}, {on['device']}, {on['threads']} threads."
+        )
+        table.caption_justify = "left"
+        return table
+
+
+def compare(
+    original: PreTrainedModel, pruned: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None
+) -> Comparison:
+    """Run both models on `config.samples` samples; nothing is fitted.
+
+    Args:
+        original: Before pruning.
+        pruned: After.
+        data: As for `prune`.
+        config: Its `samples`, `max_length` and `batch_size` are used.
+        processing_class: As for `prune`.
+
+    Raises:
+        TypeError, ValueError: as `calibration.prepare`.
+    """
+    batches = prepare(original, data, config, processing_class).fit
+    first = _change(count_macs, original, pruned, batches[0])
+    before, after = measure_latency(original, batches[0]), measure_latency(pruned, batches[0])
+    return Comparison(
+        parameters=Change(count_parameters(original), count_parameters(pruned)),
+        macs=first,
+        latency=Change(before.seconds, after.seconds),
+        measured_on=after.measured_on,
+        drift=drift(pruned, batches, iter_outputs(original, batches)),
+    )
+
+
+def _change(
+    measure: Callable[[PreTrainedModel, Batch], float], original: PreTrainedModel, pruned: PreTrainedModel, batch: Batch
+) -> Change:
+    return Change(measure(original, batch), measure(pruned, batch))
