@@ -1,0 +1,7 @@
+"""Tiny models of every architecture of the installed Transformers, and what becomes of each when it is pruned."""
+
+from .survey import KindOutcome, Row, survey
+from .table import summary, to_json, to_markdown
+from .tiny import CannotBuildError, tiny_model
+
+__all__ = ["CannotBuildError", "KindOutcome", "Row", "summary", "survey", "tiny_model", "to_json", "to_markdown"]

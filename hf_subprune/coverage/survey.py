@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from ..blocks import Block, Discovery
 from ..layout import choose_layout
 from ..probe import discover
+from ..probe_inputs import probe_inputs
 from ..surgery import shrink
 from ..verification import floating_tensors
 from .architectures import model_types
-from .inputs import probe_inputs
 from .isolation import isolated
 from .tiny import CannotBuildError, first_line, tiny_model
 
@@ -157,7 +157,7 @@ def examine(model_type: str, head: str) -> Row:
         inputs = probe_inputs(model)
         row["inputs"] = tuple(inputs)
         discovery = discover(model, inputs)
-        row["kinds"] = {kind: _judge(model, discovery, kind, inputs) for kind in KINDS}
+        row["kinds"] = {kind: judge(model, discovery, kind, inputs) for kind in KINDS}
         if discovery.blocks:
             row.update(_stored(model, discovery, inputs))
     except (CannotBuildError, ValueError) as error:
@@ -167,7 +167,8 @@ def examine(model_type: str, head: str) -> Row:
     return Row(**row, seconds=round(time.perf_counter() - start, 2))
 
 
-def _judge(model: PreTrainedModel, discovery: Discovery, kind: str, inputs: Mapping[str, Any]) -> KindOutcome:
+def judge(model: PreTrainedModel, discovery: Discovery, kind: str, inputs: Mapping[str, Any]) -> KindOutcome:
+    """What became of one kind of block in a model, after a check of the blocks found."""
     blocks = [block for block in discovery.blocks if block.kind == kind]
     refused = {refusal.name: refusal.reason for refusal in discovery.refusals if refusal.kind == kind}
     if not blocks:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from hf_subprune.coverage.architectures import model_class
+from .architectures import model_class
 
 WIDTH, INNER, HEADS, KEY_VALUE_HEADS, HEAD_DIM, VOCABULARY, POSITIONS = 64, 96, 4, 2, 16, 128, 512
 EXPERTS, LAYERS, QUERIES, FRAMES, PATCHES = 4, 2, 8, 64, 4
@@ -60,11 +60,16 @@ def heads(value: Any) -> Any:
     return value if is_list(value) else min(value, HEADS)
 
 
+def window(value: Any) -> Any:
+    """Rule for windows of attention, which must not outgrow tiny images; those given in pixels or by stage stay."""
+    return value if is_list(value) or value > 32 else min(value, 2)
+
+
 # The first pattern found in a field's name gives its role.
 RULES: tuple[tuple[str, Rule], ...] = (
     (r"(_|^)(kernel|stride|padding|dilation|ratio|factor|scale|rate|coefficient|cost|weight|theta|temperature)", keep),
     (r"(kernel|stride|padding|dilation|ratio|factor|scale)s?(_|$)|_rates?$|group_norm|base$|_mult$|multiple", keep),
-    (r"window_size", at_most(2)),
+    (r"window_size", window),
     (r"num_groups$", at_most(2)),
     (r"rotary_dim", width(HEAD_DIM)),
     (r"vocab_size|num_embeddings$|num_buckets$|codebook_size|num_res_types", at_most(VOCABULARY)),
@@ -105,6 +110,7 @@ NEEDED = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": INNER,
     "sliding_window": FRAMES,
+    "pad_token_id": 0,
     "image_token_index": VOCABULARY - 1,
     "image_token_id": VOCABULARY - 1,
 }
