@@ -15,8 +15,10 @@ from .skeleton import build_skeleton, describe, nested_configs, read_back, tenso
 from .spec import LayoutSpec, apply_spec
 from .stock import find_stock_config
 
-QUANT_METHOD = "subprune"
-"""The name under which the widths of a ragged model stand in `config.quantization_config`."""
+QUANT_METHOD = "subprune (pip install hf_subprune)"
+"""The name under which the widths of a ragged model stand in `config.quantization_config`.
+
+Where hf_subprune is missing, this name is all of the entry that the messages of transformers show."""
 
 NOTICE = (
     "This model was pruned; its layers have widths of their own, listed here. To load it: `pip install hf_subprune`, "

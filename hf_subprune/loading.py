@@ -1,6 +1,6 @@
 """Loading ragged models with plain `from_pretrained`: hf_subprune joins in where transformers lets quantizers join in.
 
-Importing this module (and `hf_subprune`, which does) registers the method `"subprune"`. `from_pretrained` then shapes
+Importing this module (and `hf_subprune`, which does) registers `QUANT_METHOD`. `from_pretrained` then shapes
 the model that the config builds to the stored widths, before it reads weights, and the result is an ordinary model.
 """
 

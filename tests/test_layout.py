@@ -5,7 +5,7 @@ import torch
 import transformers as tf
 from hand_pruned import FAMILIES, TOKENS, outputs
 
-from hf_subprune.layout import adopt, choose_layout
+from hf_subprune.layout import QUANT_METHOD, adopt, choose_layout
 from hf_subprune.skeleton import describe, nested_configs
 from hf_subprune.stock import find_stock_config
 
@@ -122,7 +122,7 @@ def test_ragged_where_it_cannot(family, kept, reason):
     layout = choose_layout(model, "auto", inputs=FAMILIES[family].inputs)
     assert layout.kind == "ragged"
     entry = model.config.quantization_config
-    assert entry["quant_method"] == "subprune" and "pip install hf_subprune" in entry["notice"]
+    assert entry["quant_method"] == QUANT_METHOD and "pip install hf_subprune" in entry["notice"]
     layout.undo()
     assert config_state(model) == before
 

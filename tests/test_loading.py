@@ -16,7 +16,7 @@ from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_subprune.loading
-from hf_subprune.layout import choose_layout
+from hf_subprune.layout import QUANT_METHOD, choose_layout
 from hf_subprune.loading import SubpruneConfig
 
 WIDTHS = {"mlp": [40, 36], "heads": [3, 2]}
@@ -111,7 +111,7 @@ def test_without_hf_subprune_stock_models_load_and_ragged_ones_say_what_to_insta
         """
     (error, entry), log = run_fresh(script, tmp_path / "ragged")
     assert "ignore_mismatched_sizes" in error
-    assert "Unknown quantization type, got subprune" in log and "MISMATCH" in log
+    assert "Unknown quantization type, got subprune (pip install hf_subprune) - supported" in log and "MISMATCH" in log
     assert (entry["library"], entry["install"]) == ("hf_subprune", "pip install hf_subprune")
     assert "Never pass ignore_mismatched_sizes=True" in entry["notice"]
 
@@ -394,7 +394,7 @@ def test_pruned_then_quantized(tmp_path, doubling):
 
 def test_registration_survives_a_reload_of_the_module():
     importlib.reload(hf_subprune.loading)
-    assert auto.AUTO_QUANTIZER_MAPPING["subprune"] is hf_subprune.loading.SubpruneQuantizer
+    assert auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] is hf_subprune.loading.SubpruneQuantizer
     assert auto.LOADING_ATTRIBUTES_CONFIG_TYPES.count(hf_subprune.loading.SubpruneConfig) == 1
     names = [known.__name__ for known in auto.LOADING_ATTRIBUTES_CONFIG_TYPES]
     assert names.count("SubpruneConfig") == 1

@@ -7,7 +7,7 @@ from hand_pruned import FAMILIES, TOKENS, outputs
 from test_loading import ragged, run_fresh
 
 import hf_subprune.loading  # noqa: F401
-from hf_subprune.layout import choose_layout
+from hf_subprune.layout import QUANT_METHOD, choose_layout
 from hf_subprune.remote_code import auto_classes, write_remote_code
 
 AUTO = {
@@ -70,7 +70,7 @@ def test_same_outputs_without_hf_subprune_and_with_it(saved, plugin, trust, tmp_
     for family in AUTO:
         config = json.loads((tmp_path / "again" / family / "config.json").read_text())
         assert config["architectures"] == [names[family]]
-        assert config["quantization_config"]["quant_method"] == "subprune"
+        assert config["quantization_config"]["quant_method"] == QUANT_METHOD
         assert (tmp_path / "again" / family / "modeling_subprune.py").exists() == trust
         if not trust:
             again = getattr(tf, names[family]).from_pretrained(tmp_path / "again" / family)
