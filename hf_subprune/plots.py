@@ -89,7 +89,7 @@ def plot_cost(report: PruneReport) -> "Figure":
             axes.invert_yaxis()
             axes.xaxis.set_visible(False)
             axes.spines["bottom"].set_visible(False)
-            axes.tick_params(left=False)
+            axes.tick_params(left=False, labelleft=axes is figure.axes[0])
             axes.grid(False)
         figure.supxlabel(f"Latency: median of a forward, {where}", fontsize=8.5, color="#6b7078", x=0.01, ha="left")
     return figure
