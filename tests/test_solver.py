@@ -120,7 +120,7 @@ def test_a_given_shrinkage_is_used_as_given():
 def test_the_curve_holds_the_error_of_every_size():
     folds, W = folds_of()
     curve = block_curve(combine(folds), W)
-    H, C, t = regularise(combine(folds), W, 0.1)
+    H, C, t = regularise(combine(folds), W, 0.03)
     assert curve.total == t
     assert float(curve.errors[0]) == pytest.approx(t)
     assert float(curve.errors[-1]) == pytest.approx(0, abs=1e-9 * t)
