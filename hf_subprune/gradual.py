@@ -170,6 +170,7 @@ class GradualPruning:
     def state_dict(self) -> dict[str, Any]:
         """What has been done so far, as plain JSON types."""
         return {
+            "targets": self.targets,
             "kept": {name: kept.tolist() for name, kept in self.kept.items()},
             "solutions": self._solutions,
             "drift": self.drift,
@@ -183,6 +184,7 @@ class GradualPruning:
                 f"The checkpoint was made while pruning {', '.join(progress['kept'])}; the config and the model now "
                 f"give {', '.join(units)}. Go on with the model and the config of the run that made it."
             )
+        self.targets = dict(progress["targets"])
         self.kept = {name: torch.tensor(kept) for name, kept in progress["kept"].items()}
         self._solutions, self.drift = dict(progress["solutions"]), dict(progress["drift"])
         self._seconds = progress["seconds"]

@@ -139,14 +139,14 @@ def _train(
         loss = _loss(_outputs(student, teacher, batch), targets, teacher, batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"The loss of step {step + 1} is {float(loss)}: lower learning_rate={learning_rate:g}."
+                f"The loss of step {step + 1} is {loss.item()}: lower learning_rate={learning_rate:g}."
             )
         optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(parameters, _MAX_GRADIENT_NORM)
         optimizer.step()
         scheduler.step()
-        yield float(loss)
+        yield loss.item()
     optimizer.zero_grad()
 
 
