@@ -18,6 +18,11 @@ VARIANTS = ("layer", "seq", "asym")
 LAYOUTS = ("auto", "stock", "ragged")
 IMPORTANCES = ("greedy", "random", "weight_norm", "wanda", "fluctuation")
 METHODS = ("auto", "greedy", "backward", "stochastic")
+BUDGETS = ("auto", "global", "equal_loss", "uniform")
+TARGETS = ("keep", "params", "macs", "latency", "size")
+
+_UNITS_OF_SIZE = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b)(?:\s+in\s+(bf16|fp16|fp32))?\s*", flags=re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,22 @@ def _is_keep(value: Any) -> bool:
     return _is_fraction(value)
 
 
+def _is_size(value: Any) -> bool:
+    return value > 0 if isinstance(value, int) else _SIZE.fullmatch(value) is not None and parse_size(value)[0] > 0
+
+
+def _optional(rule: Rule) -> Rule:
+    return Rule(f"{rule.allowed}, or None", (*rule.types, type(None)), lambda v: v is None or rule.accepts(v))
+
+
+def parse_size(size: int | str) -> tuple[int, str | None]:
+    """Bytes and dtype (`"bf16"`, `"fp16"`, `"fp32"`, or `None` for the model's own) of the config's `size`."""
+    if isinstance(size, int):
+        return size, None
+    number, unit, dtype = _SIZE.fullmatch(size).groups()  # type: ignore[union-attr]
+    return int(float(number) * _UNITS_OF_SIZE[unit.lower()]), dtype and dtype.lower()
+
+
 def _is_shrinkage(value: Any) -> bool:
     return value == "auto" if isinstance(value, str) else 0 <= value < math.inf
 
@@ -84,6 +105,11 @@ _UNITS = Rule(
     (tuple,),
     lambda value: len(value) > 0 and set(value) <= set(UNIT_KINDS) and len(set(value)) == len(value),
 )
+_MACS = Rule(
+    "a fraction in (0, 1], or a number of multiply-accumulates above 1", (int, float), lambda v: 0 < v < math.inf
+)
+_SIZES = Rule("a number of bytes, or text such as '500 MB' or '0.5 GiB in bf16'", (int, str), _is_size)
+_FRACTION = Rule("a fraction in (0, 1]", (int, float), _is_fraction)
 _SHRINKAGE = Rule("'auto' or a finite number, 0 or more", (str, int, float), _is_shrinkage)
 _SWITCH = Rule("True or False", (bool,), lambda value: True)
 _PATTERNS = Rule(
@@ -100,7 +126,9 @@ class PruneConfig:
     Args:
         keep (`float` or `dict[str, float]`, default `0.5`):
             Fraction, in (0, 1], of the prunable blocks' parameters to keep; or one fraction per unit kind,
-            `{"mlp": 0.5, "attention": 0.75}`, where a kind left out is kept whole.
+            `{"mlp": 0.5, "attention": 0.75}`, where a kind left out is kept whole. `None` when another target is set:
+            exactly one of `keep`, `params`, `macs`, `latency` and `size` says how small the model is to be, and it is
+            met from below, to within one rounding step.
         units (`tuple[str, ...]`, default `("mlp", "attention")`):
             Which kinds of units may be removed: `"mlp"` (neurons) and `"attention"` (heads; under grouped-query
             attention, a key/value head with all of its query heads).
@@ -110,6 +138,21 @@ class PruneConfig:
         layout (`str`, default `"auto"`):
             How the pruned model is stored. `"stock"`: equal widths in every layer, loads without this package;
             `"ragged"`: widths differ by layer; `"auto"`: stock where the architecture's config can say the widths.
+        budget (`str`, default `"auto"`):
+            Who keeps how much. `"global"`: every block the width at which the predicted drift of the model's output
+            is least; `"equal_loss"`: the smallest widths at which no block alone loses more than a common amount
+            (Kuzmin et al.); `"uniform"`: the same fraction everywhere; `"auto"`: `"global"` with layout `"ragged"` or
+            `"stock"`, else `"uniform"`. With layout `"stock"`, `"global"` and `"equal_loss"` give all layers one
+            width and choose how much goes to MLPs and how much to attention.
+        params (`int`, default `None`):
+            Target: parameters of the whole model.
+        macs (`float`, default `None`):
+            Target: multiply-accumulates of the whole model, as a fraction (up to 1) or absolute, on one sample of the
+            length that the report states.
+        latency (`float`, default `None`):
+            Target: fraction of the latency measured here and now, on the batch that the report states.
+        size (`int` or `str`, default `None`):
+            Target: bytes of the saved weights, or text such as `"500 MB"` or `"500 MB in bf16"`.
         samples (`int`, default `128`):
             Number of unlabeled samples to fit on.
         held_out (`int`, default `32`):
@@ -133,8 +176,12 @@ class PruneConfig:
         shrinkage (`"auto"` or `float`, default `"auto"`):
             Strength of the pull of the new weights towards the original ones, as a multiple of the mean squared
             activation (dimensionless, >= 0). `"auto"` chooses it per block by cross-fitting.
-        round_to (`int`, default `1`):
-            Widths of MLP blocks are rounded down to a multiple of this many units (never below one multiple).
+        loss_aware (`bool`, default `True`):
+            Choose units by what their loss does to the model's output rather than to the block's: errors are weighted
+            by a label-free Fisher or Gauss-Newton matrix, one backward a calibration batch.
+        round_to (`int`, default `None`):
+            Widths of MLP blocks are rounded down to a multiple of this many units (never below one multiple); by
+            default 64 where all layers keep the same fraction, 8 where they do not, 1 where blocks are too small.
         include (`tuple[str, ...]`, default `()`):
             Patterns (`fnmatch`) of block names; when given, only matching blocks are pruned.
         exclude (`tuple[str, ...]`, default `()`):
@@ -147,10 +194,15 @@ class PruneConfig:
         TypeError: a value has the wrong type.
     """
 
-    keep: Annotated[float | dict[str, float], _KEEP] = 0.5
+    keep: Annotated[float | dict[str, float] | None, _optional(_KEEP)] = None
     units: Annotated[tuple[str, ...], _UNITS] = UNIT_KINDS
     variant: Annotated[str, _one_of(VARIANTS)] = "layer"
     layout: Annotated[str, _one_of(LAYOUTS)] = "auto"
+    budget: Annotated[str, _one_of(BUDGETS)] = "auto"
+    params: Annotated[int | None, _optional(_whole(1))] = None
+    macs: Annotated[float | None, _optional(_MACS)] = None
+    latency: Annotated[float | None, _optional(_FRACTION)] = None
+    size: Annotated[int | str | None, _optional(_SIZES)] = None
     samples: Annotated[int, _whole(1)] = 128
     held_out: Annotated[int, _whole(1)] = 32
     max_length: Annotated[int, _whole(1)] = 256
@@ -160,10 +212,34 @@ class PruneConfig:
     swaps: Annotated[int, _whole(-1)] = -1
     reweight: Annotated[bool, _SWITCH] = True
     shrinkage: Annotated[float | str, _SHRINKAGE] = "auto"
-    round_to: Annotated[int, _whole(1)] = 1
+    loss_aware: Annotated[bool, _SWITCH] = True
+    round_to: Annotated[int | None, _optional(_whole(1))] = None
     include: Annotated[tuple[str, ...], _PATTERNS] = ()
     exclude: Annotated[tuple[str, ...], _PATTERNS] = ()
     seed: Annotated[int, _whole(0)] = 0
+
+    def __post_init__(self) -> None:
+        if all(getattr(self, name) is None for name in TARGETS):
+            self.keep = 0.5
+        self.target()
+
+    def target(self) -> str:
+        """Name of the field that says how small the model is to be.
+
+        Raises:
+            ValueError: several are set.
+        """
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            values = ", ".join(f"{name}={getattr(self, name)!r}" for name in given) or "none"
+            raise ValueError(f"PruneConfig takes exactly one of {', '.join(TARGETS)}; got {values}.")
+        return given[0]
+
+    def allocation(self) -> str:
+        """The budget that `"auto"` stands for, else `budget`."""
+        if self.budget != "auto":
+            return self.budget
+        return "uniform" if self.layout == "auto" else "global"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _RULES:

@@ -1,11 +1,12 @@
 """`prune`: the one place that joins the stages."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -14,21 +15,42 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .advance import plan
+from .allocation import (
+    TRIAL_FRACTIONS,
+    Points,
+    Propagation,
+    check_target,
+    choose_widths,
+    fill_in,
+    measured_blocks,
+)
 from .blocks import Block, Refusal
-from .budgets import uniform_widths
+from .budgets import interpolate
 from .calibration import CalibrationSet, prepare
-from .collection import BlockMoments, collect, consumer_weight
-from .config import PruneConfig
+from .collection import FOLDS, BlockMoments, collect, consumer_weight
+from .config import TARGETS, PruneConfig
+from .curves import LossCurve, loss_curve
 from .evaluation import count_macs, count_parameters, drift, measure_latency, model_outputs
 from .layout import choose_layout
 from .probe import discover
-from .report import BlockReport, Change, PruneReport
+from .report import Allocation, BlockReport, Change, PruneReport
 from .reweighting import relative_error
+from .sensitivity import output_metrics
 from .solver import BlockSolution, solve_block
 from .surgery import Edit, shrink
+from .targets import Target, keep_target, resolve
 from .verification import verify
 
 logger = logging.get_logger(__name__)
+
+_T = TypeVar("_T")
+
+# Moments of all blocks are held between the survey and the solutions up to this size, else they are collected twice.
+_STORED_BYTES = 2 * 2**30
+
+# A latency target is met when what is measured lies between this fraction of it and the target itself.
+_LATENCY_SLACK = 0.94
+_LATENCY_TRIES = 3
 
 
 def prune(
@@ -36,6 +58,8 @@ def prune(
     data: Any,
     config: PruneConfig | None = None,
     processing_class: Any = None,
+    *,
+    evaluation: Callable[[PreTrainedModel], float] | None = None,
 ) -> PruneReport:
     """Remove units of a pretrained model and compute new weights for the layers that read them.
 
@@ -48,6 +72,8 @@ def prune(
             (dicts of tensors). See `calibration.prepare`.
         config: What to keep and how; `PruneConfig()` when left out.
         processing_class: Tokenizer, image processor or processor, as in `Trainer`; not needed for ready batches.
+        evaluation: Quality of a model, more is better, for budget `"equal_loss"` in the paper's labelled form. It is
+            called twice a block, and once for the original.
 
     Returns:
         What was done and measured. `model.save_pretrained(folder)` then writes a model that loads again with
@@ -61,74 +87,337 @@ def prune(
     """
     config = config or PruneConfig()
     check_prunable(model)
-    clock = _Clock()
-    with _eval_mode(model), _restored_on_failure() as undo:
-        with clock("data"):
-            calibration = prepare(model, data, config, processing_class)
-        probe_batch = calibration.probe
-        with clock("discovery"):
-            found = discover(model, probe_batch)
-            blocks = choose_blocks(found.blocks, found.refusals, config)
-            widths = {b.name: w for b, w in zip(blocks, allocate(blocks, config), strict=True)}
-            to_prune = [b for b in blocks if widths[b.name] < b.units]
-            segments = plan(model, to_prune, probe_batch)
-        if segments.unreached:
-            names = ", ".join(b.name for b in segments.unreached)
+    with _eval_mode(model), ExitStack() as undo:
+        report = _Run(model, data, [config], processing_class, evaluation).prune_to(config, undo)
+        undo.pop_all()
+    return report
+
+
+def prune_sizes(
+    model: PreTrainedModel,
+    data: Any,
+    configs: Sequence[PruneConfig],
+    processing_class: Any = None,
+    *,
+    evaluation: Callable[[PreTrainedModel], float] | None = None,
+) -> Iterator[PruneReport]:
+    """Prune one model to several sizes, one after the other, from one calibration.
+
+    Data, discovery, sensitivities and curves are shared; so are the moments, where they fit in memory and the variant
+    is `"layer"`. While the caller holds a report, the model is pruned to its size (save it, evaluate it); when the
+    next one is asked for, and at the end, the model is what it was.
+
+    Args:
+        model: The very same when the iterator is exhausted or closed.
+        data: As for `prune`.
+        configs: One a size; they may differ in `keep`, `params`, `macs`, `latency`, `size`, `budget`, `layout` and
+            `round_to` only.
+        processing_class: As for `prune`.
+        evaluation: As for `prune`.
+
+    Yields:
+        The report of each size, in the order of the configs.
+
+    Raises:
+        ValueError: the configs differ in something else; or as `prune`.
+    """
+    check_prunable(model)
+    _check_alike(configs)
+    with _eval_mode(model):
+        run = _Run(model, data, configs, processing_class, evaluation)
+        for config in configs:
+            with ExitStack() as undo:
+                yield run.prune_to(config, undo)
+
+
+class _Run:
+    """What pruning one model to one size or several has in common, and the road to one size."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        data: Any,
+        configs: Sequence[PruneConfig],
+        processing_class: Any,
+        evaluation: Callable[[PreTrainedModel], float] | None,
+    ):
+        self.model, self.evaluation = model, evaluation
+        self.clock = _Clock()
+        first = configs[0]
+        with self.clock("data"):
+            self.calibration = prepare(model, data, first, processing_class)
+        self.probe = self.calibration.probe
+        with self.clock("discovery"):
+            self.found = discover(model, self.probe)
+            self.blocks = choose_blocks(self.found.blocks, self.found.refusals, first)
+        with self.clock("targets"):
+            self.targets = [resolve(model, self.blocks, c, self.calibration.held_out[0]) for c in configs]
+            for config, target in zip(configs, self.targets, strict=True):
+                check_target(self.blocks, target, config)
+        self.configs = list(configs)
+        pairs = list(zip(configs, self.targets, strict=True))
+        self.candidates = [b for b in self.blocks if any(_may_shrink(b, target) for target in self.targets)]
+        needs_curves = any(c.allocation() != "uniform" for c, _ in pairs) and bool(self.candidates)
+        needs_metrics = first.loss_aware and bool(self.candidates) and (needs_curves or first.importance == "greedy")
+        if evaluation is not None and not any(c.allocation() == "equal_loss" for c in configs):
+            raise ValueError("`evaluation` is read by budget='equal_loss' only: choose that budget, or leave it out.")
+        with self.clock("discovery"):
+            self.plan = plan(model, self.candidates, self.probe)
+        if self.plan.unreached:
+            names = ", ".join(b.name for b in self.plan.unreached)
             raise ValueError(
                 f"The calibration data never reaches {names}: pass data that runs this part of the model, or leave it "
                 f"whole with `exclude`."
             )
-        with clock("evaluation"):
-            reference = model_outputs(model, calibration.held_out)
-            before = _measure(model, calibration)
+        with self.clock("evaluation"):
+            self.reference = model_outputs(model, self.calibration.held_out)
+            self.before = _measure(model, self.calibration)
+        self.metrics: dict[str, torch.Tensor] = {}
+        if needs_metrics:
+            with self.clock("sensitivity"):
+                self.metrics = self._sensitivities(first)
+        self.curves: dict[str, LossCurve] = {}
+        self.losses: dict[str, Points] = {}
+        self.stored: dict[str, BlockMoments] | None = None
+        share = first.variant == "layer" and (needs_curves or len(configs) > 1)
+        if share and sum(_moment_bytes(model, b) for b in self.candidates) <= _STORED_BYTES:
+            self.stored = {}
+        if needs_curves or self.stored is not None:
+            self._survey(first, needs_curves)
 
+    def _sensitivities(self, config: PruneConfig) -> dict[str, torch.Tensor]:
+        metrics = output_metrics(self.model, self.candidates, self.calibration.fit, seed=config.seed)
+        silent = [name for name, M in metrics.items() if not float(M.diagonal().sum()) > 0]
+        if silent:
+            logger.warning(f"The model's output does not depend on {', '.join(silent)}: all errors count alike there.")
+        return {name: M for name, M in metrics.items() if name not in silent}
+
+    def _survey(self, config: PruneConfig, curves: bool) -> None:
+        """One pass over the original model: what each block would lose at every width, and its moments."""
+        factors: dict[str, float] = {}
+        points: dict[str, Points] = {}
+        propagation = Propagation(self.model, self.calibration, self.evaluation) if curves else None
+        measured = {b.name for b in self.candidates} if self.evaluation else measured_blocks(self.candidates)
+        with _progress(len(self.plan.segments), "Calibrating") as bar:
+            steps = collect(self.model, self.plan, self.calibration, "layer", {}, bar.update)
+            for block, moments in _timed(steps, self.clock, "calibration"):
+                if self.stored is not None:
+                    self.stored[block.name] = moments
+                if propagation is None:
+                    continue
+                W = consumer_weight(self.model.get_submodule(block.consumer))
+                with self.clock("curves"):
+                    curve = self.curves[block.name] = loss_curve(
+                        [fold.moments(W) for fold in moments.folds if fold.rows],
+                        W,
+                        block.columns,
+                        shrinkage=config.shrinkage,
+                        output_metric=self.metrics.get(block.name),
+                        reweight_kept=config.reweight,
+                        trial_fractions=TRIAL_FRACTIONS if block.name in measured else (),
+                    )
+                with self.clock("propagation"):
+                    if self.evaluation is not None:
+                        points[block.name] = propagation.points(block, curve)
+                    elif block.name in measured:
+                        factors[block.name] = propagation.factor(block, curve)
+                    curve.trials.clear()
+        filled = fill_in(self.candidates, factors)
+        for name, curve in self.curves.items():
+            self.losses[name] = points.get(name) or tuple((w, filled[name] * e) for w, e in curve.points)
+
+    def _widths(self, config: PruneConfig, target: Target) -> dict[str, int]:
+        losses = {b.name: self.losses.get(b.name, ((b.units, 0.0),)) for b in self.blocks}
+        widths = choose_widths(self.blocks, target, config, losses)
+        if target.name != "latency":
+            return widths
+        # What blocks save together is not quite the sum of what was timed: aim again at what was missed.
+        aimed = target
+        for _ in range(_LATENCY_TRIES):
+            with ExitStack() as stack:
+                for block in self.blocks:
+                    if widths[block.name] < block.units:
+                        stack.callback(shrink(self.model, block, list(range(widths[block.name]))).undo)
+                taken = measure_latency(self.model, self.calibration.held_out[0]).seconds
+            if _LATENCY_SLACK * target.limit <= taken <= target.limit:
+                break
+            (part,) = aimed.parts
+            limit = part.limit + (1 + _LATENCY_SLACK) / 2 * target.limit - taken
+            aimed = replace(aimed, parts=(replace(part, limit=limit),))
+            try:
+                widths = choose_widths(self.blocks, aimed, config, losses)
+            except ValueError:
+                break
+        return widths
+
+    def prune_to(self, config: PruneConfig, undo: ExitStack) -> PruneReport:
+        """Prune to the size of one config; `undo` gets what takes it back."""
+        model, calibration = self.model, self.calibration
+        clock = _Clock(self.clock.seconds)
+        target = self.targets[self.configs.index(config)]
+        with clock("allocation"):
+            widths = self._widths(config, target)
+            to_prune = [b for b in self.blocks if widths[b.name] < b.units]
         edits: dict[str, Edit] = {}
         undo.callback(lambda: _undo(edits))
         solutions: dict[str, BlockReport] = {}
         kept: dict[str, torch.Tensor] = {}
-        with _progress(len(segments.segments), "Pruning") as bar:
-            steps = collect(model, segments, calibration, config.variant, edits, bar.update)
-            while True:
-                with clock("calibration"):
-                    step = next(steps, None)
-                if step is None:
-                    break
-                block, moments = step
+        with _progress(len(to_prune), "Pruning") as bar:
+            for block, moments in _timed(self._moments(to_prune, config, edits), clock, "calibration"):
                 with clock("selection"):
-                    report, edits[block.name] = _prune_block(model, block, moments, widths[block.name], config)
+                    report, edits[block.name] = self._prune_block(block, moments, widths[block.name], config)
                 solutions[block.name] = report
                 kept[block.name] = torch.tensor(report.kept_units)
-                del step, moments
+                del moments
+                bar.update()
 
-        with clock("verification"):
-            with _taken_back(edits):
-                verify(model, to_prune, kept, probe_batch)
+        with clock("verification"), _taken_back(edits):
+            verify(model, to_prune, kept, self.probe)
         with clock("layout"):
-            layout = choose_layout(model, config.layout, inputs=probe_batch)
+            layout = choose_layout(model, config.layout, inputs=self.probe)
             undo.callback(layout.undo)
         with clock("evaluation"):
             after = _measure(model, calibration)
-            change = drift(model, calibration.held_out, reference)
-        undo.pop_all()
-    logger.info("Pruned %d blocks.", len(edits))
-    return PruneReport(
-        model=getattr(model, "name_or_path", "") or "",
-        architecture=type(model).__name__,
-        config=config.to_dict(),
-        blocks=tuple(solutions.get(b.name) or _whole(b) for b in blocks),
-        refusals=found.refusals,
-        layout=layout.kind,
-        layout_reason=layout.reason,
-        parameters=Change(before["parameters"], after["parameters"]),
-        macs=Change(before["macs"], after["macs"]),
-        latency=Change(before["latency"], after["latency"]),
-        measured_on=before["on"],
-        drift=change.to_dict(),
-        data=calibration.description,
-        seconds=clock.seconds,
-        peak_memory=_peak_memory(),
-        versions={name: version(name) for name in ("hf_subprune", "torch", "transformers")},
+            change = drift(model, calibration.held_out, self.reference)
+        logger.info("Pruned %d blocks.", len(edits))
+        before = self.before
+        return PruneReport(
+            model=getattr(model, "name_or_path", "") or "",
+            architecture=type(model).__name__,
+            config=config.to_dict(),
+            blocks=tuple(solutions.get(b.name) or self._whole(b) for b in self.blocks),
+            refusals=self.found.refusals,
+            layout=layout.kind,
+            layout_reason=layout.reason,
+            parameters=Change(before["parameters"], after["parameters"]),
+            macs=Change(before["macs"], after["macs"]),
+            latency=Change(before["latency"], after["latency"]),
+            measured_on=before["on"],
+            drift=change.to_dict(),
+            data=calibration.description,
+            seconds=clock.seconds,
+            peak_memory=_peak_memory(),
+            versions={name: version(name) for name in ("hf_subprune", "torch", "transformers")},
+            allocation=self._allocation(config, target, widths, after["latency"]),
+        )
+
+    def _moments(
+        self, to_prune: Sequence[Block], config: PruneConfig, edits: dict[str, Edit]
+    ) -> Iterator[tuple[Block, BlockMoments]]:
+        if self.stored is not None:
+            return ((block, self.stored[block.name]) for block in to_prune)
+        return collect(self.model, plan(self.model, to_prune, self.probe), self.calibration, config.variant, edits)
+
+    def _prune_block(
+        self, block: Block, moments: BlockMoments, width: int, config: PruneConfig
+    ) -> tuple[BlockReport, Edit]:
+        """Select, reweight and shrink one block."""
+        start = time.perf_counter()
+        consumer: Any = self.model.get_submodule(block.consumer)
+        W = consumer_weight(consumer)
+        solution: BlockSolution = solve_block(
+            [fold.moments(W) for fold in moments.folds if fold.rows],
+            None,
+            W,
+            block.columns,
+            width,
+            shrinkage=config.shrinkage,
+            importance=config.importance,
+            method=config.method,
+            swaps=None if config.swaps < 0 else config.swaps,
+            reweight_kept=config.reweight,
+            output_metric=self.metrics.get(block.name),
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+        error = relative_error(moments.held_out.moments(W), solution.kept_columns, solution.V, solution.bias_shift)
+        bias = None if consumer.bias is None else consumer.bias.detach() + solution.bias_shift.to(consumer.bias)
+        edit = shrink(self.model, block, solution.kept_units, weight=solution.V, bias=bias)
+        return BlockReport(
+            name=block.name,
+            kind=block.kind,
+            consumer=block.consumer,
+            units_before=block.units,
+            units_after=width,
+            kept_units=tuple(solution.kept_units.tolist()),
+            kept_columns=tuple(solution.kept_columns.tolist()),
+            fitted_error=solution.fitted_error,
+            held_out_error=error,
+            shrinkage=solution.shrinkage if config.reweight else None,
+            method=solution.method,
+            guarantee=None if solution.certificate is None else solution.certificate.fraction,
+            seconds=time.perf_counter() - start,
+            **self._predictions(block, width),
+        ), edit
+
+    def _whole(self, block: Block) -> BlockReport:
+        """A block that keeps every unit."""
+        return BlockReport(
+            name=block.name,
+            kind=block.kind,
+            consumer=block.consumer,
+            units_before=block.units,
+            units_after=block.units,
+            kept_units=tuple(range(block.units)),
+            kept_columns=tuple(sorted(block.columns.flatten().tolist())),
+            fitted_error=0.0,
+            held_out_error=0.0,
+            shrinkage=None,
+            method="kept whole",
+            guarantee=1.0,
+            seconds=0.0,
+            **self._predictions(block, block.units),
+        )
+
+    def _predictions(self, block: Block, width: int) -> dict[str, Any]:
+        """The block's curves, for the report."""
+        if block.name not in self.curves:
+            return {}
+        curve, losses = self.curves[block.name], self.losses[block.name]
+        widths = sorted({w for w, _ in curve.points} | {width})
+        relative = tuple((w, float(curve.relative[w])) for w in widths)
+        return {"curve": relative, "predicted": losses}
+
+    def _allocation(self, config: PruneConfig, target: Target, widths: dict[str, int], latency: float) -> Allocation:
+        predicted = None
+        if self.losses:
+            predicted = sum(interpolate(points, [widths[name]])[0] for name, points in self.losses.items())
+        return Allocation(
+            budget=config.allocation(),
+            target=target.name,
+            unit=target.unit,
+            limit=target.limit,
+            reached=latency if target.name == "latency" else target.cost(widths),
+            predicted_drift=predicted,
+            latencies=target.latencies,
+        )
+
+
+def _may_shrink(block: Block, target: Target) -> bool:
+    """Whether a target can take units from a block."""
+    return any(
+        block.name in part.blocks and part.limit < sum(target.costs[name][-1] for name in part.blocks)
+        for part in target.parts
     )
+
+
+def _moment_bytes(model: nn.Module, block: Block) -> int:
+    n = consumer_weight(model.get_submodule(block.consumer)).shape[0]
+    return (FOLDS + 1) * n * n * 8
+
+
+def _check_alike(configs: Sequence[PruneConfig]) -> None:
+    """Raise `ValueError` unless configs differ in size only."""
+    if not configs:
+        raise ValueError("Pruning to several sizes takes one config a size, got none.")
+    free = {*TARGETS, "budget", "layout", "round_to"}
+    first = configs[0].to_dict()
+    for config in configs[1:]:
+        other = config.to_dict()
+        if differing := sorted(name for name in first if name not in free and first[name] != other[name]):
+            raise ValueError(
+                f"Sizes from one calibration may differ in {', '.join(sorted(free))} only; these configs differ in "
+                f"{', '.join(differing)}: call `prune` for each."
+            )
 
 
 def check_prunable(model: Any) -> None:
@@ -189,83 +478,14 @@ def choose_blocks(blocks: Sequence[Block], refusals: Sequence[Refusal], config: 
 
 
 def allocate(blocks: Sequence[Block], config: PruneConfig) -> list[int]:
-    """How many units each block keeps.
+    """How many units each block keeps under budget `"uniform"`, for a config that sets `keep`.
 
     Raises:
-        ValueError: a block would be left without units; the message says the smallest fraction that works.
+        ValueError: the config sets another target, or a block would be left without units.
     """
-    widths = []
-    for block in blocks:
-        fraction = config.keep.get(block.kind, 1.0) if isinstance(config.keep, dict) else config.keep
-        multiple = config.round_to if block.kind == "mlp" and block.units >= config.round_to else 1
-        (width,) = uniform_widths([block.units], fraction, multiple)
-        if width == 0:
-            raise ValueError(
-                f"keep={fraction} would leave block {block.name} with none of its {block.units} {block.kind} units "
-                f"(in multiples of {multiple}): keep at least {multiple / block.units:.4g}, or leave the block whole "
-                f"with exclude={[block.name]!r}."
-            )
-        widths.append(width)
-    return widths
-
-
-def _prune_block(
-    model: nn.Module, block: Block, moments: BlockMoments, width: int, config: PruneConfig
-) -> tuple[BlockReport, Edit]:
-    """Select, reweight and shrink one block."""
-    start = time.perf_counter()
-    consumer = model.get_submodule(block.consumer)
-    W = consumer_weight(consumer)
-    solution: BlockSolution = solve_block(
-        [fold.moments(W) for fold in moments.folds if fold.rows],
-        None,
-        W,
-        block.columns,
-        width,
-        shrinkage=config.shrinkage,
-        importance=config.importance,
-        method=config.method,
-        swaps=None if config.swaps < 0 else config.swaps,
-        reweight_kept=config.reweight,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    error = relative_error(moments.held_out.moments(W), solution.kept_columns, solution.V, solution.bias_shift)
-    bias = None if consumer.bias is None else consumer.bias.detach() + solution.bias_shift.to(consumer.bias)
-    edit = shrink(model, block, solution.kept_units, weight=solution.V, bias=bias)
-    return BlockReport(
-        name=block.name,
-        kind=block.kind,
-        consumer=block.consumer,
-        units_before=block.units,
-        units_after=width,
-        kept_units=tuple(solution.kept_units.tolist()),
-        kept_columns=tuple(solution.kept_columns.tolist()),
-        fitted_error=solution.fitted_error,
-        held_out_error=error,
-        shrinkage=solution.shrinkage if config.reweight else None,
-        method=solution.method,
-        guarantee=None if solution.certificate is None else solution.certificate.fraction,
-        seconds=time.perf_counter() - start,
-    ), edit
-
-
-def _whole(block: Block) -> BlockReport:
-    """A block that keeps every unit."""
-    return BlockReport(
-        name=block.name,
-        kind=block.kind,
-        consumer=block.consumer,
-        units_before=block.units,
-        units_after=block.units,
-        kept_units=tuple(range(block.units)),
-        kept_columns=tuple(sorted(block.columns.flatten().tolist())),
-        fitted_error=0.0,
-        held_out_error=0.0,
-        shrinkage=None,
-        method="kept whole",
-        guarantee=1.0,
-        seconds=0.0,
-    )
+    config = replace(config, budget="uniform")
+    widths = choose_widths(blocks, keep_target(blocks, config), config)
+    return [widths[block.name] for block in blocks]
 
 
 def _undo(edits: dict[str, Edit]) -> None:
@@ -284,7 +504,7 @@ def _taken_back(edits: dict[str, Edit]) -> Iterator[None]:
             edit.redo()
 
 
-def _measure(model: nn.Module, calibration: CalibrationSet) -> dict[str, Any]:
+def _measure(model: PreTrainedModel, calibration: CalibrationSet) -> dict[str, Any]:
     latency = measure_latency(model, calibration.held_out[0])
     return {
         "parameters": count_parameters(model),
@@ -307,13 +527,6 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _restored_on_failure() -> Iterator[ExitStack]:
-    """Callbacks put on the stack run when the body fails; the body clears the stack when it is done."""
-    with ExitStack() as stack:
-        yield stack
-
-
-@contextmanager
 def _progress(total: int, description: str) -> Iterator[Any]:
     """A bar on the main process, on a terminal only; `transformers.utils.logging.disable_progress_bar` hides it."""
     hidden = None if PartialState().is_main_process else True
@@ -324,8 +537,8 @@ def _progress(total: int, description: str) -> Iterator[Any]:
 class _Clock:
     """Wall time of named stages, added up."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        self.seconds = dict(seconds or {})
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -334,6 +547,19 @@ class _Clock:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _timed(
+    steps: Iterator[tuple[Block, BlockMoments]], clock: _Clock, stage: str
+) -> Iterator[tuple[Block, BlockMoments]]:
+    """The steps, their making timed; none is held on to."""
+    while True:
+        with clock(stage):
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
+        del step
 
 
 def _peak_memory() -> int:

@@ -1,0 +1,211 @@
+"""From what was asked for and what blocks lose to the width of every block (ALGORITHM section 5)."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from transformers import PreTrainedModel
+
+from .blocks import Block
+from .budgets import (
+    Choices,
+    allowed_widths,
+    equal_fraction,
+    equal_loss,
+    interpolate,
+    least_loss,
+    rounding,
+    tie,
+    uniform_widths,
+)
+from .calibration import CalibrationSet
+from .collection import FOLDS
+from .config import PruneConfig
+from .curves import LossCurve, Trial
+from .evaluation import Drift, drift, model_outputs
+from .surgery import shrink
+from .targets import Part, Target
+
+Points = tuple[tuple[int, float], ...]
+"""`(width, loss)`, ascending, the full width with loss 0 last."""
+
+TRIAL_FRACTIONS = (0.15, 0.35)
+"""Of a block's units: widths at which it is pruned alone, to see what its error does to the model's output."""
+
+# Blocks of one kind that are pruned alone, at equal distances over the depth, and batches they are measured on: the
+# cost must not grow with the square of the depth.
+_MEASURED_BLOCKS = 12
+_MEASURED_BATCHES = 2
+
+# The automatic rounding of widths: even ones are stored in a stock config and should suit any kernel.
+_EVEN_STEP, _RAGGED_STEP = 64, 8
+
+
+def multiple(block: Block, config: PruneConfig) -> int:
+    """What a block's width is a multiple of."""
+    if block.kind != "mlp":
+        return 1
+    if config.round_to is not None:
+        return config.round_to if block.units >= config.round_to else 1
+    even = config.allocation() == "uniform" or config.layout == "stock"
+    return rounding(block.units, _EVEN_STEP if even else _RAGGED_STEP)
+
+
+def choose_widths(
+    blocks: Sequence[Block], target: Target, config: PruneConfig, losses: Mapping[str, Points] | None = None
+) -> dict[str, int]:
+    """The width of every block, by name.
+
+    Args:
+        blocks: That may be pruned.
+        target: What they may cost.
+        config: Its `budget`, `layout` and `round_to` are read.
+        losses: Predicted loss of each block in a part of the target; not needed for budget `"uniform"`.
+
+    Raises:
+        ValueError: the target cannot be met; the message says what can.
+    """
+    widths = {block.name: block.units for block in blocks}
+    for part in target.parts:
+        inside = [block for block in blocks if block.name in part.blocks]
+        if config.allocation() == "uniform":
+            widths |= _uniform(inside, part, target, config)
+        else:
+            widths |= _by_loss(inside, part, target, config, losses or {})
+    return widths
+
+
+def check_target(blocks: Sequence[Block], target: Target, config: PruneConfig) -> None:
+    """Refuse what cannot be reached, before any calibration.
+
+    Raises:
+        ValueError: as `choose_widths`.
+    """
+    choose_widths(blocks, target, config, {b.name: ((b.units, 0.0),) for b in blocks})
+
+
+def _uniform(blocks: Sequence[Block], part: Part, target: Target, config: PruneConfig) -> dict[str, int]:
+    units, steps = [b.units for b in blocks], [multiple(b, config) for b in blocks]
+    names = [b.name for b in blocks]
+
+    def cost(widths: Sequence[int]) -> float:
+        return sum(target.costs[name][width] for name, width in zip(names, widths, strict=True))
+
+    if part.asked is not None:
+        widths = uniform_widths(units, part.asked, steps)
+    else:
+        widths = equal_fraction(units, steps, cost, part.limit)
+    if 0 in widths:
+        block, step = blocks[widths.index(0)], steps[widths.index(0)]
+        raise ValueError(
+            f"{target.name}={part.asked or getattr(config, target.name)} would leave block {block.name} with none of "
+            f"its {block.units} {block.kind} units (in multiples of {step}): keep at least {step / block.units:.4g}, "
+            f"leave the block whole with exclude={[block.name]!r}, or let blocks differ with budget='global' and "
+            f"layout='ragged'."
+        )
+    return dict(zip(names, widths, strict=True))
+
+
+def _by_loss(
+    blocks: Sequence[Block], part: Part, target: Target, config: PruneConfig, losses: Mapping[str, Points]
+) -> dict[str, int]:
+    choices = []
+    for block in blocks:
+        widths = allowed_widths(block.units, multiple(block, config))
+        costs = target.costs[block.name]
+        choices.append(Choices(widths, tuple(costs[w] for w in widths), interpolate(losses[block.name], widths)))
+    tied: dict[object, list[int]] = {}
+    for index, block in enumerate(blocks):
+        key = (block.kind, block.units) if config.layout == "stock" else index
+        tied.setdefault(key, []).append(index)
+    families = [tie([choices[i] for i in members]) for members in tied.values()]
+    least = sum(family.costs[0] for family in families)
+    if least > part.limit * (1 + 1e-9):
+        smallest = target.limit + least - part.limit
+        advice = "Ask for that much at least."
+        if target.name == "keep":
+            advice = f"Keep at least {math.ceil(1e4 * least / sum(f.costs[-1] for f in families)) / 1e4}."
+        raise ValueError(
+            f"{target.name}={part.asked or getattr(config, target.name)} is out of reach: it allows "
+            f"{target.limit:.6g} {target.unit}, and the smallest width of every block makes {smallest:.6g}. {advice}"
+        )
+    chosen = (least_loss if config.allocation() == "global" else equal_loss)(families, part.limit)
+    return {blocks[i].name: width for members, width in zip(tied.values(), chosen, strict=True) for i in members}
+
+
+class Propagation:
+    """What a block's error does to the model's output, measured by pruning the block alone.
+
+    The metric of section 4 is a linearisation at the original model; early blocks exceed it, since what they do wrong
+    goes through all others. The factor between measured and predicted drift corrects a block's whole curve.
+
+    Args:
+        model: The original.
+        calibration: Batches of all but the first fold are run, the trials having been fitted on the first.
+        evaluation: Quality of a model, more is better; measured in place of the drift on `calibration`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: CalibrationSet,
+        evaluation: Callable[[PreTrainedModel], float] | None = None,
+    ):
+        self.model, self.evaluation = model, evaluation
+        unseen = [batch for index, batch in enumerate(calibration.fit) if index % FOLDS]
+        middle = max(0, (len(unseen) - _MEASURED_BATCHES) // 2)
+        self.batches = unseen[middle : middle + _MEASURED_BATCHES]
+        if evaluation is None:
+            self._reference = model_outputs(model, self.batches)
+        else:
+            self._quality = float(evaluation(model))
+
+    def measure(self, block: Block, trial: Trial) -> float:
+        """Drift of the model's output, or loss of quality, with one block pruned."""
+        consumer = self.model.get_submodule(block.consumer)
+        bias = getattr(consumer, "bias", None)
+        bias = None if bias is None else bias.detach() + trial.bias_shift.to(bias)
+        edit = shrink(self.model, block, trial.kept, weight=trial.V, bias=bias)
+        try:
+            if self.evaluation is not None:
+                return max(0.0, self._quality - float(self.evaluation(self.model)))
+            return scalar_drift(drift(self.model, self.batches, self._reference))
+        finally:
+            edit.undo()
+
+    def factor(self, block: Block, curve: LossCurve) -> float:
+        """Measured over predicted drift, the geometric mean over the trials; NaN where either is zero."""
+        pairs = [(self.measure(block, trial), trial.error) for trial in curve.trials.values()]
+        if not pairs or not all(0 < x < math.inf for pair in pairs for x in pair):
+            return math.nan
+        return math.exp(sum(math.log(measured / predicted) for measured, predicted in pairs) / len(pairs))
+
+    def points(self, block: Block, curve: LossCurve) -> Points:
+        """The measured loss itself at the widths of the trials."""
+        return (*((w, self.measure(block, trial)) for w, trial in sorted(curve.trials.items())), (block.units, 0.0))
+
+
+def scalar_drift(change: Drift) -> float:
+    """The one figure that budgets minimise: divergence for logits, squared relative error for hidden states."""
+    return change.relative_error**2 if change.kl is None else change.kl
+
+
+def measured_blocks(blocks: Sequence[Block]) -> set[str]:
+    """Names of the blocks to prune alone: of each kind a dozen, at equal distances over the depth."""
+    chosen: set[str] = set()
+    for kind in {b.kind for b in blocks}:
+        names = [b.name for b in blocks if b.kind == kind]
+        count = min(len(names), _MEASURED_BLOCKS)
+        chosen |= {names[round(i * (len(names) - 1) / max(count - 1, 1))] for i in range(count)}
+    return chosen
+
+
+def fill_in(blocks: Sequence[Block], factors: Mapping[str, float]) -> dict[str, float]:
+    """Factors for all blocks: those not measured, or without a figure, take that of the nearest one of their kind."""
+    filled: dict[str, float] = {}
+    for kind in {b.kind for b in blocks}:
+        names = [b.name for b in blocks if b.kind == kind]
+        known = [i for i, name in enumerate(names) if math.isfinite(factors.get(name, math.nan))]
+        for i, name in enumerate(names):
+            nearest = min(known, key=lambda j: abs(i - j), default=None)
+            filled[name] = 1.0 if nearest is None else factors[names[nearest]]
+    return filled

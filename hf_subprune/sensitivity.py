@@ -1,0 +1,110 @@
+"""How much an error at each consumer's output changes the model's output, without labels (ALGORITHM section 4)."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .blocks import Block
+from .calibration import Batch
+from .evaluation import compared_output
+from .padding import token_mask
+from .verification import undisturbed
+
+
+def output_metrics(
+    model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch], *, probes: int = 1, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """`M = E[g g']` at each consumer's output, `g` the gradient there of a label-free function of the model's output.
+
+    For logits the function is `log p(y | x)` with `y` drawn from the model's own distribution: `M` is the true Fisher,
+    and `e' M e / 2` the divergence that an error `e` of the consumer's output causes, to second order. For hidden
+    states it is the inner product of the output with a standard normal direction: `M` is the Gauss-Newton matrix, and
+    `e' M e` the squared error of the output. Either is summed over the output's tokens and averaged over those of the
+    consumer; padding counts on neither side.
+
+    One forward and one backward a batch and probe. No parameter gets a gradient, and the activations of one batch are
+    held at a time. Weights, flags, gradients and the random state of the model stay as they are.
+
+    Args:
+        model: Whose output is looked at.
+        blocks: At whose consumers.
+        batches: Arguments of the model's forward.
+        probes: Draws of `y`, or of directions, a batch.
+        seed: Of the draws.
+
+    Returns:
+        By block name, `(m, m)` on the consumer's device in float64; zeros where the output does not depend on it.
+    """
+    sums = {block.name: _GradientSum(model, block) for block in blocks}
+    generator = torch.Generator().manual_seed(seed)
+    with undisturbed(model), torch.enable_grad(), ExitStack() as stack:
+        model.requires_grad_(False)
+        for total in sums.values():
+            consumer = model.get_submodule(total.block.consumer)
+            stack.callback(consumer.register_forward_hook(total.watch).remove)
+        for batch in batches:
+            arguments = _arguments(model, batch)
+            for _ in range(probes):
+                for total in sums.values():
+                    total.batch = batch
+                value = _probe(model, batch, model(**arguments), generator)
+                if value.requires_grad:
+                    value.backward()
+    return {name: total.mean() for name, total in sums.items()}
+
+
+class _GradientSum:
+    """Sums `g g'` over the rows of a consumer's output."""
+
+    def __init__(self, model: PreTrainedModel, block: Block):
+        consumer: Any = model.get_submodule(block.consumer)
+        m = consumer.weight.shape[0 if isinstance(consumer, nn.Linear) else 1]
+        self.model, self.block, self.rows = model, block, 0
+        self.batch: Batch = {}
+        self._sum = torch.zeros(m, m, dtype=torch.float64, device=consumer.weight.device)
+
+    def watch(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Forward hook: the graph starts at the first consumer, gradients are read at every one."""
+        if not output.requires_grad:
+            output = output.detach().requires_grad_().clone()  # a leaf could not be written into by what follows
+        mask = token_mask(self.model, self.block.consumer, self.batch, output.shape)
+        self.rows += output[..., 0].numel() if mask is None else int(mask.sum())
+
+        def add(gradient: torch.Tensor) -> None:
+            g = gradient.reshape(-1, gradient.shape[-1])
+            g = (g if mask is None else g[mask.to(g.device)]).float()
+            self._sum += g.T @ g
+
+        output.register_hook(add)
+        return output
+
+    def mean(self) -> torch.Tensor:
+        return self._sum / max(self.rows, 1)
+
+
+def _arguments(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    arguments: dict[str, Any] = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    if "use_cache" in signature(model.forward).parameters:
+        arguments.setdefault("use_cache", False)
+    return arguments
+
+
+def _probe(model: PreTrainedModel, batch: Batch, output: Any, generator: torch.Generator) -> torch.Tensor:
+    """The scalar whose gradient is taken."""
+    if not isinstance(output, ModelOutput):
+        output = ModelOutput({str(i): value for i, value in enumerate(output)})
+    kind, compared = compared_output(output)
+    mask = token_mask(model, "", batch, compared.shape)
+    rows = compared.reshape(-1, compared.shape[-1])
+    rows = (rows if mask is None else rows[mask.to(rows.device)]).float()
+    if kind == "hidden":
+        return (rows * torch.randn(rows.shape, generator=generator).to(rows)).sum()
+    log_p = rows.log_softmax(1)
+    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
+    return log_p.gather(1, drawn.to(rows.device)).sum()

@@ -1,0 +1,197 @@
+"""The size that the user asks for, as a cost of every width of every block and a limit on their sum."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from transformers import PreTrainedModel
+
+from .blocks import Block
+from .calibration import Batch
+from .config import PruneConfig, parse_size
+from .evaluation import count_macs, count_parameters, measure_latency
+from .surgery import shrink
+
+# Fractions of the units at which latency is measured, and seconds a measurement takes.
+_MEASURED = (0.125, 0.25, 0.5, 0.75)
+_SECONDS = 0.4
+
+# Bytes of a safetensors file a tensor, besides its values: its name, shape and place in the header.
+_HEADER = 160
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Blocks that share one budget.
+
+    Args:
+        blocks: Names of the blocks.
+        limit: On the sum of their costs.
+        asked: Fraction of the cost, when the target is one.
+    """
+
+    blocks: tuple[str, ...]
+    limit: float
+    asked: float | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was asked for, in the unit that costs are counted in.
+
+    Args:
+        name: Of the config's field: `"keep"`, `"params"`, `"macs"`, `"latency"` or `"size"`.
+        unit: Of `limit` and of costs, in words.
+        limit: On the whole model; with `keep`, on the prunable blocks.
+        rest: What the model costs besides the blocks.
+        costs: By block name, the cost at 0 ... all units.
+        parts: Blocks with a budget of their own; blocks in none are kept whole.
+        latencies: What was timed: rows of unit kind, width, number of blocks narrowed, seconds.
+    """
+
+    name: str
+    unit: str
+    limit: float
+    rest: float
+    costs: dict[str, tuple[float, ...]]
+    parts: tuple[Part, ...]
+    latencies: tuple[tuple[str, int, int, float], ...] = ()
+
+    def cost(self, widths: dict[str, int]) -> float:
+        """What the model (with `keep`: its prunable blocks) costs at these widths."""
+        return self.rest + sum(self.costs[name][width] for name, width in widths.items())
+
+
+def resolve(model: PreTrainedModel, blocks: Sequence[Block], config: PruneConfig, batch: Batch) -> Target:
+    """The target of a config on this model.
+
+    Args:
+        model: Unpruned.
+        blocks: That may be pruned.
+        config: Exactly one of `keep`, `params`, `macs`, `latency` and `size` is set.
+        batch: What MACs (its first sample) and latency are counted on.
+    """
+    if config.keep is not None:
+        return keep_target(blocks, config)
+    names = tuple(b.name for b in blocks)
+    latencies: tuple[tuple[str, int, int, float], ...] = ()
+    if config.params is not None:
+        name, unit, limit, full = "params", "parameters", float(config.params), float(count_parameters(model))
+        costs = {b.name: _linear(b.parameters_per_unit, b.units) for b in blocks}
+    elif config.size is not None:
+        limit, stored_in = parse_size(config.size)
+        dtype = None if stored_in is None else _DTYPES[stored_in]
+        name, unit, full = "size", "bytes", float(_bytes(model, dtype))
+        costs = {b.name: _linear(_bytes_per_unit(model, b, dtype), b.units) for b in blocks}
+    elif config.macs is not None:
+        name, full = "macs", float(count_macs(model, batch))
+        length = batch["input_ids"].shape[1] if "input_ids" in batch else None
+        unit = "multiply-accumulates a sample" + (f" of {length} tokens" if length else "")
+        limit = config.macs * full if config.macs <= 1 else float(config.macs)
+        costs = {}
+        for block in blocks:
+            with _narrow(model, [block], 1):
+                one = count_macs(model, batch)
+            per_unit = (full - one) / (block.units - 1) if block.units > 1 else 0.0
+            costs[block.name] = _linear(per_unit, block.units)
+    else:
+        name, unit = "latency", "seconds"
+        costs, full, latencies = _latencies(model, blocks, batch)
+        limit = float(config.latency or 1.0) * full
+    rest = full - sum(c[-1] for c in costs.values())
+    return Target(name, unit, limit, rest, costs, (Part(names, limit - rest),), latencies)
+
+
+def keep_target(blocks: Sequence[Block], config: PruneConfig) -> Target:
+    """The target of a config that sets `keep`.
+
+    Raises:
+        ValueError: it sets another target.
+    """
+    if config.keep is None:
+        raise ValueError(f"The target must be `keep` here, not {config.target()!r}.")
+    fractions = config.keep if isinstance(config.keep, dict) else dict.fromkeys(config.units, config.keep)
+    groups = [[kind] for kind in fractions] if isinstance(config.keep, dict) else [list(fractions)]
+    costs = {b.name: _linear(b.parameters_per_unit, b.units) for b in blocks}
+    parts = []
+    for kinds in groups:
+        inside = tuple(b.name for b in blocks if b.kind in kinds)
+        fraction = fractions[kinds[0]]
+        parts.append(Part(inside, fraction * sum(costs[name][-1] for name in inside), fraction))
+    whole = sum(costs[b.name][-1] for b in blocks if not any(b.name in part.blocks for part in parts))
+    limit = whole + sum(part.limit for part in parts)
+    return Target("keep", "prunable parameters", limit, 0.0, costs, tuple(parts))
+
+
+def _linear(per_unit: float, units: int) -> tuple[float, ...]:
+    return tuple(per_unit * width for width in range(units + 1))
+
+
+def _bytes(model: PreTrainedModel, dtype: torch.dtype | None) -> int:
+    parameters = list(model.parameters())
+    return sum(p.numel() * _itemsize(p, dtype) for p in parameters) + _HEADER * len(parameters)
+
+
+def _bytes_per_unit(model: PreTrainedModel, block: Block, dtype: torch.dtype | None) -> float:
+    weight = model.get_submodule(block.consumer).weight
+    return block.parameters_per_unit * _itemsize(weight, dtype)  # type: ignore[arg-type]
+
+
+def _itemsize(tensor: torch.Tensor, dtype: torch.dtype | None) -> int:
+    return dtype.itemsize if dtype is not None and tensor.is_floating_point() else tensor.element_size()
+
+
+@contextmanager
+def _narrow(model: PreTrainedModel, blocks: Sequence[Block], width: int) -> Iterator[None]:
+    """The model with the first `width` units of each block, not reweighted, for the time being."""
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(shrink(model, block, list(range(width))).undo)
+        yield
+
+
+def _latencies(
+    model: PreTrainedModel, blocks: Sequence[Block], batch: Batch
+) -> tuple[dict[str, tuple[float, ...]], float, tuple[tuple[str, int, int, float], ...]]:
+    """Seconds by block and width, seconds of the whole model, and the table of what was measured.
+
+    Blocks of one kind and size are narrowed together, which adds up what each saves above the noise, and share it.
+    """
+    measure: Callable[[], float] = lambda: measure_latency(model, batch, _SECONDS).seconds  # noqa: E731
+    full = measure()
+    families: dict[tuple[str, int, int], list[Block]] = {}
+    for block in blocks:
+        families.setdefault((block.kind, block.units, block.parameters_per_unit), []).append(block)
+    costs: dict[str, tuple[float, ...]] = {}
+    table: list[tuple[str, int, int, float]] = []
+    for (kind, units, _), family in families.items():
+        widths = sorted({max(1, round(f * units)) for f in _MEASURED} - {units})
+        seconds = []
+        for width in widths:
+            with _narrow(model, family, width):
+                seconds.append(measure())
+            table.append((kind, width, len(family), seconds[-1]))
+        curve = _fit_costs(widths, [(full - s) / len(family) for s in seconds], units)
+        costs |= {block.name: curve for block in family}
+    return costs, full, tuple(table)
+
+
+def _fit_costs(widths: Sequence[int], saved: Sequence[float], units: int) -> tuple[float, ...]:
+    """Cost at 0 ... `units` from the time saved at some widths: linear in between, never falling with the width."""
+    knots = [*zip(widths, saved, strict=True), (units, 0.0)]
+    if len(knots) > 1:  # on to zero units along the first piece
+        (x0, y0), (x1, y1) = knots[:2]
+        knots.insert(0, (0, y0 + (y0 - y1) / (x1 - x0) * x0))
+    most = 0.0
+    falling: list[tuple[int, float]] = []
+    for width, value in reversed(knots):
+        most = max(most, value)
+        falling.insert(0, (width, most))
+    costs = []
+    for (x0, y0), (x1, y1) in pairwise(falling):
+        costs += [most - (y0 + (y1 - y0) * (x - x0) / (x1 - x0)) for x in range(x0, x1)]
+    return (*costs, most)
