@@ -119,8 +119,8 @@ def test_a_given_shrinkage_is_used_as_given():
 
 def test_the_curve_holds_the_error_of_every_size():
     folds, W = folds_of()
-    curve = block_curve(combine(folds), W)
-    H, C, t = regularise(combine(folds), W, 0.03)
+    curve = block_curve(combine(folds), W, shrinkage=0.2)
+    H, C, t = regularise(combine(folds), W, 0.2)
     assert curve.total == t
     assert float(curve.errors[0]) == pytest.approx(t)
     assert float(curve.errors[-1]) == pytest.approx(0, abs=1e-9 * t)
