@@ -1,5 +1,6 @@
 """The survey of all architectures: its own check, its isolation and its tables."""
 
+import importlib
 import json
 import os
 import time
@@ -142,6 +143,13 @@ def test_unknown_type_is_refused():
         survey(["bert", "no_such_model"])
 
 
+def test_a_type_without_a_main_head_has_no_row_for_it(monkeypatch):
+    module = importlib.import_module("hf_subprune.coverage.survey")
+    monkeypatch.setattr(module, "isolated", lambda _, items, *rest, **options: [examine(*item) for item in items])
+    rows = survey(["git_vision_model"])
+    assert [row.head for row in rows] == ["base"]
+
+
 def test_examines_one_model():
     row = examine("bert", "base")
     assert row.architecture == "BertModel"
@@ -173,6 +181,7 @@ def test_nothing_is_silently_wrong_in_a_sample():
     ]
     rows = survey(sample, progress=seen.append)
     assert seen == rows
+    assert [row.head for row in rows if row.model_type == "bert"] == ["base", "main"]
     assert {row.model_type for row in rows} == set(sample)
     for row in rows:
         assert row.kinds, row.problem

@@ -24,7 +24,7 @@ from ..surgery import shrink
 from ..verification import floating_tensors
 from .architectures import model_types
 from .isolation import isolated
-from .tiny import CannotBuildError, first_line, tiny_model
+from .tiny import NO_CLASS, CannotBuildError, first_line, tiny_model
 
 TOLERANCE = 1e-4
 """Largest difference between a shrunk and a masked model, as a fraction of an output's largest value."""
@@ -111,15 +111,12 @@ def survey(
     rows = []
     items = [(model_type, head) for model_type in wanted for head in heads]
     for row in isolated(examine_item, items, _lost, seconds=seconds, workers=workers):
-        if row.head == "main" and row.problem.startswith(NO_CLASS):
+        if row.head == "main" and f"{NO_CLASS} main class" in row.problem:
             continue
         rows.append(row)
         if progress is not None:
             progress(row)
     return rows
-
-
-NO_CLASS = "no class"
 
 
 def architectures_of(names: Sequence[str] | None) -> list[str]:

@@ -19,7 +19,9 @@ from .architectures import model_class
 WIDTH, INNER, HEADS, KEY_VALUE_HEADS, HEAD_DIM, VOCABULARY, POSITIONS = 64, 96, 4, 2, 16, 128, 512
 EXPERTS, LAYERS, QUERIES, FRAMES, PATCHES = 4, 2, 8, 64, 4
 MOST_LAYERS = 8
+"""Layers that a model may have to show all types of layers."""
 MOST_PARAMETERS = 20_000_000
+"""Parameters above which a model is no longer tiny: it is refused before it is allocated."""
 
 Rule = Callable[[Any], Any]
 
@@ -93,15 +95,17 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"num_pos_feats", width(WIDTH // 2)),
     (r"hidden|emb|d_model|dim|width|channel|latents|feature_size|_size_global|planes|descriptor|units", width(WIDTH)),
     (
-        r"upsample_groups|projection|proj_size|lru_width|num_filters|filters$|mel_bins_hidden|out_features",
+        r"upsample_groups|projection|proj_size",
         width(WIDTH),
     ),
 )
+# What the names of fields with a role of their own look like.
 TOKEN_ID = re.compile(r"(token_?|(^|_)(bos|eos|pad|unk|mask|im_start|im_end|newline)_)(id|index|ids)$")
 LAYER_INDEX = re.compile(r"(index(es)?|indices|layer_ids?|hook_ids|idxs?|layers_ids)$")
 LAYER_POSITION = re.compile(r"insert_layer|first_k_dense|num_dense_layers|layer_start_index")
 KEY_VALUE = re.compile(r"key_value_heads|kv_heads")
 OUTPUTS = ("out_indices", "out_features")
+# Fields whose default is None though models cannot do without.
 NEEDED = {
     "vocab_size": VOCABULARY,
     "head_dim": HEAD_DIM,
@@ -115,6 +119,7 @@ NEEDED = {
     "image_token_id": VOCABULARY - 1,
 }
 IMAGE_SIZE = re.compile(r"image_size|img_size|input_size|resolution")
+NO_CLASS = "Transformers has no"
 
 
 class CannotBuildError(Exception):
@@ -138,7 +143,7 @@ def tiny_model(model_type: str, head: str = "base", seed: int = 0) -> PreTrained
         raise CannotBuildError(f"{model_type}: no tiny configuration: {first_line(error)}") from error
     architecture = model_class(type(config), head)
     if architecture is None:
-        raise CannotBuildError(f"{model_type}: Transformers has no {head} class for {type(config).__name__}")
+        raise CannotBuildError(f"{model_type}: {NO_CLASS} {head} class for {type(config).__name__}")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
