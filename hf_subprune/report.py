@@ -46,6 +46,8 @@ class BlockReport:
         seconds: Wall time of selection and reweighting.
         curve: `(units kept, relative error)` of the objective that selection minimises, shrinkage included, along
             nested greedy sets; a few points from few units to many, empty when none was computed.
+        predicted: `(units kept, drift)` of the model's output that the budget expected of pruning this block alone,
+            from few units to all; empty when the budget needed none.
     """
 
     name: str
@@ -62,6 +64,7 @@ class BlockReport:
     guarantee: float | None
     seconds: float
     curve: tuple[tuple[int, float], ...] = ()
+    predicted: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,29 @@ class Change:
     def ratio(self) -> float:
         """`after / before`."""
         return self.after / self.before
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How big the model was to be, and how that was shared out.
+
+    Args:
+        budget: `"global"`, `"equal_loss"` or `"uniform"`.
+        target: `"keep"`, `"params"`, `"macs"`, `"latency"` or `"size"`.
+        unit: Of the figures below, in words.
+        limit: What was asked for.
+        reached: What it came to: counted, or for latency measured.
+        predicted_drift: Sum of the blocks' predicted drifts; `None` when none were predicted.
+        latencies: What was timed for a latency target: rows of kind, width, number of blocks narrowed, seconds.
+    """
+
+    budget: str
+    target: str
+    unit: str
+    limit: float
+    reached: float
+    predicted_drift: float | None = None
+    latencies: tuple[tuple[str, int, int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,6 +151,7 @@ class PruneReport:
         versions: Of the packages that matter.
         metrics: Of labelled tasks, when they were evaluated.
         command: The command line that made it; empty when Python code did.
+        allocation: The target, what was reached, and how it was shared out among blocks.
     """
 
     model: str
@@ -145,6 +172,7 @@ class PruneReport:
     versions: dict[str, str] = field(default_factory=dict)
     metrics: tuple[TaskMetric, ...] = ()
     command: str = ""
+    allocation: Allocation | None = None
 
     @property
     def drift_figures(self) -> dict[str, float]:
@@ -182,6 +210,8 @@ class PruneReport:
             )
             for name in ("parameters", "macs", "latency"):
                 values[name] = Change(**values[name])
+            if values.get("allocation"):
+                values["allocation"] = Allocation(**_tuples(values["allocation"]))
         except (TypeError, KeyError) as error:
             raise ValueError(f"Not a pruning report: {error}.") from error
         return cls(**values)
