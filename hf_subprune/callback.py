@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from .calibration import Batch, prepare
+from .calibration import Batch
 from .config import PruneConfig
 from .gradual import GradualPruning
 from .pruning import check_prunable, prune
@@ -210,9 +210,9 @@ class SubpruneCallback(TrainerCallback, ExportableState):
         if self.progress is not None:
             self._done = self.progress["done"]
         with _own_forward(pretrained):
-            calibration = prepare(pretrained, self._data(pretrained, loader), self.config, processing_class)
             pruning = self.progress and self.progress["pruning"]
-            self._gradual = GradualPruning(pretrained, calibration, self.config, pruning)
+            data = self._data(pretrained, loader)
+            self._gradual = GradualPruning(pretrained, data, self.config, processing_class, pruning)
 
     def _data(self, model: PreTrainedModel, loader: DataLoader | None) -> Any:
         if self.data is not None:

@@ -12,17 +12,14 @@ from accelerate.utils import broadcast
 from torch import nn
 from transformers import PreTrainedModel
 
-from .advance import plan
 from .blocks import Block
-from .calibration import CalibrationSet
 from .collection import BlockMoments, collect, consumer_weight
 from .config import PruneConfig
 from .evaluation import drift, model_outputs
 from .layout import choose_layout
 from .masking import Mask, MaskEdit
 from .moments import Moments
-from .probe import discover
-from .pruning import _measure, _peak_memory, allocate, choose_blocks
+from .pruning import _measure, _peak_memory, _Run
 from .report import BlockReport, Change, PruneReport
 from .reweighting import relative_error
 from .solver import solve_block
@@ -37,8 +34,9 @@ class GradualPruning:
 
     Args:
         model: At full size; masked in place by `step`.
-        calibration: What each step fits on and measures drift on.
-        config: As for `prune`; the widths are those that it would end at.
+        data: What each step fits on and measures drift on, as for `prune`.
+        config: As for `prune`; the widths are those that it would choose for the model as it is now.
+        processing_class: As for `prune`.
         progress: `state_dict()` of an earlier run of the same model and config, to go on from.
 
     Raises:
@@ -48,22 +46,18 @@ class GradualPruning:
     def __init__(
         self,
         model: PreTrainedModel,
-        calibration: CalibrationSet,
+        data: Any,
         config: PruneConfig,
+        processing_class: Any = None,
         progress: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model, self.calibration, self.config = model, calibration, config
+        self.model, self.config = model, config
         with undisturbed(model):
-            found = discover(model, calibration.probe)
-            self.refusals = found.refusals
-            self.blocks = choose_blocks(found.blocks, found.refusals, config)
-            names = [b.name for b in self.blocks]
-            self.targets = dict(zip(names, allocate(self.blocks, config), strict=True))
-            self._plan = plan(model, [b for b in self.blocks if self.targets[b.name] < b.units], calibration.probe)
-            self._before = _measure(self.model, self.calibration)
-        if self._plan.unreached:
-            unreached = ", ".join(b.name for b in self._plan.unreached)
-            raise ValueError(f"The calibration data never reaches {unreached}: leave it whole with `exclude`.")
+            self._run = _Run(model, data, [config], processing_class, None)
+            self._run.stored = None  # training makes these moments out of date
+            self.blocks, self.calibration = self._run.blocks, self._run.calibration
+            if progress is None:
+                self.targets = self._run._widths(config, self._run.targets[0])
         self.kept = {b.name: torch.arange(b.units) for b in self.blocks}
         self.drift: dict[str, float] = {}
         self._solutions: dict[str, dict[str, Any]] = {}
@@ -109,8 +103,10 @@ class GradualPruning:
         with undisturbed(self.model), ExitStack() as on_failure:
             on_failure.callback(undo)
             reference = model_outputs(self.model, self.calibration.held_out)
+            if self._run.metrics:
+                self._run.metrics = self._run._sensitivities(self.config)
             solutions = {}
-            for block, moments in collect(self.model, self._plan, self.calibration, self.config.variant, edits):
+            for block, moments in collect(self.model, self._run.plan, self.calibration, self.config.variant, edits):
                 target = self.targets[block.name]
                 width = target + round((block.units - target) * (1 - removed))
                 if width < len(self.kept[block.name]):
@@ -148,23 +144,26 @@ class GradualPruning:
             on_failure.callback(layout.undo)
             after = _measure(self.model, self.calibration)
             on_failure.pop_all()
+        before, target = self._run.before, self._run.targets[0]
+        allocation = self._run._allocation(self.config, target, self.targets, after["latency"])
         return PruneReport(
             model=getattr(self.model, "name_or_path", "") or "",
             architecture=type(self.model).__name__,
             config=self.config.to_dict(),
             blocks=tuple(map(self._report, self.blocks)),
-            refusals=self.refusals,
+            refusals=self._run.found.refusals,
             layout=layout.kind,
             layout_reason=layout.reason,
-            parameters=Change(self._before["parameters"], after["parameters"]),
-            macs=Change(self._before["macs"], after["macs"]),
-            latency=Change(self._before["latency"], after["latency"]),
-            measured_on=self._before["on"],
+            parameters=Change(before["parameters"], after["parameters"]),
+            macs=Change(before["macs"], after["macs"]),
+            latency=Change(before["latency"], after["latency"]),
+            measured_on=before["on"],
             drift=self.drift,
             data=self.calibration.description,
             seconds={"pruning steps": self._seconds, "surgery": time.perf_counter() - start},
             peak_memory=_peak_memory(),
             versions={name: version(name) for name in ("hf_subprune", "torch", "transformers")},
+            allocation=replace(allocation, predicted_drift=None),  # it was predicted for the model before training
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,6 +213,7 @@ class GradualPruning:
             swaps=None if self.config.swaps < 0 else self.config.swaps,
             reweight_kept=self.config.reweight,
             certificates=False,
+            output_metric=self._run.metrics.get(block.name),
             generator=torch.Generator().manual_seed(self.config.seed),
         )
         held_out = relative_error(

@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny import tiny
 
-from hf_subprune.calibration import prepare
 from hf_subprune.config import PruneConfig
 from hf_subprune.gradual import GradualPruning
 from hf_subprune.masking import Mask, MaskEdit
@@ -29,7 +28,7 @@ def outputs(model, batch):
 
 def started(family, config=CONFIG, progress=None, **overrides):
     model = tiny(family, **overrides)
-    return model, GradualPruning(model, prepare(model, batches(model), config), config, progress)
+    return model, GradualPruning(model, batches(model), config, progress=progress)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
