@@ -119,8 +119,8 @@ def test_summary_counts():
     text = summary(ROWS)
     assert transformers.__version__ in text
     assert "3 models of 2 types, 2 built and run" in text
-    assert "mlp exact in 2 of 2" in text
-    assert "attention exact in 0 of 1" in text
+    assert "of 2 with mlp blocks, 1 shrink exactly and 1 in part" in text
+    assert "of 1 with attention blocks, 0 shrink exactly and 0 in part" in text
     assert "1 of 2 pruned models reload exactly" in text
     assert "silently wrong: 1" in text
 

@@ -21,8 +21,9 @@ def summary(rows: Sequence[Row]) -> str:
     for kind in KINDS:
         verdicts = Counter(row.kinds[kind].verdict for row in run)
         having = sum(verdicts.values()) - verdicts["absent"]
-        exact = verdicts["exact"] + verdicts["partly"]
-        parts.append(f"{kind} exact in {exact} of {having} that have such blocks")
+        parts.append(
+            f"of {having} with {kind} blocks, {verdicts['exact']} shrink exactly and {verdicts['partly']} in part"
+        )
     saved = [row for row in run if row.layout]
     reloaded = sum(row.reload == "exact" for row in saved)
     return (
