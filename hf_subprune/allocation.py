@@ -115,7 +115,7 @@ def _by_loss(
         choices.append(Choices(widths, tuple(costs[w] for w in widths), interpolate(losses[block.name], widths)))
     tied: dict[object, list[int]] = {}
     for index, block in enumerate(blocks):
-        key = (block.kind, block.units) if config.layout == "stock" else index
+        key = (block.kind, block.units) if config.layout == "stock" else block.tie or index
         tied.setdefault(key, []).append(index)
     families = [tie([choices[i] for i in members]) for members in tied.values()]
     least = sum(family.costs[0] for family in families)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import Attribute, Block
+from .blocks import Attribute, Block, by_tie
+from .ties import alike, tied_together
 from .verification import EquivalenceError, verify
 
 COUNT = re.compile(r"head|group")
@@ -37,28 +38,55 @@ def settle(
     Returns:
         The blocks that shrink exactly, with their attributes, and the others with the reason.
     """
-    kept = {block.name: _half(block, i) for i, block in enumerate(blocks)}
+    order = {block.name: i for i, block in enumerate(blocks)}
+    kept = {block.name: _half(block, i) for i, group in enumerate(by_tie(blocks)) for block in group}
     settled: dict[tuple, list[tuple[str, str]] | EquivalenceError] = {}
     exact: list[Block] = []
     inexact: list[tuple[Block, str]] = []
-    for block in blocks:
-        key = _signature(model, block)
+    for group in by_tie(blocks):
+        key = tuple(_signature(model, block) for block in group)
         if key not in settled:
-            settled[key] = _search(model, block, kept, inputs)
+            settled[key] = _search(model, group, kept, inputs)
         names = settled[key]
         if isinstance(names, EquivalenceError):
-            inexact.append((block, names.reason))
+            inexact += [(block, names.reason) for block in group]
         else:
-            exact.append(replace(block, attributes=_attributes(model, block, names)))
+            exact += [replace(block, attributes=_attributes(model, block, names)) for block in group]
+    exact.sort(key=lambda block: order[block.name])
     # As a rule one check of all blocks at once. If it fails, each is checked alone, and those that pass once more.
     if exact and _failure(model, exact, kept, inputs) is not None:
-        alone = [(block, _failure(model, [block], kept, inputs)) for block in exact]
-        inexact += [(block, one.reason) for block, one in alone if one is not None]
-        exact = [block for block, one in alone if one is None]
+        alone = [(group, _failure(model, group, kept, inputs)) for group in by_tie(exact)]
+        exact = [block for group, error in alone if error is None for block in group]
+        failed = [(block, error.reason) for group, error in alone if error is not None for block in group]
+        tied = _tied(model, [block for block, _ in failed], kept, inputs)
+        inexact += [(block, reason) for block, reason in failed if block.name not in {one.name for one in tied}]
+        exact = sorted([*exact, *tied], key=lambda block: order[block.name])
         while exact and (error := _failure(model, exact, kept, inputs)) is not None:
-            inexact += [(block, error.reason) for block in exact if block.name == error.block]
-            exact = [block for block in exact if block.name != error.block]
+            culprit = next(group for group in by_tie(exact) if error.block in {block.name for block in group})
+            inexact += [(block, error.reason) for block in culprit]
+            exact = [block for block in exact if block not in culprit]
     return exact, inexact
+
+
+def _tied(
+    model: nn.Module, failed: list[Block], kept: dict[str, torch.Tensor], inputs: Mapping[str, Any]
+) -> list[Block]:
+    """Those of the blocks that shrink exactly when all like them keep the same units; `kept` follows.
+
+    Each of them shrinks exactly up to its own consumer; it is what the first of them hands on to the others that has
+    as many units as it.
+    """
+    groups: dict[tuple, list[Block]] = {}
+    for block in failed:
+        if block.tie is None:
+            groups.setdefault(alike(block), []).append(block)
+    exact: list[Block] = []
+    for group in groups.values():
+        tied, same = tied_together(group), {block.name: kept[group[0].name] for block in group}
+        if len(group) > 1 and _failure(model, tied, same, inputs) is None:
+            kept.update(same)
+            exact += tied
+    return exact
 
 
 def _failure(
@@ -90,14 +118,18 @@ def _signature(model: nn.Module, block: Block) -> tuple:
 
 
 def _search(
-    model: nn.Module, block: Block, kept: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]
+    model: nn.Module, group: list[Block], kept: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]
 ) -> list[tuple[str, str]] | EquivalenceError:
-    """Attributes, by module path within the block's owner and name, with which the block shrinks exactly."""
-    owner = block.owner
+    """Attributes, by module path within a block's owner and name, with which one block, or a tie, shrinks exactly."""
+    block = group[-1]
+
+    def names(attributes: tuple[Attribute, ...]) -> list[tuple[str, str]]:
+        return [(attribute.module.removeprefix(block.owner), attribute.name) for attribute in attributes]
 
     def failure(attributes: tuple[Attribute, ...]) -> EquivalenceError | None:
+        members = [replace(one, attributes=_attributes(model, one, names(attributes))) for one in group]
         # What comes after the consumer is left to the check of all blocks: this one is repeated.
-        return _failure(model, [replace(block, attributes=attributes)], kept, inputs, to_consumer=True)
+        return _failure(model, members, kept, inputs, to_consumer=True)
 
     first: EquivalenceError | None = None
     for attributes in attribute_sets(model, block):
@@ -108,7 +140,7 @@ def _search(
                 # A width that the forward does not need may be that of something else.
                 if is_width(attribute) and failure(fewer) is None:
                     attributes = fewer
-            return [(attribute.module.removeprefix(owner), attribute.name) for attribute in attributes]
+            return names(attributes)
         first = first or error
     assert first is not None  # the empty set is always tried
     return first

@@ -1,9 +1,11 @@
 """A prunable block: one consumer, the producers that feed it, and the units that can be removed from it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,11 +16,13 @@ class Slice:
         tensor: Dotted path from the model, e.g. `"encoder.layer.0.intermediate.dense.weight"`.
         dim: Dimension along which units are removed.
         index: `(units, r)` int64; row `u` holds the entries along `dim` that unit `u` owns.
+        shared: Whether the other blocks of the tie read these entries too (a bias table made once for all layers).
     """
 
     tensor: str
     dim: int
     index: torch.Tensor
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Block:
         slices: Every tensor that shrinks with the units: the consumer's own columns, the producers' rows, biases.
         attributes: Integer attributes that must follow the number of units for the forward to stay correct.
         parameters_per_unit: Parameters that removing one unit frees, over all slices.
+        tie: Blocks of one tie read something of each unit that is made once for all of them, so that they can only
+            keep the same units. It is written as a pattern of their names; `None` for a block on its own.
     """
 
     name: str
@@ -60,11 +66,12 @@ class Block:
     slices: tuple[Slice, ...]
     attributes: tuple[Attribute, ...]
     parameters_per_unit: int
+    tie: str | None = None
 
     @property
     def owner(self) -> str:
-        """Dotted path of the smallest module that holds the whole block, e.g. `"encoder.layer.0.attention"`."""
-        holders = [piece.tensor.split(".")[:-2] for piece in self.slices]
+        """Dotted path of the smallest module that holds all that is not shared, e.g. `"encoder.layer.0.attention"`."""
+        holders = [piece.tensor.split(".")[:-2] for piece in self.slices if not piece.shared]
         shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*holders, strict=False))
         return ".".join(parts[0] for parts in shared)
 
@@ -77,6 +84,20 @@ class Block:
     def parameters(self) -> int:
         """Parameters that belong to the block's units."""
         return self.units * self.parameters_per_unit
+
+
+def by_tie(blocks: Iterable[Block]) -> list[list[Block]]:
+    """Blocks that must keep the same units, together; a block without a tie is alone. In the order of their first."""
+    together: dict[str | Block, list[Block]] = {}
+    for block in blocks:
+        together.setdefault(block.tie or block, []).append(block)
+    return list(together.values())
+
+
+def parameters_per_unit(model: nn.Module, slices: Iterable[Slice]) -> int:
+    """Parameters that removing one unit frees, over the slices."""
+    tensors = [(model.get_parameter(piece.tensor), piece) for piece in slices]
+    return sum(tensor.numel() // tensor.shape[piece.dim] * piece.index.shape[1] for tensor, piece in tensors)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ def collect(
         calibration: The batches.
         variant: `"layer"`, `"seq"` or `"asym"`.
         edits: By block name, the edits that the caller has made; read, while the generator is suspended they grow.
+            Those of blocks outside the plan are made beforehand and taken back for the original stream of `asym`.
         advanced: Called after each segment (for a progress bar).
 
     Raises:
@@ -60,6 +61,7 @@ def collect(
     batches = [*calibration.fit, *calibration.held_out]
     current = Stream(model, plan, batches)
     original = Stream(model, plan, batches) if variant == "asym" else None
+    beforehand = set(edits)
     for segment in plan.segments:
         if variant == "layer":
             taps = [_Tap(model, block, calibration) for block in segment.blocks]
@@ -77,7 +79,7 @@ def collect(
                 for index in range(len(batches)):
                     tap.start(index)
                     if original is not None:
-                        with _undone(segment, edits):
+                        with _undone(segment, edits, beforehand):
                             original.run(index, outputs={block.consumer: tap.add_target}, stop_at=block.consumer)
                     current.run(index, inputs={block.consumer: tap.add}, stop_at=block.consumer)
                 moments = tap.moments
@@ -87,7 +89,7 @@ def collect(
             for index in range(len(batches)):
                 current.run(index)
                 if original is not None:
-                    with _undone(segment, edits):
+                    with _undone(segment, edits, beforehand):
                         original.run(index)
             current.step()
             if original is not None:
@@ -154,9 +156,10 @@ def consumer_weight(consumer: nn.Module) -> torch.Tensor:
 
 
 @contextmanager
-def _undone(segment: Segment, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """The segment's blocks as they were before pruning."""
-    made = [edits[b.name] for b in segment.blocks if b.name in edits]
+def _undone(segment: Segment, edits: Mapping[str, Edit], beforehand: set[str]) -> Iterator[None]:
+    """The segment's blocks, and those shrunk before the walk, as they were before pruning."""
+    inside = beforehand | {block.name for block in segment.blocks}
+    made = [edit for name, edit in edits.items() if name in inside]
     for edit in reversed(made):
         edit.undo()
     try:

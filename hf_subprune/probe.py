@@ -13,8 +13,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .attributes import settle
-from .blocks import Block, Discovery, Refusal, Slice
+from .blocks import Block, Discovery, Refusal, Slice, parameters_per_unit
 from .probe_inputs import probe_inputs
+from .ties import tie_shared
 from .tracing import OUTPUT, Read, Source, Trace, traced
 from .units import SHARED, Jacobian, Line, agrees, decode
 from .verification import first_line, undisturbed
@@ -66,12 +67,15 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
                     found.append(candidate)
                 elif candidate is not None:
                     refusals.append(candidate)
-    found, clashes = _without_clashes(_named(model, found))
+    readers = {source.name: source.readers for sources in trace.sources for source in sources}
+    found, apart = tie_shared(model, _named(model, found), readers)
+    found, clashes = _without_clashes(found)
     blocks, inexact = settle(model, found, inputs)
     for block, reason in inexact:
         if seek.shared[block.consumer]:
             reason = f"its units share rows of {_listed(seek.shared[block.consumer])}, and {reason}"
         refusals.append(Refusal(block.name, block.kind, reason, LEFT_WHOLE))
+    refusals += [Refusal(block.name, block.kind, reason, LEFT_WHOLE) for block, reason in apart]
     return Discovery(tuple(blocks), (*refusals, *clashes))
 
 
@@ -127,12 +131,13 @@ class _Seeker:
             if not self._equal_at_every_call(consumer, columns, owner):
                 raise _RefusedError("it is called several times, with units that are not the same each time")
             lines = _owned_lines(jacobian, owner)
-            _check_exclusive(self.trace, read, lines)
+            shared = _shared_parameters(self.trace, read, lines)
             if columns.shape[1] == 1 and _is_rearrangement(read.tensor):
                 raise _RefusedError("nothing but a product of two linears: a low-rank pair, not a layer with units")
             slices = [_consumer_slice(model, consumer, columns)]
             for line, owners in lines:
-                slices.extend(_slices(model, line, owners, len(columns)))
+                pieces = _slices(model, line, owners, len(columns))
+                slices.extend(replace(piece, shared=piece.tensor in shared) for piece in pieces)
             slices = _without_repeats(slices)
             _check_layer(model, consumer, slices)
             _check_untied(model, slices)
@@ -146,7 +151,7 @@ class _Seeker:
             columns=columns,
             slices=tuple(slices),
             attributes=(),
-            parameters_per_unit=sum(_parameters_per_unit(model, piece) for piece in slices),
+            parameters_per_unit=parameters_per_unit(model, slices),
         )
 
     def _decoded(self, jacobian: Jacobian) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -202,19 +207,29 @@ def _owned_lines(jacobian: Jacobian, owner: torch.Tensor) -> list[tuple[Line, to
     return list(lines.values())
 
 
-def _check_exclusive(trace: Trace, read: Read, lines: list[tuple[Line, torch.Tensor]]) -> None:
-    """Every entry that a unit owns must feed this consumer only."""
+def _shared_parameters(trace: Trace, read: Read, lines: list[tuple[Line, torch.Tensor]]) -> set[str]:
+    """Parameters outside the linears with entries that units own and that other linears depend on too.
+
+    Every row of a producer that a unit owns must feed this consumer only.
+    """
+    shared = set()
     for line, owners in lines:
+        parameter = line.source.axis is None
         others = line.source.readers - {read.reader}
-        if len(others) > FEW or OUTPUT in others:
+        if OUTPUT in others or (len(others) > FEW and not parameter):
             raise _RefusedError(f"{line.source.name!r} also feeds {_listed(others)}")
         for other in trace.reads:
-            if other.reader in others and other.tensor.grad_fn is not None:
+            if other.reader in others and other.tensor.grad_fn is not None and line.source.name not in shared:
                 elsewhere = Jacobian(other.tensor, [line.source])
                 touched = elsewhere.touched(torch.ones(elsewhere.columns, dtype=torch.bool))
-                shared = elsewhere.split(touched)[elsewhere.lines.index(_line(elsewhere, line))]
-                if (shared & (owners >= 0)).any():
-                    raise _RefusedError(f"rows of {line.source.name!r} that its units own also feed {other.reader!r}")
+                rows = elsewhere.split(touched)[elsewhere.lines.index(_line(elsewhere, line))]
+                if (rows & (owners >= 0)).any():
+                    if not parameter:
+                        raise _RefusedError(
+                            f"rows of {line.source.name!r} that its units own also feed {other.reader!r}"
+                        )
+                    shared.add(line.source.name)
+    return shared
 
 
 def _line(jacobian: Jacobian, line: Line) -> Line:
@@ -294,7 +309,7 @@ def _check_layer(model: nn.Module, consumer: str, slices: list[Slice]) -> None:
         raise _RefusedError(
             "it is not in a repeated layer: heads and projectors are small, and other code reads their widths"
         )
-    outside = [piece.tensor for piece in slices if not piece.tensor.startswith(f"{layer}.")]
+    outside = [piece.tensor for piece in slices if not piece.shared and not piece.tensor.startswith(f"{layer}.")]
     if outside:
         raise _RefusedError(f"its producer {outside[0]!r} lies outside of its layer {layer!r}")
 
@@ -307,11 +322,6 @@ def _check_untied(model: nn.Module, slices: list[Slice]) -> None:
         others = set(paths[id(model.get_parameter(piece.tensor))]) - {piece.tensor}
         if others:
             raise _RefusedError(f"{piece.tensor!r} is tied to {_listed(others)}")
-
-
-def _parameters_per_unit(model: nn.Module, piece: Slice) -> int:
-    tensor = model.get_parameter(piece.tensor)
-    return tensor.numel() // tensor.shape[piece.dim] * piece.index.shape[1]
 
 
 def _named(model: nn.Module, blocks: list[Block]) -> list[Block]:

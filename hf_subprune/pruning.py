@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from .allocation import (
     fill_in,
     measured_blocks,
 )
-from .blocks import Block, Refusal
+from .blocks import Block, Refusal, by_tie
 from .budgets import interpolate
 from .calibration import CalibrationSet, prepare
 from .collection import FOLDS, BlockMoments, collect, consumer_weight
@@ -39,6 +39,7 @@ from .sensitivity import output_metrics
 from .solver import BlockSolution, solve_block
 from .surgery import Edit, shrink
 from .targets import Target, keep_target, resolve
+from .tied import Problem, choose_together
 from .verification import verify
 
 logger = logging.get_logger(__name__)
@@ -261,16 +262,20 @@ class _Run:
         edits: dict[str, Edit] = {}
         undo.callback(lambda: _undo(edits))
         solutions: dict[str, BlockReport] = {}
-        kept: dict[str, torch.Tensor] = {}
         with _progress(len(to_prune), "Pruning") as bar:
-            for block, moments in _timed(self._moments(to_prune, config, edits), clock, "calibration"):
-                with clock("selection"):
-                    report, edits[block.name] = self._prune_block(block, moments, widths[block.name], config)
-                solutions[block.name] = report
-                kept[block.name] = torch.tensor(report.kept_units)
-                del moments
-                bar.update()
+            for tie in by_tie(b for b in to_prune if b.tie):
+                self._prune_tie(tie, widths[tie[0].name], config, edits, solutions, clock)
+                bar.update(len(tie))
+            alone = [b for b in to_prune if b.tie is None]
+            with _taken_back(edits) if config.variant == "layer" else nullcontext():
+                for block, moments in _timed(self._moments(alone, config, edits), clock, "calibration"):
+                    with clock("selection"):
+                        solution = self._prune_block(block, moments, widths[block.name], config)
+                    solutions[block.name], edits[block.name] = solution
+                    del moments
+                    bar.update()
 
+        kept = {name: torch.tensor(solution.kept_units) for name, solution in solutions.items()}
         with clock("verification"), _taken_back(edits):
             verify(model, to_prune, kept, self.probe)
         with clock("layout"):
@@ -308,10 +313,45 @@ class _Run:
             return ((block, self.stored[block.name]) for block in to_prune)
         return collect(self.model, plan(self.model, to_prune, self.probe), self.calibration, config.variant, edits)
 
+    def _prune_tie(
+        self,
+        tie: Sequence[Block],
+        width: int,
+        config: PruneConfig,
+        edits: dict[str, Edit],
+        solutions: dict[str, BlockReport],
+        clock: "_Clock",
+    ) -> None:
+        """Select the units of tied blocks from the original model's moments of all, reweight and shrink each."""
+        with clock("calibration"), _taken_back(edits):
+            moments = list(self._moments(tie, replace(config, variant="layer"), {}))
+        with clock("selection"):
+            chosen = choose_together(
+                [self._problem(block, own) for block, own in moments],
+                width,
+                shrinkage=config.shrinkage,
+                importance=config.importance,
+                method=config.method,
+                swaps=None if config.swaps < 0 else config.swaps,
+                generator=torch.Generator().manual_seed(config.seed),
+            )
+            for block, own in moments:
+                solutions[block.name], edits[block.name] = self._prune_block(block, own, width, config, chosen)
+
+    def _problem(self, block: Block, moments: BlockMoments) -> Problem:
+        W = consumer_weight(self.model.get_submodule(block.consumer))
+        folds = [fold.moments(W) for fold in moments.folds if fold.rows]
+        return Problem(folds, W, block.columns, self.metrics.get(block.name))
+
     def _prune_block(
-        self, block: Block, moments: BlockMoments, width: int, config: PruneConfig
+        self,
+        block: Block,
+        moments: BlockMoments,
+        width: int,
+        config: PruneConfig,
+        chosen: tuple[torch.Tensor, str] | None = None,
     ) -> tuple[BlockReport, Edit]:
-        """Select, reweight and shrink one block."""
+        """Select (unless units were chosen for all blocks of a tie), reweight and shrink one block."""
         start = time.perf_counter()
         consumer: Any = self.model.get_submodule(block.consumer)
         W = consumer_weight(consumer)
@@ -328,6 +368,7 @@ class _Run:
             reweight_kept=config.reweight,
             output_metric=self.metrics.get(block.name),
             generator=torch.Generator().manual_seed(config.seed),
+            chosen=chosen,
         )
         error = relative_error(moments.held_out.moments(W), solution.kept_columns, solution.V, solution.bias_shift)
         bias = None if consumer.bias is None else consumer.bias.detach() + solution.bias_shift.to(consumer.bias)
@@ -451,7 +492,8 @@ def choose_blocks(blocks: Sequence[Block], refusals: Sequence[Refusal], config: 
     """The blocks that the config lets us prune.
 
     Raises:
-        ValueError: a pattern matches nothing, or no block is left; the message lists what there is.
+        ValueError: a pattern matches nothing, a tie is chosen in part, or no block is left; the message lists what
+            there is.
     """
     names = [b.name for b in blocks]
     for option in ("include", "exclude"):
@@ -467,6 +509,14 @@ def choose_blocks(blocks: Sequence[Block], refusals: Sequence[Refusal], config: 
         and (not config.include or any(fnmatchcase(b.name, p) for p in config.include))
         and not any(fnmatchcase(b.name, p) for p in config.exclude)
     ]
+    for tie in by_tie(b for b in blocks if b.tie):
+        part = [b.name for b in tie if b in chosen]
+        if 0 < len(part) < len(tie):
+            rest = [b.name for b in tie if b not in chosen]
+            raise ValueError(
+                f"Blocks {tie[0].tie!r} must all keep the same units, but the config prunes {', '.join(part)} and not "
+                f"{', '.join(rest)}: `include` or `exclude` all of them."
+            )
     if not chosen:
         there = ", ".join(f"{b.name} ({b.kind})" for b in blocks) or "none"
         why = "".join(f"\n  {r.name}: {r.reason} {r.advice}" for r in refusals)
@@ -496,11 +546,12 @@ def _undo(edits: dict[str, Edit]) -> None:
 @contextmanager
 def _taken_back(edits: dict[str, Edit]) -> Iterator[None]:
     """The original model for the time being."""
-    _undo(edits)
+    made = dict(edits)
+    _undo(made)
     try:
         yield
     finally:
-        for edit in edits.values():
+        for edit in made.values():
             edit.redo()
 
 

@@ -141,6 +141,7 @@ def solve_block(
     gradient: torch.Tensor | None = None,
     certificates: bool = True,
     generator: torch.Generator | None = None,
+    chosen: tuple[torch.Tensor, str] | None = None,
 ) -> BlockSolution:
     """Choose `k` units of a block and the weights on them.
 
@@ -159,6 +160,8 @@ def solve_block(
         gradient: `(n,)`, for importance `"activation_gradient"`.
         certificates: Whether to bound what the best selection could reach (one eigenvalue problem of size n).
         generator: Of random choices.
+        chosen: Units to keep, `(k,)` int64, sorted, and the method that chose them: for a block that must keep what
+            others keep (`tied.choose_together`). Selection is left out.
 
     Raises:
         ValueError: `k`, a name or a shape does not fit.
@@ -177,15 +180,18 @@ def solve_block(
 
     prior = PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
     certificate, count, gain = None, 0, 0.0
+    if chosen is not None:
+        kept, used = chosen[0].to(W.device), chosen[1]
     if importance == "greedy":
         root = None if output_metric is None else metric_root(output_metric)
         H, C, t = regularise(total, W, min(prior, 1e6), root)
-        chosen = select(H, C, k, groups=groups, t=t, method=method, swaps=swaps, generator=generator)
-        kept, used, count = chosen.kept, chosen.method, chosen.swaps
-        gain = chosen.swap_gain / chosen.objective if chosen.objective > 0 else 0.0
+        if chosen is None:
+            best = select(H, C, k, groups=groups, t=t, method=method, swaps=swaps, generator=generator)
+            kept, used, count = best.kept, best.method, best.swaps
+            gain = best.swap_gain / best.objective if best.objective > 0 else 0.0
         if certificates:
             certificate = certify(H, C, kept, groups=groups)
-    else:
+    elif chosen is None:
         ranked = scores(importance, total, W, groups=groups, gradient=gradient, generator=generator)
         kept, used = ranked.topk(k).indices.sort().values, importance
     columns = columns_of(kept, groups)

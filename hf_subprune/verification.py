@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .blocks import Block
+from .blocks import Block, by_tie
 from .surgery import Edit, masked, shrink
 
 TOLERANCE = 1e-4
@@ -72,7 +72,7 @@ def verify(
     Args:
         model: The model, unshrunk; unchanged on return and on error.
         blocks: The blocks to shrink, in the order of the forward.
-        kept: Units to keep, strictly increasing, by block name; one entry for each of `blocks`.
+        kept: Units to keep, strictly increasing, by block name; one entry for each of `blocks`, equal within a tie.
         inputs: Keyword arguments of the forward, a small batch.
         tolerance: Largest difference allowed, relative to the largest absolute value of the tensor compared.
         to_consumer: Stop each forward behind the last block's consumer and compare no more than that; faster.
@@ -82,7 +82,15 @@ def verify(
 
     Raises:
         EquivalenceError: outputs differ, or it cannot run. It names the first block at fault.
+        ValueError: blocks of one tie are to keep different units.
     """
+    for first, *others in by_tie(blocks):
+        for block in others:
+            if list(kept[block.name]) != list(kept[first.name]):
+                raise ValueError(
+                    f"Blocks {first.name!r} and {block.name!r} are tied ({first.tie!r}) and must keep the same units, "
+                    f"found {list(map(int, kept[first.name]))} and {list(map(int, kept[block.name]))}."
+                )
     with undisturbed(model), ExitStack() as stack:
         for block in blocks:
             stack.enter_context(masked(model, block, kept[block.name]))
@@ -101,10 +109,10 @@ def verify(
         finally:
             for edit in reversed(edits):
                 edit.undo()
-    if culprit is None and len(blocks) > 1:
+    if culprit is None and len(by_tie(blocks)) > 1:
         # A failed forward does not say which block broke it: ask each one.
-        for block in blocks:
-            verify(model, [block], kept, inputs, tolerance)
+        for group in by_tie(blocks):
+            verify(model, group, kept, inputs, tolerance)
         reason = f"each of {len(blocks)} blocks can be shrunk alone, but with all of them shrunk: {reason}"
     raise EquivalenceError(culprit or blocks[-1], reason) from cause
 

@@ -1,0 +1,110 @@
+"""Choose the units of blocks that must all keep the same ones. Tensors only."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from .factorisation import factorise
+from .importance import scores
+from .moments import Moments, combine
+from .selection import select
+from .solver import PRIOR_SHRINKAGE, metric_root, regularise
+
+# Blocks of up to this many columns in all are one selection problem, which takes memory with the square of them.
+_JOINTLY = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What `solver.solve_block` knows of one block.
+
+    Args:
+        folds: Moments of disjoint parts of the calibration rows.
+        W: `(n, m)`, the consumer's weight, inputs by outputs.
+        groups: `(units, c)` int64, columns of each unit.
+        output_metric: `(m, m)`, `M` of ALGORITHM section 4; `None` weighs all outputs equally.
+    """
+
+    folds: Sequence[Moments]
+    W: torch.Tensor
+    groups: torch.Tensor
+    output_metric: torch.Tensor | None = None
+
+
+def choose_together(
+    problems: Sequence[Problem],
+    k: int,
+    *,
+    shrinkage: float | str = "auto",
+    importance: str = "greedy",
+    method: str = "auto",
+    swaps: int | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, str]:
+    """The `k` units that serve all blocks best when each keeps the same ones.
+
+    The objective is the sum over the blocks of `F_i(S) / t_i`, the fraction of its output's energy that block `i`
+    captures with the units `S`; with output metrics it is the sum of the `F_i(S)` themselves, which metrics make
+    comparable. It is the objective of selection on the block diagonal of all `H_i`, where a unit owns its columns in
+    every block. Where that is too large, units are ranked by what removing each of them alone costs in all.
+
+    Args:
+        problems: The blocks; of as many units each.
+        k: Number of units to keep.
+        shrinkage: As for `solver.solve_block`, and so are the others.
+
+    Returns:
+        `(k,)` int64, sorted, and the method that chose them.
+
+    Raises:
+        ValueError: the blocks differ in their number of units, or as `selection.select`.
+    """
+    if len({len(problem.groups) for problem in problems}) != 1:
+        raise ValueError(f"Tied blocks have one number of units, got {[len(p.groups) for p in problems]}.")
+    if importance != "greedy":
+        ranks = [
+            scores(importance, combine(p.folds), p.W, groups=p.groups, generator=generator).cpu() for p in problems
+        ]
+        total = torch.stack([rank / rank.sum().clamp_min(torch.finfo(rank.dtype).tiny) for rank in ranks]).sum(0)
+        return total.topk(k).indices.sort().values, f"{importance}, tied"
+    prior = PRIOR_SHRINKAGE if shrinkage == "auto" else min(float(shrinkage), 1e6)
+    if sum(len(problem.W) for problem in problems) > _JOINTLY:
+        costs = torch.stack([_removal_costs(*_weighed(p, problems, prior), p.groups) for p in problems]).sum(0)
+        return costs.topk(k).indices.sort().values, "removal costs, tied"
+    parts = [_weighed(problem, problems, prior) for problem in problems]
+    outputs = max(C.shape[1] for _, C in parts)
+    starts = [0]
+    for H, _ in parts:
+        starts.append(starts[-1] + len(H))
+    chosen = select(
+        torch.block_diag(*(H for H, _ in parts)),
+        torch.cat([pad(C, (0, outputs - C.shape[1])) for _, C in parts]),
+        k,
+        groups=torch.cat([p.groups.cpu() + start for p, start in zip(problems, starts, strict=False)], 1),
+        method=method,
+        swaps=swaps,
+        generator=generator,
+    )
+    return chosen.kept.cpu(), f"{chosen.method}, tied"
+
+
+def _weighed(problem: Problem, problems: Sequence[Problem], shrinkage: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`H` and `C` of one block's part in the objective, on the device of the first block."""
+    metrics = all(p.output_metric is not None for p in problems)
+    root = metric_root(problem.output_metric) if metrics and problem.output_metric is not None else None
+    H, C, t = regularise(combine(problem.folds), problem.W, shrinkage, root)
+    device = problems[0].W.device
+    if root is None:
+        C *= 1 / math.sqrt(t) if t > 0 else 0.0
+    return H.to(device), C.to(device)
+
+
+def _removal_costs(H: torch.Tensor, C: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """`(units,)` float64: what removing each unit alone takes from `F`, `tr(V_g' P_gg^-1 V_g)` with `P = H^-1`."""
+    factor, scale, _ = factorise(H)
+    P = torch.cholesky_inverse(factor)
+    V = torch.cholesky_solve(C.double() * scale[:, None], factor)[groups]
+    return (V * torch.linalg.solve(P[groups[:, :, None], groups[:, None]], V)).sum((1, 2)).cpu()
