@@ -4,7 +4,7 @@ Tensors only. Rows (tokens) stream through a `MomentAccumulator`; memory does no
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -204,3 +204,14 @@ def combine(parts: Sequence[Moments]) -> Moments:
             C.addr_(x, y, alpha=part.rows)
             t += part.rows * float(y.square().sum(dtype=torch.float64))
     return Moments(H, C, t, rows, input_mean, target_mean, first.intercept)
+
+
+def restrict(moments: Moments, columns: torch.Tensor) -> Moments:
+    """The moments of some of the inputs and of all targets.
+
+    Args:
+        moments: Of all inputs.
+        columns: `(k,)` int64, the inputs.
+    """
+    at = columns.to(moments.H.device)
+    return replace(moments, H=moments.H[at][:, at], C=moments.C[at], input_mean=moments.input_mean[at])

@@ -4,16 +4,16 @@ Weights are `(inputs, outputs)`. Tensors only.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .factorisation import factorise
-from .moments import Moments, combine
+from .moments import Moments, combine, restrict
 
 # Multiples of mean(diag H) tried by cross-fitting. At infinity the weights stay as they are.
-SHRINKAGE_GRID = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0, math.inf)
+SHRINKAGE_GRID = (1e-4, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0, math.inf)
 
 
 def solve(H: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -51,13 +51,6 @@ class Reweighted:
     jitter: float
 
 
-def bias_shift(moments: Moments, columns: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """`(m,)`: `mean(Y) - mean(B)_S V`, what a bias must take up for given weights; zeros without an intercept."""
-    if not moments.intercept:
-        return torch.zeros_like(moments.target_mean)
-    return moments.target_mean - moments.input_mean[columns] @ V.to(moments.input_mean)
-
-
 def reweight(moments: Moments, W: torch.Tensor, columns: torch.Tensor, shrinkage: float) -> Reweighted:
     """Least squares weights on the kept columns, pulled towards the original ones.
 
@@ -72,17 +65,22 @@ def reweight(moments: Moments, W: torch.Tensor, columns: torch.Tensor, shrinkage
     Raises:
         RuntimeError: the moments are not positive semi-definite.
     """
-    H = moments.H
-    W_kept = W.to(H)[columns]
-    jitter = 0.0
-    if math.isinf(shrinkage):
-        V = W_kept
-    else:
-        ridge = shrinkage * float(H.diagonal().mean())
-        H_kept = H[columns][:, columns]
-        H_kept.diagonal().add_(ridge)
-        V, jitter = solve(H_kept, moments.C[columns] + ridge * W_kept)
-    return Reweighted(V, bias_shift(moments, columns, V), jitter)
+    kept = restrict(moments, columns)
+    return _reweight(kept, W.to(moments.H)[columns], shrinkage, float(moments.H.diagonal().mean()))
+
+
+def _reweight(kept: Moments, W: torch.Tensor, shrinkage: float, energy: float) -> Reweighted:
+    """`reweight` for moments and weights of the kept columns; `energy` is the mean over all columns of `diag H`."""
+    V, jitter = W, 0.0
+    if not math.isinf(shrinkage):
+        ridge = shrinkage * energy
+        H = kept.H.clone()
+        H.diagonal().add_(ridge)
+        V, jitter = solve(H, kept.C + ridge * W)
+    shift = torch.zeros_like(kept.target_mean)
+    if kept.intercept:
+        shift = kept.target_mean - kept.input_mean @ V.to(kept.input_mean)
+    return Reweighted(V, shift, jitter)
 
 
 def relative_error(moments: Moments, columns: torch.Tensor, V: torch.Tensor, shift: torch.Tensor) -> float:
@@ -97,13 +95,17 @@ def relative_error(moments: Moments, columns: torch.Tensor, V: torch.Tensor, shi
         V: `(k, m)`.
         shift: `(m,)`, the change of the bias.
     """
-    V = V.to(moments.H)
-    H_kept = moments.H[columns][:, columns]
-    error = moments.t + float((V * (H_kept @ V - 2 * moments.C[columns])).sum(dtype=torch.float64))
-    if moments.intercept:
-        mismatch = moments.target_mean - moments.input_mean[columns] @ V - shift.to(V)
-        error += moments.rows * float(mismatch.square().sum(dtype=torch.float64))
-    return max(error, 0.0) / moments.t if moments.t > 0 else 0.0
+    return _relative_error(restrict(moments, columns), V, shift)
+
+
+def _relative_error(kept: Moments, V: torch.Tensor, shift: torch.Tensor) -> float:
+    """`relative_error` for moments of the kept columns."""
+    V = V.to(kept.H)
+    error = kept.t + float((V * (kept.H @ V - 2 * kept.C)).sum(dtype=torch.float64))
+    if kept.intercept:
+        mismatch = kept.target_mean - kept.input_mean @ V - shift.to(V)
+        error += kept.rows * float(mismatch.square().sum(dtype=torch.float64))
+    return max(error, 0.0) / kept.t if kept.t > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,11 @@ class CrossFit:
 
     Args:
         shrinkage: The lambda to fit all rows with.
-        fitted: Relative error at each lambda of the grid on the rows fitted on, mean over folds.
-        held_out: The same on the rows left out.
+        held_out: Relative error at each lambda of the grid on the rows left out.
         grid: The lambdas.
     """
 
     shrinkage: float
-    fitted: tuple[float, ...]
     held_out: tuple[float, ...]
     grid: tuple[float, ...]
 
@@ -126,7 +126,7 @@ class CrossFit:
 def cross_fit(
     folds: Sequence[Moments],
     W: torch.Tensor,
-    columns: torch.Tensor | Callable[[Moments, float], torch.Tensor],
+    columns: torch.Tensor,
     grid: Sequence[float] = SHRINKAGE_GRID,
 ) -> CrossFit:
     """Choose the shrinkage that does best on rows not fitted on, from the folds' moments alone.
@@ -134,7 +134,7 @@ def cross_fit(
     Args:
         folds: Moments of two or more disjoint parts of the calibration rows.
         W: `(n, m)`, the original weight.
-        columns: `(k,)` int64, kept columns; or a function of the moments fitted on and lambda that selects them.
+        columns: `(k,)` int64, the kept columns.
         grid: Values of lambda to try.
 
     Raises:
@@ -142,17 +142,18 @@ def cross_fit(
     """
     if len(folds) < 2 or not grid:
         raise ValueError(f"Cross-fitting takes two or more folds and a grid, got {len(folds)} and {len(grid)}.")
-    fitted, held_out = [0.0] * len(grid), [0.0] * len(grid)
+    held_out = [0.0] * len(grid)
     total = sum(fold.t for fold in folds)
+    W_kept = W.to(folds[0].H)[columns]
     for index, left_out in enumerate(folds):
         rest = combine([fold for other, fold in enumerate(folds) if other != index])
+        energy = float(rest.H.diagonal().mean())
+        rest, unseen = restrict(rest, columns), restrict(left_out, columns)
+        share = left_out.t / total if total > 0 else 0.0
         for position, shrinkage in enumerate(grid):
-            S = columns(rest, shrinkage) if callable(columns) else columns
-            new = reweight(rest, W, S, shrinkage)
-            fitted[position] += relative_error(rest, S, new.V, new.bias_shift) / len(folds)
-            share = left_out.t / total if total > 0 else 0.0
-            held_out[position] += share * relative_error(left_out, S, new.V, new.bias_shift)
-    return CrossFit(_refined(grid, held_out, len(folds)), tuple(fitted), tuple(held_out), tuple(grid))
+            new = _reweight(rest, W_kept, shrinkage, energy)
+            held_out[position] += share * _relative_error(unseen, new.V, new.bias_shift)
+    return CrossFit(_refined(grid, held_out, len(folds)), tuple(held_out), tuple(grid))
 
 
 def _refined(grid: Sequence[float], held_out: Sequence[float], folds: int) -> float:

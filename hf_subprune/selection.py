@@ -12,6 +12,7 @@ import torch
 
 from .elimination import eliminate, eliminate_groups
 from .factorisation import factorise, rounding, unit_scale
+from .reweighting import solve
 from .swaps import refine
 
 METHODS = ("auto", "greedy", "backward", "stochastic")
@@ -61,8 +62,6 @@ class Path:
 
     def weights(self, H: torch.Tensor, C: torch.Tensor, k: int, groups: torch.Tensor | None = None) -> torch.Tensor:
         """`(k * c, m)`, the least squares weights `H_SS^-1 C_S` of the set of size `k`, in the order of `kept(k)`."""
-        from .reweighting import solve  # reweighting does not import this module
-
         columns = columns_of(self.kept(k), groups).to(H.device)
         return solve(H[columns][:, columns], C[columns])[0]
 
@@ -81,7 +80,8 @@ def check_problem(H: torch.Tensor, C: torch.Tensor, groups: torch.Tensor | None 
     n = H.shape[0]
     if H.ndim != 2 or H.shape[1] != n or C.ndim != 2 or C.shape[0] != n:
         raise ValueError(f"Moments must be H (n, n) and C (n, m), got {tuple(H.shape)} and {tuple(C.shape)}.")
-    if not (torch.isfinite(H).all() and torch.isfinite(C).all()):
+    # Extremes pass on missing values, and unlike isfinite(H) they need no memory of the size of H.
+    if not all(torch.isfinite(torch.stack(x.aminmax())).all() for x in (H, C) if x.numel()):
         raise ValueError("The moments hold infinite or missing values: check the calibration activations.")
     if groups is None:
         return torch.arange(n, device=H.device)[:, None]

@@ -94,18 +94,6 @@ def test_few_rows_want_more_shrinkage_than_many():
     assert min(few.held_out) <= few.held_out[few.grid.index(math.inf)]
 
 
-def test_cross_fitting_can_select_on_the_fitted_rows_only():
-    B, W = activations(rows=40)
-    seen = []
-
-    def columns(moments, shrinkage):
-        seen.append((moments.rows, shrinkage))
-        return COLUMNS
-
-    cross_fit([moments_of(B[:10], W, True), moments_of(B[10:], W, True)], W, columns, grid=(0.1, 1.0))
-    assert seen == [(30, 0.1), (30, 1.0), (10, 0.1), (10, 1.0)]
-
-
 def test_cross_fitting_needs_two_folds():
     B, W = activations()
     with pytest.raises(ValueError, match="two or more folds"):
