@@ -18,7 +18,7 @@ from .config import PruneConfig
 from .evaluation import drift, model_outputs
 from .layout import choose_layout
 from .masking import Mask, MaskEdit
-from .moments import Moments
+from .moments import restrict
 from .pruning import _measure, _peak_memory, _Run
 from .report import BlockReport, Change, PruneReport
 from .reweighting import relative_error
@@ -202,7 +202,7 @@ class GradualPruning:
         position[columns] = torch.arange(len(columns))
         W_present = W[columns.to(W.device)]
         solution = solve_block(
-            [_restricted(fold.moments(W), columns) for fold in moments.folds if fold.rows],
+            [restrict(fold.moments(W), columns) for fold in moments.folds if fold.rows],
             None,
             W_present,
             position[block.columns[present]].to(W.device),
@@ -217,7 +217,7 @@ class GradualPruning:
             generator=torch.Generator().manual_seed(self.config.seed),
         )
         held_out = relative_error(
-            _restricted(moments.held_out.moments(W), columns), solution.kept_columns, solution.V, solution.bias_shift
+            restrict(moments.held_out.moments(W), columns), solution.kept_columns, solution.V, solution.bias_shift
         )
         # Every process trains the same units, although sums over the same data may differ in the last bit.
         chosen, V, shift = broadcast((solution.kept_units.to(W.device), solution.V, solution.bias_shift))
@@ -252,9 +252,3 @@ class GradualPruning:
             kept_columns=tuple(kept_columns(block, kept).tolist()),
             **self._solutions.get(block.name, whole),
         )
-
-
-def _restricted(moments: Moments, columns: torch.Tensor) -> Moments:
-    """The moments of some of the inputs. The consumer's weight on the others is zero, so the targets are the same."""
-    at = columns.to(moments.H.device)
-    return replace(moments, H=moments.H[at][:, at], C=moments.C[at], input_mean=moments.input_mean[at])
