@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from transformers import PreTrainedModel
 
-from .blocks import Block
+from .blocks import Block, by_tie
 from .calibration import Batch
 from .config import PruneConfig, parse_size
 from .evaluation import count_macs, count_parameters, measure_latency
@@ -93,11 +93,12 @@ def resolve(model: PreTrainedModel, blocks: Sequence[Block], config: PruneConfig
         unit = "multiply-accumulates a sample" + (f" of {length} tokens" if length else "")
         limit = config.macs * full if config.macs <= 1 else float(config.macs)
         costs = {}
-        for block in blocks:
-            with _narrow(model, [block], 1):
+        for tie in by_tie(blocks):
+            units = tie[0].units
+            with _narrow(model, tie, 1):
                 one = count_macs(model, batch)
-            per_unit = (full - one) / (block.units - 1) if block.units > 1 else 0.0
-            costs[block.name] = _linear(per_unit, block.units)
+            per_unit = (full - one) / (units - 1) / len(tie) if units > 1 else 0.0
+            costs |= {block.name: _linear(per_unit, units) for block in tie}
     else:
         name, unit = "latency", "seconds"
         costs, full, latencies = _latencies(model, blocks, batch)
@@ -164,8 +165,8 @@ def _latencies(
     measure: Callable[[], float] = lambda: measure_latency(model, batch, _SECONDS).seconds  # noqa: E731
     full = measure()
     families: dict[tuple[str, int, int], list[Block]] = {}
-    for block in blocks:
-        families.setdefault((block.kind, block.units, block.parameters_per_unit), []).append(block)
+    for tie in by_tie(blocks):
+        families.setdefault((tie[-1].kind, tie[-1].units, tie[-1].parameters_per_unit), []).extend(tie)
     costs: dict[str, tuple[float, ...]] = {}
     table: list[tuple[str, int, int, float]] = []
     for (kind, units, _), family in families.items():

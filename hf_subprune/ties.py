@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .blocks import Block, parameters_per_unit
+from .blocks import Block, Slice, parameters_per_unit
 
 
 def tie_shared(
@@ -25,28 +25,27 @@ def tie_shared(
     """
     groups: dict[tuple, list[Block]] = {}
     for block in blocks:
-        shared = tuple(sorted((piece.tensor, piece.dim) for piece in block.slices if piece.shared))
-        groups.setdefault(shared or (block.name,), []).append(block)
-    tied: dict[str, Block] = {}
+        key = tuple(sorted((piece.tensor, piece.dim) for piece in _shared(block)))
+        groups.setdefault(key or (block.name,), []).append(block)
+    found: dict[str, Block] = {}
     apart: list[tuple[Block, str]] = []
     for group in groups.values():
-        shared = [piece for piece in group[0].slices if piece.shared]
-        if not shared:
-            tied[group[0].name] = group[0]
-            continue
-        outside = set().union(*(readers[piece.tensor] for piece in shared)) - {block.consumer for block in group}
-        if outside or not all(_same_entries(block, group[0]) for block in group):
+        first = group[0]
+        parameters = [piece.tensor for piece in _shared(first)]
+        consumers = {block.consumer for block in group}
+        outside = {reader for name in parameters for reader in readers[name]} - consumers
+        if not parameters:
+            found[first.name] = first
+        elif outside or not all(_same_entries(block, first) for block in group):
             for block in group:
-                others = outside or {other.consumer for other in group if other is not block}
-                reason = f"rows of {shared[0].tensor!r} that its units own also feed {min(others)!r}"
-                apart.append((block, reason))
-            continue
-        first, *others = tied_together(group)
-        tied[first.name] = first
-        for block in others:
-            own = tuple(piece for piece in block.slices if not piece.shared)
-            tied[block.name] = replace(block, slices=own, parameters_per_unit=parameters_per_unit(model, own))
-    return [tied[block.name] for block in blocks if block.name in tied], apart
+                other = min(outside or consumers - {block.consumer})
+                apart.append((block, f"rows of {parameters[0]!r} that its units own also feed {other!r}"))
+        else:
+            found |= {block.name: block for block in tied_together(group)}
+            for name in (block.name for block in group[1:]):
+                own = tuple(piece for piece in found[name].slices if not piece.shared)
+                found[name] = replace(found[name], slices=own, parameters_per_unit=parameters_per_unit(model, own))
+    return [found[block.name] for block in blocks if block.name in found], apart
 
 
 def tied_together(blocks: Sequence[Block]) -> list[Block]:
@@ -61,6 +60,10 @@ def alike(block: Block) -> tuple:
     return (re.sub(r"\b\d+\b", "*", block.name), block.kind, tuple(block.columns.shape))
 
 
+def _shared(block: Block) -> list[Slice]:
+    return [piece for piece in block.slices if piece.shared]
+
+
 def _same_entries(one: Block, other: Block) -> bool:
-    mine, theirs = ([piece.index for piece in block.slices if piece.shared] for block in (one, other))
-    return one.columns.shape == other.columns.shape and all(map(torch.equal, mine, theirs))
+    pairs = zip(_shared(one), _shared(other), strict=True)
+    return one.columns.shape == other.columns.shape and all(torch.equal(a.index, b.index) for a, b in pairs)
