@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 from transformers import PreTrainedModel
 
-from .blocks import Block
+from .blocks import Block, by_tie
 from .budgets import (
     Choices,
     allowed_widths,
@@ -17,11 +18,11 @@ from .budgets import (
     tie,
     uniform_widths,
 )
-from .calibration import CalibrationSet
+from .calibration import Batch, CalibrationSet
 from .collection import FOLDS
 from .config import PruneConfig
 from .curves import LossCurve, Trial
-from .evaluation import Drift, drift, model_outputs
+from .evaluation import Drift, Outputs, drift, model_outputs
 from .surgery import shrink
 from .targets import Part, Target
 
@@ -31,10 +32,10 @@ Points = tuple[tuple[int, float], ...]
 TRIAL_FRACTIONS = (0.15, 0.35)
 """Of a block's units: widths at which it is pruned alone, to see what its error does to the model's output."""
 
-# Blocks of one kind that are pruned alone, at equal distances over the depth, and batches they are measured on: the
-# cost must not grow with the square of the depth.
+# Blocks of one kind that are pruned alone, at equal distances over the depth, and rows of the output that they are
+# measured on: the cost must not grow with the square of the depth.
 _MEASURED_BLOCKS = 12
-_MEASURED_BATCHES = 2
+_MEASURED_ROWS = 512
 
 # The automatic rounding of widths: even ones are stored in a stock config and should suit any kernel.
 _EVEN_STEP, _RAGGED_STEP = 64, 8
@@ -133,7 +134,7 @@ def _by_loss(
 
 
 class Propagation:
-    """What a block's error does to the model's output, measured by pruning the block alone.
+    """What a block's error does to the model's output, measured by pruning the block alone, or with its tie.
 
     The metric of section 4 is a linearisation at the original model; early blocks exceed it, since what they do wrong
     goes through all others. The factor between measured and predicted drift corrects a block's whole curve.
@@ -151,37 +152,43 @@ class Propagation:
         evaluation: Callable[[PreTrainedModel], float] | None = None,
     ):
         self.model, self.evaluation = model, evaluation
-        unseen = [batch for index, batch in enumerate(calibration.fit) if index % FOLDS]
-        middle = max(0, (len(unseen) - _MEASURED_BATCHES) // 2)
-        self.batches = unseen[middle : middle + _MEASURED_BATCHES]
-        if evaluation is None:
-            self._reference = model_outputs(model, self.batches)
-        else:
+        self.batches: list[Batch] = []
+        self._reference: list[Outputs] = []
+        if evaluation is not None:
             self._quality = float(evaluation(model))
+            return
+        unseen = [batch for index, batch in enumerate(calibration.fit) if index % FOLDS]
+        rows = 0
+        for index in sorted(range(len(unseen)), key=lambda i: abs(i - len(unseen) // 2)):  # of middling length first
+            if rows < _MEASURED_ROWS:
+                self.batches.append(unseen[index])
+                self._reference += model_outputs(model, self.batches[-1:])
+                rows += len(self._reference[-1].rows)
 
-    def measure(self, block: Block, trial: Trial) -> float:
-        """Drift of the model's output, or loss of quality, with one block pruned."""
-        consumer = self.model.get_submodule(block.consumer)
-        bias = getattr(consumer, "bias", None)
-        bias = None if bias is None else bias.detach() + trial.bias_shift.to(bias)
-        edit = shrink(self.model, block, trial.kept, weight=trial.V, bias=bias)
-        try:
+    def measure(self, blocks: Sequence[Block], trials: Sequence[Trial]) -> float:
+        """Drift of the model's output, or loss of quality, with one block pruned, or the blocks of one tie."""
+        with ExitStack() as undo:
+            for block, trial in zip(blocks, trials, strict=True):
+                bias = getattr(self.model.get_submodule(block.consumer), "bias", None)
+                bias = None if bias is None else bias.detach() + trial.bias_shift.to(bias)
+                undo.callback(shrink(self.model, block, trial.kept, weight=trial.V, bias=bias).undo)
             if self.evaluation is not None:
                 return max(0.0, self._quality - float(self.evaluation(self.model)))
             return scalar_drift(drift(self.model, self.batches, self._reference))
-        finally:
-            edit.undo()
 
-    def factor(self, block: Block, curve: LossCurve) -> float:
+    def factor(self, blocks: Sequence[Block], curves: Sequence[LossCurve]) -> float:
         """Measured over predicted drift, the geometric mean over the trials; NaN where either is zero."""
-        pairs = [(self.measure(block, trial), trial.error) for trial in curve.trials.values()]
+        trials = [[curve.trials[width] for curve in curves] for width in curves[0].trials]
+        pairs = [(self.measure(blocks, same), sum(trial.error for trial in same)) for same in trials]
         if not pairs or not all(0 < x < math.inf for pair in pairs for x in pair):
             return math.nan
         return math.exp(sum(math.log(measured / predicted) for measured, predicted in pairs) / len(pairs))
 
-    def points(self, block: Block, curve: LossCurve) -> Points:
-        """The measured loss itself at the widths of the trials."""
-        return (*((w, self.measure(block, trial)) for w, trial in sorted(curve.trials.items())), (block.units, 0.0))
+    def points(self, blocks: Sequence[Block], curves: Sequence[LossCurve]) -> Points:
+        """The measured loss itself at the widths of the trials, in equal parts for the blocks of a tie."""
+        trials = {width: [curve.trials[width] for curve in curves] for width in sorted(curves[0].trials)}
+        losses = ((width, self.measure(blocks, same) / len(blocks)) for width, same in trials.items())
+        return (*losses, (blocks[0].units, 0.0))
 
 
 def scalar_drift(change: Drift) -> float:
@@ -190,12 +197,13 @@ def scalar_drift(change: Drift) -> float:
 
 
 def measured_blocks(blocks: Sequence[Block]) -> set[str]:
-    """Names of the blocks to prune alone: of each kind a dozen, at equal distances over the depth."""
+    """Names of the blocks to prune alone (or with their tie): of each kind a dozen, at equal distances."""
     chosen: set[str] = set()
     for kind in {b.kind for b in blocks}:
-        names = [b.name for b in blocks if b.kind == kind]
-        count = min(len(names), _MEASURED_BLOCKS)
-        chosen |= {names[round(i * (len(names) - 1) / max(count - 1, 1))] for i in range(count)}
+        ties = by_tie(b for b in blocks if b.kind == kind)
+        count = min(len(ties), _MEASURED_BLOCKS)
+        for i in range(count):
+            chosen |= {b.name for b in ties[round(i * (len(ties) - 1) / max(count - 1, 1))]}
     return chosen
 
 

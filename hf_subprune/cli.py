@@ -2,9 +2,10 @@
 
 import functools
 import inspect as introspection
+import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from .bench.commands import bench_app
-from .config import PruneConfig, field_help
+from .config import TARGETS, PruneConfig, field_help
 
 app = typer.Typer(
     name="hf-subprune",
@@ -25,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+
+_NUMBER = re.compile(r"\d*\.?\d+")
 app.add_typer(bench_app, name="bench")
 
 Model = Annotated[str, typer.Argument(help="Local folder or Hub id of a model.", metavar="MODEL")]
@@ -45,21 +48,29 @@ def _parse(name: str, text: str) -> Any:
     default = getattr(PruneConfig, name)
     if isinstance(default, tuple):
         return tuple(part.strip() for part in text.split(",") if part.strip())
-    if name in ("keep", "shrinkage"):
-        try:
-            return float(text)
-        except ValueError:
-            return text
+    if name in ("keep", "macs", "latency", "shrinkage", "params", "round_to", "size"):
+        for number in (int, float):
+            try:
+                return number(text)
+            except ValueError:
+                pass
     return text
 
 
 def _config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameter `config` of a command by `--config FILE` and one option per `PruneConfig` field."""
+    """Replace the parameter `configs` of a command by `--config FILE` and one option per `PruneConfig` field.
+
+    `--keep` may be repeated: there is one config for each.
+    """
     help_of = field_help()
     options = []
     for spec in fields(PruneConfig):
-        plain = type(spec.default) if type(spec.default) in (bool, int) else str
+        plain: Any = type(spec.default) if type(spec.default) in (bool, int) else str
+        if spec.name == "keep":
+            plain = list[str]
         shown = spec.default if not isinstance(spec.default, tuple) else ",".join(spec.default)
+        if spec.default is None:
+            shown = "0.5 without another target" if spec.name == "keep" else ""
         option = typer.Option(help=help_of.get(spec.name, ""), show_default=str(shown) or "none")
         options.append(
             introspection.Parameter(
@@ -82,18 +93,22 @@ def _config_options(command: Callable[..., None]) -> Callable[..., None]:
         names = [spec.name for spec in fields(PruneConfig)]
         given = {name: kwargs.pop(name) for name in names}
         base = PruneConfig.from_pretrained(config_file).to_dict() if config_file else {}
+        keeps = [_parse("keep", text) for text in given.pop("keep") or ()]
         changed = {
             name: _parse(name, value) if isinstance(value, str) else value
             for name, value in given.items()
             if value is not None
         }
-        command(*args, config=PruneConfig.from_dict({**base, **changed}), **kwargs)
+        if keeps or set(TARGETS) & set(changed):  # a target given here replaces that of the file
+            base = {name: value for name, value in base.items() if name not in TARGETS}
+        sizes = [{"keep": keep} for keep in keeps] or [{}]
+        command(*args, configs=[PruneConfig.from_dict({**base, **changed, **size}) for size in sizes], **kwargs)
 
     signature = introspection.signature(command)
     kept = [
         p.replace(kind=introspection.Parameter.KEYWORD_ONLY)
         for p in signature.parameters.values()
-        if p.name != "config"
+        if p.name != "configs"
     ]
     wrapped.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in [*kept, *options]}
@@ -149,7 +164,7 @@ def _survey(out: Path | None) -> None:
 @app.command()
 @_config_options
 def prune(
-    config: PruneConfig,
+    configs: list[PruneConfig],
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder to write the pruned model, its processor and the report to.")],
@@ -159,12 +174,23 @@ def prune(
     push: Annotated[str | None, typer.Option(help="Hub repo to push the result to, user/name.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Prune a model on unlabeled samples and save it."""
+    """Prune a model on unlabeled samples and save it; with several values of --keep, each size in a folder of OUT."""
     from .datafiles import load_data, load_model
     from .pruning import prune as prune_model
     from .saving import check_output, save_pruned
+    from .sizes import save_sizes, size_table
 
     _set_quiet(quiet)
+    if len(configs) > 1:
+        if push is not None:
+            raise ValueError("--push takes one size: push the folder of the one you want with `hf-subprune push`.")
+        loaded, processing_class = load_model(model, dtype=dtype)
+        samples = load_data(data, split=split, column=column)
+        reports = save_sizes(out, loaded, samples, configs, processing_class, command=command_line())
+        console.print(size_table(list(reports.values())))
+        console.print("Saved to " + ", ".join(map(str, reports)) + ".")
+        return
+    (config,) = configs
     check_output(out)
     loaded, processing_class = load_model(model, dtype=dtype)
     samples = load_data(data, split=split, column=column)
@@ -258,10 +284,22 @@ def command_line() -> str:
     return shlex.join(["hf-subprune", *sys.argv[1:]])
 
 
+def _repeated(arguments: Sequence[str]) -> list[str]:
+    """`--keep 0.75 0.5` as `--keep 0.75 --keep 0.5`, which is how an option takes several values."""
+    spelled: list[str] = []
+    in_keep = False
+    for argument in arguments:
+        in_keep = argument == "--keep" or (in_keep and _NUMBER.fullmatch(argument) is not None)
+        if in_keep and argument != "--keep" and spelled[-1] != "--keep":
+            spelled.append("--keep")
+        spelled.append(argument)
+    return spelled
+
+
 def main() -> None:
     """Entry point: what the user can mend is one line, without a traceback."""
     try:
-        app()
+        app(_repeated(sys.argv[1:]))
     except (ValueError, TypeError, OSError) as error:
         Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False)
         raise SystemExit(1) from error

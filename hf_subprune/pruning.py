@@ -39,7 +39,7 @@ from .sensitivity import output_metrics
 from .solver import BlockSolution, solve_block
 from .surgery import Edit, shrink
 from .targets import Target, keep_target, resolve
-from .tied import Problem, choose_together
+from .tied import Problem, choose_together, order_together
 from .verification import verify
 
 logger = logging.get_logger(__name__)
@@ -199,6 +199,8 @@ class _Run:
         points: dict[str, Points] = {}
         propagation = Propagation(self.model, self.calibration, self.evaluation) if curves else None
         measured = {b.name for b in self.candidates} if self.evaluation else measured_blocks(self.candidates)
+        waiting: dict[str, list[tuple[Block, Problem]]] = {}
+        last = {tie[-1] for tie in by_tie(self.candidates)}  # in the order of the forward
         with _progress(len(self.plan.segments), "Calibrating") as bar:
             steps = collect(self.model, self.plan, self.calibration, "layer", {}, bar.update)
             for block, moments in _timed(steps, self.clock, "calibration"):
@@ -206,23 +208,36 @@ class _Run:
                     self.stored[block.name] = moments
                 if propagation is None:
                     continue
-                W = consumer_weight(self.model.get_submodule(block.consumer))
+                together = waiting.setdefault(block.tie or block.name, [])
+                together.append((block, self._problem(block, moments)))
+                if block not in last:
+                    continue
+                blocks, problems = zip(*waiting.pop(block.tie or block.name), strict=True)
                 with self.clock("curves"):
-                    curve = self.curves[block.name] = loss_curve(
-                        [fold.moments(W) for fold in moments.folds if fold.rows],
-                        W,
-                        block.columns,
-                        shrinkage=config.shrinkage,
-                        output_metric=self.metrics.get(block.name),
-                        reweight_kept=config.reweight,
-                        trial_fractions=TRIAL_FRACTIONS if block.name in measured else (),
-                    )
+                    order = None if block.tie is None else order_together(problems, config.shrinkage)
+                    curves = [
+                        loss_curve(
+                            problem.folds,
+                            problem.W,
+                            problem.groups,
+                            shrinkage=config.shrinkage,
+                            output_metric=problem.output_metric,
+                            reweight_kept=config.reweight,
+                            trial_fractions=TRIAL_FRACTIONS if block.name in measured else (),
+                            order=order,
+                        )
+                        for problem in problems
+                    ]
                 with self.clock("propagation"):
+                    names = [one.name for one in blocks]
                     if self.evaluation is not None:
-                        points[block.name] = propagation.points(block, curve)
+                        points |= dict.fromkeys(names, propagation.points(blocks, curves))
                     elif block.name in measured:
-                        factors[block.name] = propagation.factor(block, curve)
-                    curve.trials.clear()
+                        factors |= dict.fromkeys(names, propagation.factor(blocks, curves))
+                    for name, curve in zip(names, curves, strict=True):
+                        curve.trials.clear()
+                        self.curves[name] = curve
+                del together, problems
         filled = fill_in(self.candidates, factors)
         for name, curve in self.curves.items():
             self.losses[name] = points.get(name) or tuple((w, filled[name] * e) for w, e in curve.points)

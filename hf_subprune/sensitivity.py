@@ -22,11 +22,13 @@ def output_metrics(
 ) -> dict[str, torch.Tensor]:
     """`M = E[g g']` at each consumer's output, `g` the gradient there of a label-free function of the model's output.
 
-    For logits the function is `log p(y | x)` with `y` drawn from the model's own distribution: `M` is the true Fisher,
-    and `e' M e / 2` the divergence that an error `e` of the consumer's output causes, to second order. For hidden
-    states it is the inner product of the output with a standard normal direction: `M` is the Gauss-Newton matrix, and
-    `e' M e` the squared error of the output. Either is summed over the output's tokens and averaged over those of the
-    consumer; padding counts on neither side.
+    For logits `M` is the true Fisher, the expectation over `y` of the model's own distribution of the squared gradient
+    of `log p(y | x)`, and `e' M e / 2` the divergence that an error `e` of the consumer's output causes, to second
+    order. The function is the sum over y of `+-sqrt(p(y | x)) log p(y | x)` with random signs and the roots held fixed:
+    it has the same expectation as one `y` drawn, without the rare draws that make up most of it where the model is
+    sure. For hidden states it is the inner product of the output with a standard normal direction: `M` is the
+    Gauss-Newton matrix, and `e' M e` the squared error of the output. Either is summed over the output's tokens and
+    averaged over those of the consumer; padding counts on neither side.
 
     One forward and one backward a batch and probe. No parameter gets a gradient, and the activations of one batch are
     held at a time. Weights, flags, gradients and the random state of the model stay as they are.
@@ -35,7 +37,7 @@ def output_metrics(
         model: Whose output is looked at.
         blocks: At whose consumers.
         batches: Arguments of the model's forward.
-        probes: Draws of `y`, or of directions, a batch.
+        probes: Draws of signs, or of directions, a batch.
         seed: Of the draws.
 
     Returns:
@@ -54,7 +56,7 @@ def output_metrics(
                 for total in sums.values():
                     total.batch = batch
                 value = _probe(model, batch, model(**arguments), generator)
-                if value.requires_grad:
+                if value is not None and value.requires_grad:
                     value.backward()
     return {name: total.mean() for name, total in sums.items()}
 
@@ -95,16 +97,18 @@ def _arguments(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     return arguments
 
 
-def _probe(model: PreTrainedModel, batch: Batch, output: Any, generator: torch.Generator) -> torch.Tensor:
-    """The scalar whose gradient is taken."""
+def _probe(model: PreTrainedModel, batch: Batch, output: Any, generator: torch.Generator) -> torch.Tensor | None:
+    """The scalar whose gradient is taken; `None` where the output is not finite (moments will name the culprit)."""
     if not isinstance(output, ModelOutput):
         output = ModelOutput({str(i): value for i, value in enumerate(output)})
     kind, compared = compared_output(output)
     mask = token_mask(model, "", batch, compared.shape)
     rows = compared.reshape(-1, compared.shape[-1])
     rows = (rows if mask is None else rows[mask.to(rows.device)]).float()
+    if not torch.isfinite(rows).all():
+        return None
     if kind == "hidden":
         return (rows * torch.randn(rows.shape, generator=generator).to(rows)).sum()
     log_p = rows.log_softmax(1)
-    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
-    return log_p.gather(1, drawn.to(rows.device)).sum()
+    signs = torch.randint(0, 2, log_p.shape, generator=generator).mul_(2).sub_(1).to(log_p)
+    return (signs * log_p.detach().div(2).exp() * log_p).sum()

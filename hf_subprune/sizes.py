@@ -1,0 +1,90 @@
+"""Prune one model to several sizes, each saved in its own folder, with one table and one plot for all."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from .config import PruneConfig
+from .pruning import prune_sizes
+from .report import PruneReport
+from .saving import check_output, save_pruned
+
+PLOT_NAME = "sizes.png"
+
+
+def save_sizes(
+    folder: str | Path,
+    model: PreTrainedModel,
+    data: Any,
+    configs: Sequence[PruneConfig],
+    processing_class: Any = None,
+    *,
+    command: str = "",
+) -> dict[Path, PruneReport]:
+    """Prune to each config's size from one calibration and save each, and a plot of size against quality.
+
+    Args:
+        folder: Holds a folder for each size, such as `keep-0.5`, and `sizes.png` where matplotlib is installed.
+        model: The same before and after.
+        data: As for `prune`.
+        configs: As for `prune_sizes`.
+        processing_class: Saved beside each model; may be `None`.
+        command: Put into the reports.
+
+    Returns:
+        The report of each size by its folder.
+
+    Raises:
+        ValueError: two sizes have one name, a folder holds something else, or as `prune_sizes`. No size is made then.
+    """
+    folders = [Path(folder) / size_name(config) for config in configs]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"Two of the sizes are the same: {', '.join(path.name for path in folders)}.")
+    for path in folders:
+        check_output(path)
+    reports: dict[Path, PruneReport] = {}
+    for path, report in zip(folders, prune_sizes(model, data, configs, processing_class), strict=True):
+        reports[path] = replace(report, command=command)
+        save_pruned(path, model, processing_class, reports[path])
+    if find_spec("matplotlib"):
+        from .plots import plot_tradeoff
+
+        plot_tradeoff({"pruned": list(reports.values())}).savefig(Path(folder) / PLOT_NAME)
+    return reports
+
+
+def size_name(config: PruneConfig) -> str:
+    """Folder name of a config's size: `keep-0.5`, `keep-mlp-0.5-attention-0.75`, `params-20000000`, `size-500MB`."""
+    name = config.target()
+    value = getattr(config, name)
+    if isinstance(value, dict):
+        value = "-".join(f"{kind}-{fraction:g}" for kind, fraction in value.items())
+    return f"{name}-{value}".replace(" ", "")
+
+
+def size_table(reports: Sequence[PruneReport]) -> Table:
+    """Size, cost and drift of every report side by side, as a rich table."""
+    table = Table(title="Sizes", title_justify="left")
+    qualities = list(reports[0].drift)
+    for name in (
+        "target",
+        "parameters",
+        "MACs a sample",
+        "latency",
+        *(f"held-out {q.replace('_', ' ')}" for q in qualities),
+    ):
+        table.add_column(name, justify="left" if name == "target" else "right")
+    for report in reports:
+        table.add_row(
+            size_name(PruneConfig.from_dict(report.config)),
+            f"{report.parameters.after / 1e6:.2f} M ({report.parameters.ratio:.0%})",
+            f"{report.macs.after / 1e9:.3f} G ({report.macs.ratio:.0%})",
+            f"{report.latency.after * 1e3:.1f} ms ({report.latency.ratio:.0%})",
+            *(f"{report.drift[q]:.4f}" if q in report.drift else "" for q in qualities),
+        )
+    return table

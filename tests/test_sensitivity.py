@@ -1,0 +1,135 @@
+import copy
+import functools
+
+import pytest
+import torch
+from batches import ready_batches
+from tiny import tiny
+from transformers.pytorch_utils import Conv1D
+
+from hf_subprune.padding import token_mask
+from hf_subprune.probe import discover
+from hf_subprune.sensitivity import output_metrics
+
+
+def padded_batches(model):
+    """Two batches of two short samples, the first with two tokens of padding."""
+    ids = [batch["input_ids"][:2, :5] for batch in ready_batches(model)[:2]]
+    mask = torch.ones_like(ids[0])
+    mask[0, -2:] = 0
+    return [{"input_ids": x, "attention_mask": mask} for x in ids]
+
+
+def outputs_as_a_function_of_errors(model, consumer, batch):
+    """The model's output as a function of an error added to one consumer's output, and that output's shape."""
+    shapes = []
+
+    def run(error):
+        def add(_module, _args, output):
+            shapes.append(output.shape)
+            return output if error is None else output + error
+
+        hook = model.get_submodule(consumer).register_forward_hook(add)
+        try:
+            return model(**batch)
+        finally:
+            hook.remove()
+
+    run(None)
+    return run, shapes[0]
+
+
+def exact_metric(model, block, batches, output_rows):
+    """Mean over the consumer's tokens of `J' G J`, from full Jacobians, one output row after the other."""
+    m = model.get_submodule(block.consumer).weight.shape[0]
+    if isinstance(model.get_submodule(block.consumer), Conv1D):
+        m = model.get_submodule(block.consumer).weight.shape[1]
+    total, rows = torch.zeros(m, m, dtype=torch.float64), 0
+    for batch in batches:
+        run, shape = outputs_as_a_function_of_errors(model, block.consumer, batch)
+        inputs = token_mask(model, block.consumer, batch, shape)
+        keep = torch.ones(shape[:-1], dtype=torch.bool).flatten() if inputs is None else inputs
+        rows += int(keep.sum())
+        compared = functools.partial(lambda e, run, batch: output_rows(run(e), batch), run=run, batch=batch)
+        jacobian = torch.autograd.functional.jacobian(compared, torch.zeros(shape))
+        jacobian = jacobian.flatten(0, 1).flatten(1, -2)[:, keep]  # (outputs, tokens, m)
+        total += torch.einsum("otm,otn->mn", jacobian.double(), jacobian.double())
+    return total / rows
+
+
+def fisher_rows(model):
+    def rows(output, batch):
+        log_p = output.logits.reshape(-1, output.logits.shape[-1])
+        mask = token_mask(model, "", batch, output.logits.shape)
+        log_p = (log_p if mask is None else log_p[mask]).log_softmax(1)
+        return log_p * log_p.detach().exp().sqrt()  # sum over y of p(y) times the square is then the expectation
+
+    return rows
+
+
+def hidden_rows(model):
+    def rows(output, batch):
+        hidden = output.last_hidden_state
+        mask = token_mask(model, "", batch, hidden.shape)
+        return hidden.reshape(-1, hidden.shape[-1])[mask]
+
+    return rows
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_logits_give_the_fisher_of_full_jacobians(family):
+    model = tiny(family).eval()
+    batches = padded_batches(model)
+    block = discover(model, batches[0]).blocks[1]
+    expected = exact_metric(model, block, batches, fisher_rows(model))
+    found = output_metrics(model, [block], batches, probes=400)[block.name]
+    assert (found - expected).norm() < 0.25 * expected.norm()
+
+
+def test_hidden_states_give_gauss_newton_of_full_jacobians():
+    model = tiny("bert").eval().base_model
+    batches = padded_batches(model)
+    block = discover(model, batches[0]).blocks[1]
+    expected = exact_metric(model, block, batches, hidden_rows(model))
+    found = output_metrics(model, [block], batches, probes=200)[block.name]
+    assert (found - expected).norm() < 0.25 * expected.norm()
+
+
+def test_padding_counts_for_nothing():
+    model = tiny("llama").eval()
+    batch = ready_batches(model)[0]
+    block = discover(model, batch).blocks[0]
+    wide = {"input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 5))}
+    wide["attention_mask"] = torch.nn.functional.pad(torch.ones_like(batch["input_ids"]), (0, 5))
+    alone = {"input_ids": batch["input_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}
+    first, second = (output_metrics(model, [block], [b], seed=3)[block.name] for b in (alone, wide))
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-9)
+
+
+def test_nothing_about_the_model_changes():
+    model = tiny("bert").train()
+    model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
+    batches = ready_batches(model)[:2]
+    blocks = discover(model, batches[0]).blocks
+    state, flags = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    random = torch.random.get_rng_state()
+    metrics = output_metrics(model, blocks, batches)
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    for M in metrics.values():
+        assert torch.equal(M, M.T)
+        assert float(torch.linalg.eigvalsh(M)[0]) > -1e-6 * float(M.diagonal().sum())
+        assert float(M.diagonal().sum()) > 0
+
+
+def test_the_seed_decides_the_draws():
+    model = tiny("llama").eval()
+    batches = ready_batches(model)[:1]
+    block = discover(model, batches[0]).blocks[0]
+    first, second, other = (output_metrics(model, [block], batches, seed=s)[block.name] for s in (0, 0, 1))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
