@@ -8,11 +8,11 @@ import torch
 
 from .moments import Moments, combine
 from .reweighting import reweight
-from .selection import columns_of, greedy
+from .selection import columns_of, greedy, nested
 from .solver import PRIOR_SHRINKAGE, metric_root, regularise
 
 # Fractions of the units at which the loss is computed; in between it is interpolated.
-_FRACTIONS = (0.03, 0.08, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8, 0.92)
+_FRACTIONS = (0.03, 0.08, 0.15, 0.25, 0.35, 0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +40,13 @@ class LossCurve:
         points: `(width, error)`, ascending, the full width with error 0 last; in the units of the metric, a row.
         relative: `(units + 1,)` float64, error of the objective that greedy minimises on the rows it saw, as a
             fraction of that of keeping nothing.
+        order: `(units,)` int64; the first `k` are the greedy set of size `k`.
         trials: By width, for the widths that were asked for.
     """
 
     points: tuple[tuple[int, float], ...]
     relative: torch.Tensor
+    order: torch.Tensor
     trials: dict[int, Trial]
 
 
@@ -57,8 +59,9 @@ def loss_curve(
     output_metric: torch.Tensor | None = None,
     reweight_kept: bool = True,
     trial_fractions: Sequence[float] = (),
+    order: torch.Tensor | None = None,
 ) -> LossCurve:
-    """One greedy run for the nested sets, then fits on one fold scored on the other at some ten widths.
+    """One greedy run for the nested sets, then fits on one fold scored on the other at some eight widths.
 
     Fits on half of the rows overfit more than the fit on all of them will: to first order the excess of the error on
     unseen rows over the noise goes with 1 / rows, and the error on the rows fitted on falls short by as much. Of fits
@@ -72,13 +75,15 @@ def loss_curve(
         output_metric: `(m, m)`, `M`, which weighs errors; all outputs count alike without.
         reweight_kept: Whether the weights on kept units are solved for.
         trial_fractions: Of the units, for the widths whose fits are returned; they need two folds.
+        order: `(units,)` int64, whose beginnings are the nested sets, for a block that must keep what others keep; one
+            greedy run chooses them without.
     """
     shrinkage = PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
     root = None if output_metric is None else metric_root(output_metric)
     total = combine(folds)
     H, C, t = regularise(total, W, shrinkage, root)
     units = len(groups)
-    path = greedy(H, C, units, groups=groups, t=t)
+    path = greedy(H, C, units, groups=groups, t=t) if order is None else nested(H, C, order, groups, t)
     del H, C
     tried = {_width(units, f) for f in trial_fractions} if len(folds) > 1 else set()
     scored = [_Scored(fold, W, root) for fold in folds]
@@ -102,7 +107,7 @@ def loss_curve(
         error = (0.75 * unseen + 0.25 * fitted if len(folds) > 1 else fitted) / total.rows
         points.append((width, error))
     relative = path.errors / t if t > 0 else torch.zeros_like(path.errors)
-    return LossCurve((*points, (units, 0.0)), relative, trials)
+    return LossCurve((*points, (units, 0.0)), relative, path.order, trials)
 
 
 def _width(units: int, fraction: float) -> int:

@@ -89,7 +89,7 @@ def prune(
     config = config or PruneConfig()
     check_prunable(model)
     with _eval_mode(model), ExitStack() as undo:
-        report = _Run(model, data, [config], processing_class, evaluation).prune_to(config, undo)
+        report = Calibrated(model, data, [config], processing_class, evaluation).prune_to(config, undo)
         undo.pop_all()
     return report
 
@@ -125,14 +125,28 @@ def prune_sizes(
     check_prunable(model)
     _check_alike(configs)
     with _eval_mode(model):
-        run = _Run(model, data, configs, processing_class, evaluation)
+        run = Calibrated(model, data, configs, processing_class, evaluation)
         for config in configs:
             with ExitStack() as undo:
                 yield run.prune_to(config, undo)
 
 
-class _Run:
-    """What pruning one model to one size or several has in common, and the road to one size."""
+class Calibrated:
+    """A model with all that pruning it to any of several sizes needs: data, blocks, sensitivities, curves, moments.
+
+    Args:
+        model: In eval mode; unchanged until `prune_to`.
+        data: As for `prune`.
+        configs: The sizes; they differ in size only.
+        processing_class: As for `prune`.
+        evaluation: As for `prune`.
+
+    Attributes:
+        blocks: That the config lets us prune, in forward order.
+        losses: By block name, `(width, predicted drift)` points; empty when every budget is uniform.
+        curves: By block name, what the points were made from.
+        stored: By block name, the moments of the original model; `None` where they are collected again for each size.
+    """
 
     def __init__(
         self,
@@ -212,7 +226,8 @@ class _Run:
                 together.append((block, self._problem(block, moments)))
                 if block not in last:
                     continue
-                blocks, problems = zip(*waiting.pop(block.tie or block.name), strict=True)
+                del waiting[block.tie or block.name]
+                blocks, problems = [one for one, _ in together], [problem for _, problem in together]
                 with self.clock("curves"):
                     order = None if block.tie is None else order_together(problems, config.shrinkage)
                     curves = [

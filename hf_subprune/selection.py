@@ -32,7 +32,7 @@ class Path:
         order: `(stop,)` int64; the first `k` entries are the set of size `k`, for `start <= k <= stop`.
         start: Smallest size for which the path is defined (0 for greedy, the last size reached by backward).
         objective: `(stop - start + 1,)` float64, `F` at the sizes `start ... stop`.
-        method: `"greedy"`, `"backward"` or `"stochastic"`.
+        method: `"greedy"`, `"backward"` or `"stochastic"`; `"nested"` for sets that were chosen elsewhere.
         t: `||A W||_F^2`, when it was given.
     """
 
@@ -170,6 +170,20 @@ def backward(
     order = torch.cat([left.nonzero()[:, 0], removed.flip(0)])
     objective = full - torch.cat([costs.new_zeros(1), costs.cumsum(0)])
     return Path(order, k, objective.flip(0), "backward", t)
+
+
+def nested(H: torch.Tensor, C: torch.Tensor, order: torch.Tensor, groups: torch.Tensor, t: float) -> Path:
+    """The path of sets that were chosen elsewhere: the beginnings of `order`, `(units,)` int64.
+
+    Raises:
+        RuntimeError: `H` is not positive semi-definite.
+    """
+    order, groups = order.to(H.device), groups.to(H.device)
+    columns = groups[order].reshape(-1)
+    factor, scale, _ = factorise(H[columns[:, None], columns])
+    rows = torch.linalg.solve_triangular(factor, C[columns].double() * scale[:, None], upper=False)
+    gains = rows.square().sum(1).view(len(order), -1).sum(1)
+    return Path(order, 0, torch.cat([gains.new_zeros(1), gains.cumsum(0)]), "nested", t)
 
 
 def objective(H: torch.Tensor, C: torch.Tensor, columns: torch.Tensor) -> float:

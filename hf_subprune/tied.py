@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from .factorisation import factorise
 from .importance import scores
 from .moments import Moments, combine
-from .selection import select
+from .selection import greedy, select
 from .solver import PRIOR_SHRINKAGE, metric_root, regularise
 
 # Blocks of up to this many columns in all are one selection problem, which takes memory with the square of them.
@@ -70,25 +70,40 @@ def choose_together(
         ]
         total = torch.stack([rank / rank.sum().clamp_min(torch.finfo(rank.dtype).tiny) for rank in ranks]).sum(0)
         return total.topk(k).indices.sort().values, f"{importance}, tied"
-    prior = PRIOR_SHRINKAGE if shrinkage == "auto" else min(float(shrinkage), 1e6)
-    if sum(len(problem.W) for problem in problems) > _JOINTLY:
-        costs = torch.stack([_removal_costs(*_weighed(p, problems, prior), p.groups) for p in problems]).sum(0)
+    if _too_large(problems):
+        costs = _removal_costs(problems, _prior(shrinkage))
         return costs.topk(k).indices.sort().values, "removal costs, tied"
-    parts = [_weighed(problem, problems, prior) for problem in problems]
-    outputs = max(C.shape[1] for _, C in parts)
-    starts = [0]
-    for H, _ in parts:
-        starts.append(starts[-1] + len(H))
-    chosen = select(
-        torch.block_diag(*(H for H, _ in parts)),
-        torch.cat([pad(C, (0, outputs - C.shape[1])) for _, C in parts]),
-        k,
-        groups=torch.cat([p.groups.cpu() + start for p, start in zip(problems, starts, strict=False)], 1),
-        method=method,
-        swaps=swaps,
-        generator=generator,
-    )
+    H, C, groups = _joint(problems, _prior(shrinkage))
+    chosen = select(H, C, k, groups=groups, method=method, swaps=swaps, generator=generator)
     return chosen.kept.cpu(), f"{chosen.method}, tied"
+
+
+def order_together(problems: Sequence[Problem], shrinkage: float | str = "auto") -> torch.Tensor:
+    """`(units,)` int64, all units in the order in which greedy, or else the rank, takes them for all blocks."""
+    if _too_large(problems):
+        return _removal_costs(problems, _prior(shrinkage)).argsort(descending=True, stable=True)
+    H, C, groups = _joint(problems, _prior(shrinkage))
+    return greedy(H, C, len(groups), groups=groups).order.cpu()
+
+
+def _prior(shrinkage: float | str) -> float:
+    return PRIOR_SHRINKAGE if shrinkage == "auto" else min(float(shrinkage), 1e6)
+
+
+def _too_large(problems: Sequence[Problem]) -> bool:
+    return sum(len(problem.W) for problem in problems) > _JOINTLY
+
+
+def _joint(problems: Sequence[Problem], shrinkage: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One selection problem `H`, `C`, `groups` of all blocks."""
+    parts = [_weighed(problem, problems, shrinkage) for problem in problems]
+    outputs = max(C.shape[1] for _, C in parts)
+    groups, start = [], 0
+    for problem in problems:
+        groups.append(problem.groups.cpu() + start)
+        start += len(problem.W)
+    H = torch.block_diag(*(H for H, _ in parts))
+    return H, torch.cat([pad(C, (0, outputs - C.shape[1])) for _, C in parts]), torch.cat(groups, 1)
 
 
 def _weighed(problem: Problem, problems: Sequence[Problem], shrinkage: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,9 +117,17 @@ def _weighed(problem: Problem, problems: Sequence[Problem], shrinkage: float) ->
     return H.to(device), C.to(device)
 
 
-def _removal_costs(H: torch.Tensor, C: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """`(units,)` float64: what removing each unit alone takes from `F`, `tr(V_g' P_gg^-1 V_g)` with `P = H^-1`."""
-    factor, scale, _ = factorise(H)
-    P = torch.cholesky_inverse(factor)
-    V = torch.cholesky_solve(C.double() * scale[:, None], factor)[groups]
-    return (V * torch.linalg.solve(P[groups[:, :, None], groups[:, None]], V)).sum((1, 2)).cpu()
+def _removal_costs(problems: Sequence[Problem], shrinkage: float) -> torch.Tensor:
+    """`(units,)` float64: what removing each unit alone takes from the objective.
+
+    In one block it is `tr(V_g' P_gg^-1 V_g)` with `P = H^-1` and `V = P C`.
+    """
+    costs = torch.zeros(len(problems[0].groups), dtype=torch.float64)
+    for problem in problems:
+        H, C = _weighed(problem, problems, shrinkage)
+        groups = problem.groups.to(H.device)
+        factor, scale, _ = factorise(H)
+        P = torch.cholesky_inverse(factor)
+        V = torch.cholesky_solve(C.double() * scale[:, None], factor)[groups]
+        costs += (V * torch.linalg.solve(P[groups[:, :, None], groups[:, None]], V)).sum((1, 2)).cpu()
+    return costs
