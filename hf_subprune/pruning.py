@@ -153,8 +153,8 @@ class Calibrated:
         model: PreTrainedModel,
         data: Any,
         configs: Sequence[PruneConfig],
-        processing_class: Any,
-        evaluation: Callable[[PreTrainedModel], float] | None,
+        processing_class: Any = None,
+        evaluation: Callable[[PreTrainedModel], float] | None = None,
     ):
         self.model, self.evaluation = model, evaluation
         self.clock = _Clock()
@@ -230,7 +230,7 @@ class Calibrated:
                 blocks, problems = [one for one, _ in together], [problem for _, problem in together]
                 with self.clock("curves"):
                     order = None if block.tie is None else order_together(problems, config.shrinkage)
-                    curves = [
+                    found = [
                         loss_curve(
                             problem.folds,
                             problem.W,
@@ -246,10 +246,10 @@ class Calibrated:
                 with self.clock("propagation"):
                     names = [one.name for one in blocks]
                     if self.evaluation is not None:
-                        points |= dict.fromkeys(names, propagation.points(blocks, curves))
+                        points |= dict.fromkeys(names, propagation.points(blocks, found))
                     elif block.name in measured:
-                        factors |= dict.fromkeys(names, propagation.factor(blocks, curves))
-                    for name, curve in zip(names, curves, strict=True):
+                        factors |= dict.fromkeys(names, propagation.factor(blocks, found))
+                    for name, curve in zip(names, found, strict=True):
                         curve.trials.clear()
                         self.curves[name] = curve
                 del together, problems

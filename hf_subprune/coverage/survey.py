@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..blocks import Block, Discovery
+from ..blocks import Block, Discovery, by_tie
 from ..layout import choose_layout
 from ..probe import discover
 from ..probe_inputs import probe_inputs
@@ -183,6 +183,11 @@ def half(block: Block, seed: int) -> torch.Tensor:
     return torch.randperm(block.units, generator=random)[:count].sort().values
 
 
+def _halves(blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
+    """Units to keep, by block: tied blocks keep the same ones."""
+    return {block.name: half(block, seed) for seed, tie in enumerate(by_tie(blocks)) for block in tie}
+
+
 def shrunk_difference(model: PreTrainedModel, blocks: Sequence[Block], inputs: Mapping[str, Any]) -> float:
     """Largest relative difference of outputs between `model` shrunk and with the removed units' weights at zero.
 
@@ -190,10 +195,11 @@ def shrunk_difference(model: PreTrainedModel, blocks: Sequence[Block], inputs: M
     units are removed. An output is compared in units of its largest entry; a shrunk model that fails gives infinity.
     """
     zeroed = copy.deepcopy(model)
-    for seed, block in enumerate(blocks):
-        _zero_removed(zeroed, block, half(block, seed))
+    kept = _halves(blocks)
+    for block in blocks:
+        _zero_removed(zeroed, block, kept[block.name])
     expected = outputs(zeroed, inputs)
-    edits = [shrink(model, block, half(block, seed)) for seed, block in enumerate(blocks)]
+    edits = [shrink(model, block, kept[block.name]) for block in blocks]
     try:
         return relative_difference(expected, outputs(model, inputs))
     except Exception:  # whatever a forward raises when shapes do not fit
@@ -238,8 +244,9 @@ def relative_difference(expected: Sequence[torch.Tensor], found: Sequence[torch.
 
 def _stored(model: PreTrainedModel, discovery: Discovery, inputs: Mapping[str, Any]) -> dict[str, str]:
     """Shrink all blocks, save, reload and compare."""
-    for seed, block in enumerate(discovery.blocks):
-        shrink(model, block, half(block, seed))
+    kept = _halves(discovery.blocks)
+    for block in discovery.blocks:
+        shrink(model, block, kept[block.name])
     try:
         layout = choose_layout(model, "ragged", inputs=inputs)
     except Exception as error:
