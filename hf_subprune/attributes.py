@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -39,7 +40,8 @@ def settle(
         The blocks that shrink exactly, with their attributes, and the others with the reason.
     """
     order = {block.name: i for i, block in enumerate(blocks)}
-    kept = {block.name: _half(block, i) for i, group in enumerate(by_tie(blocks)) for block in group}
+    number = _numbers(blocks)
+    kept = {block.name: _half(block, i, number[block.name]) for i, tie in enumerate(by_tie(blocks)) for block in tie}
     settled: dict[tuple, list[tuple[str, str]] | EquivalenceError] = {}
     exact: list[Block] = []
     inexact: list[tuple[Block, str]] = []
@@ -54,13 +56,16 @@ def settle(
             exact += [replace(block, attributes=_attributes(model, block, names)) for block in group]
     exact.sort(key=lambda block: order[block.name])
     # As a rule one check of all blocks at once. If it fails, each is checked alone, and those that pass once more.
-    if exact and _failure(model, exact, kept, inputs) is not None:
+    checks = [exact]
+    if any(block.units < 4 for block in exact):
+        # A single unit left of a few fits several by broadcasting: leave every other block whole.
+        checks.append([block for block in exact if number[block.name] % 2])
+    if any(_failure(model, some, kept, inputs) is not None for some in checks if some):
         alone = [(group, _failure(model, group, kept, inputs)) for group in by_tie(exact)]
-        exact = [block for group, error in alone if error is None for block in group]
-        failed = [(block, error.reason) for group, error in alone if error is not None for block in group]
-        tied = _tied(model, [block for block, _ in failed], kept, inputs)
-        inexact += [(block, reason) for block, reason in failed if block.name not in {one.name for one in tied}]
-        exact = sorted([*exact, *tied], key=lambda block: order[block.name])
+        failed = {block.name: error.reason for group, error in alone if error is not None for block in group}
+        tied = _tied(model, exact, failed, kept, inputs)
+        inexact += [(block, failed[block.name]) for block in exact if block.name in failed.keys() - tied.keys()]
+        exact = [tied.get(block.name, block) for block in exact if block.name in tied or block.name not in failed]
         while exact and (error := _failure(model, exact, kept, inputs)) is not None:
             culprit = next(group for group in by_tie(exact) if error.block in {block.name for block in group})
             inexact += [(block, error.reason) for block in culprit]
@@ -69,24 +74,39 @@ def settle(
 
 
 def _tied(
-    model: nn.Module, failed: list[Block], kept: dict[str, torch.Tensor], inputs: Mapping[str, Any]
-) -> list[Block]:
-    """Those of the blocks that shrink exactly when all like them keep the same units; `kept` follows.
+    model: nn.Module,
+    blocks: list[Block],
+    failed: Collection[str],
+    kept: dict[str, torch.Tensor],
+    inputs: Mapping[str, Any],
+) -> dict[str, Block]:
+    """By name, blocks some of which fail alone but that shrink exactly when all keep the same units; `kept` follows.
 
     Each of them shrinks exactly up to its own consumer; it is what the first of them hands on to the others that has
     as many units as it.
     """
     groups: dict[tuple, list[Block]] = {}
-    for block in failed:
+    for block in blocks:
         if block.tie is None:
             groups.setdefault(alike(block), []).append(block)
-    exact: list[Block] = []
+    exact: dict[str, Block] = {}
     for group in groups.values():
-        tied, same = tied_together(group), {block.name: kept[group[0].name] for block in group}
-        if len(group) > 1 and _failure(model, tied, same, inputs) is None:
-            kept.update(same)
-            exact += tied
+        if len(group) > 1 and any(block.name in failed for block in group):
+            tied, same = tied_together(group), {block.name: kept[group[0].name] for block in group}
+            if _failure(model, tied, same, inputs) is None:
+                kept.update(same)
+                exact |= {block.name: block for block in tied}
     return exact
+
+
+def _numbers(blocks: list[Block]) -> dict[str, int]:
+    """By name, how many blocks like it come before each block; a tie counts as one."""
+    numbers: dict[str, int] = {}
+    seen: Counter[tuple] = Counter()
+    for tie in by_tie(blocks):
+        numbers |= {block.name: seen[alike(tie[0])] for block in tie}
+        seen[alike(tie[0])] += 1
+    return numbers
 
 
 def _failure(
@@ -103,10 +123,10 @@ def _failure(
     return None
 
 
-def _half(block: Block, seed: int) -> torch.Tensor:
-    """About half of the units, a different number in neighbouring blocks."""
+def _half(block: Block, seed: int, number: int) -> torch.Tensor:
+    """About half of the units, as many as `number` is even or odd: blocks of one class keep different numbers."""
     random = torch.Generator().manual_seed(seed)
-    count = max(1, min(block.units - 1, block.units // 2 + seed // 2 % 2))
+    count = max(1, min(block.units - 1, block.units // 2 + number % 2))
     return torch.randperm(block.units, generator=random)[:count].sort().values
 
 
