@@ -1,8 +1,8 @@
 """Prune a model in steps between which it trains: masks at full size, surgery once at the end."""
 
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -12,18 +12,21 @@ from accelerate.utils import broadcast
 from torch import nn
 from transformers import PreTrainedModel
 
-from .blocks import Block
+from .advance import plan
+from .blocks import Block, by_tie
 from .collection import BlockMoments, collect, consumer_weight
 from .config import PruneConfig
 from .evaluation import drift, model_outputs
 from .layout import choose_layout
 from .masking import Mask, MaskEdit
 from .moments import restrict
-from .pruning import _measure, _peak_memory, _Run
+from .pruning import Calibrated, _measure, _peak_memory
 from .report import BlockReport, Change, PruneReport
 from .reweighting import relative_error
 from .solver import solve_block
 from .surgery import kept_columns, shrink
+from .tied import Problem, choose_together
+from .tied import Problem, choose_together
 from .verification import undisturbed, verify
 
 
@@ -53,11 +56,11 @@ class GradualPruning:
     ) -> None:
         self.model, self.config = model, config
         with undisturbed(model):
-            self._run = _Run(model, data, [config], processing_class, None)
-            self._run.stored = None  # training makes these moments out of date
-            self.blocks, self.calibration = self._run.blocks, self._run.calibration
+            self._calibrated = Calibrated(model, data, [config], processing_class)
+            self._calibrated.stored = None  # training makes these moments out of date
+            self.blocks, self.calibration = self._calibrated.blocks, self._calibrated.calibration
             if progress is None:
-                self.targets = self._run._widths(config, self._run.targets[0])
+                self.targets = self._calibrated._widths(config, self._calibrated.targets[0])
         self.kept = {b.name: torch.arange(b.units) for b in self.blocks}
         self.drift: dict[str, float] = {}
         self._solutions: dict[str, dict[str, Any]] = {}
@@ -94,32 +97,70 @@ class GradualPruning:
             stays that of an earlier step.
         """
         start = time.perf_counter()
+        widths = {b.name: self._width(b, removed) for b in self.blocks}
+        shrinking = [b for b in self.blocks if widths[b.name] < len(self.kept[b.name])]
+        if not shrinking:
+            return False
         edits: dict[str, MaskEdit] = {}
-
-        def undo() -> None:
-            for edit in reversed(edits.values()):
-                edit.undo()
-
+        solutions: dict[str, dict[str, Any]] = {}
         with undisturbed(self.model), ExitStack() as on_failure:
-            on_failure.callback(undo)
+            on_failure.callback(_undo, edits)
             reference = model_outputs(self.model, self.calibration.held_out)
-            if self._run.metrics:
-                self._run.metrics = self._run._sensitivities(self.config)
-            solutions = {}
-            for block, moments in collect(self.model, self._run.plan, self.calibration, self.config.variant, edits):
-                target = self.targets[block.name]
-                width = target + round((block.units - target) * (1 - removed))
-                if width < len(self.kept[block.name]):
-                    edits[block.name], solutions[block.name] = self._prune(block, moments, width)
+            if self._calibrated.metrics:
+                self._calibrated.metrics = self._calibrated._sensitivities(self.config)
+            for tie in by_tie(b for b in shrinking if b.tie):
+                with __taken_back(edits):
+                    moments = list(self._moments(tie, "layer", {}))
+                width = widths[tie[0].name]
+                chosen = choose_together([self._problem(*pair) for pair in moments], width, **self._selection())
+                for block, own in moments:
+                    edits[block.name], solutions[block.name] = self._prune(block, own, width, chosen)
+            alone = [b for b in shrinking if b.tie is None]
+            with __taken_back(edits) if self.config.variant == "layer" else nullcontext():
+                for block, own in self._moments(alone, self.config.variant, edits):
+                    edits[block.name], solutions[block.name] = self._prune(block, own, widths[block.name])
             change = drift(self.model, self.calibration.held_out, reference)
             on_failure.pop_all()
         self.kept.update({name: edit.kept for name, edit in edits.items()})
         self._solutions.update(solutions)
+        self.drift = change.to_dict()
+        self._masks = self._make_masks()
         self._seconds += time.perf_counter() - start
-        if edits:
-            self.drift = change.to_dict()
-            self._masks = self._make_masks()
-        return bool(edits)
+        return True
+
+    def _visits(
+        self, removed: float, edits: dict[str, MaskEdit]
+    ) -> Iterator[tuple[Block, BlockMoments, int, tuple[torch.Tensor, str] | None]]:
+        """The blocks to mask further, their new widths, and for tied ones the units among those that are present."""
+        narrower = {}
+        for block in self._run.candidates:
+            target = self.targets[block.name]
+            width = target + round((block.units - target) * (1 - removed))
+            if width < len(self.kept[block.name]):
+                narrower[block] = width
+        for tie in by_tie(block for block in narrower if block.tie):
+            with _taken_back(edits):
+                steps = collect(self.model, self._plan(tie), self.calibration, "layer", {})
+                found = [(block, moments) for block, moments in steps]
+            width = narrower[tie[0]]
+            chosen = choose_together(
+                [self._problem(block, moments) for block, moments in found],
+                width,
+                shrinkage=self.config.shrinkage,
+                importance=self.config.importance,
+                method=self.config.method,
+                swaps=None if self.config.swaps < 0 else self.config.swaps,
+                generator=torch.Generator().manual_seed(self.config.seed),
+            )
+            for block, moments in found:
+                yield block, moments, width, chosen
+        alone = [block for block in narrower if block.tie is None]
+        with _taken_back(edits) if self.config.variant == "layer" else nullcontext():
+            for block, moments in collect(self.model, self._plan(alone), self.calibration, self.config.variant, edits):
+                yield block, moments, narrower[block], None
+
+    def _plan(self, blocks: Sequence[Block]) -> Plan:
+        return plan(self.model, blocks, self.calibration.probe)
 
     def finish(self) -> PruneReport:
         """Remove the masked units for good.
@@ -144,14 +185,14 @@ class GradualPruning:
             on_failure.callback(layout.undo)
             after = _measure(self.model, self.calibration)
             on_failure.pop_all()
-        before, target = self._run.before, self._run.targets[0]
-        allocation = self._run._allocation(self.config, target, self.targets, after["latency"])
+        before, target = self._calibrated.before, self._calibrated.targets[0]
+        allocation = self._calibrated._allocation(self.config, target, self.targets, after["latency"])
         return PruneReport(
             model=getattr(self.model, "name_or_path", "") or "",
             architecture=type(self.model).__name__,
             config=self.config.to_dict(),
             blocks=tuple(map(self._report, self.blocks)),
-            refusals=self._run.found.refusals,
+            refusals=self._calibrated.found.refusals,
             layout=layout.kind,
             layout_reason=layout.reason,
             parameters=Change(before["parameters"], after["parameters"]),
@@ -191,38 +232,68 @@ class GradualPruning:
     def _make_masks(self) -> list[Mask]:
         return [Mask(self.model, b, self.kept[b.name]) for b in self.blocks if len(self.kept[b.name]) < b.units]
 
-    def _prune(self, block: Block, moments: BlockMoments, width: int) -> tuple[MaskEdit, dict[str, Any]]:
-        """Choose `width` of the block's present units, and write the consumer's weights on them."""
+    def _width(self, block: Block, removed: float) -> int:
+        target = self.targets[block.name]
+        return target + round((block.units - target) * (1 - removed))
+
+    def _moments(
+        self, blocks: Sequence[Block], variant: str, edits: Mapping[str, MaskEdit]
+    ) -> Iterator[tuple[Block, BlockMoments]]:
+        return collect(self.model, plan(self.model, blocks, self.calibration.probe), self.calibration, variant, edits)
+
+    def _selection(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "shrinkage": config.shrinkage,
+            "importance": config.importance,
+            "method": config.method,
+            "swaps": None if config.swaps < 0 else config.swaps,
+            "generator": torch.Generator().manual_seed(config.seed),
+        }
+
+    def _problem(self, block: Block, moments: BlockMoments) -> Problem:
+        """What there is to choose from: the block's units that are not masked."""
+        W = consumer_weight(self.model.get_submodule(block.consumer))
+        columns = kept_columns(block, self.kept[block.name])
+        position = torch.full((len(W),), -1)
+        position[columns] = torch.arange(len(columns))
+        return Problem(
+            [restrict(fold.moments(W), columns) for fold in moments.folds if fold.rows],
+            W[columns.to(W.device)],
+            position[block.columns[self.kept[block.name]]].to(W.device),
+            self._calibrated.metrics.get(block.name),
+        )
+
+    def _prune(
+        self, block: Block, moments: BlockMoments, width: int, chosen: tuple[torch.Tensor, str] | None = None
+    ) -> tuple[MaskEdit, dict[str, Any]]:
+        """Choose `width` of the block's present units, unless its tie has, and write the weights that read them."""
         start = time.perf_counter()
         consumer: Any = self.model.get_submodule(block.consumer)
-        W = consumer_weight(consumer)
-        present = self.kept[block.name]
-        columns = kept_columns(block, present)
-        position = torch.full((W.shape[0],), -1)
-        position[columns] = torch.arange(len(columns))
-        W_present = W[columns.to(W.device)]
+        W, present = consumer_weight(consumer), self.kept[block.name]
+        problem = self._problem(block, moments)
         solution = solve_block(
-            [restrict(fold.moments(W), columns) for fold in moments.folds if fold.rows],
+            problem.folds,
             None,
-            W_present,
-            position[block.columns[present]].to(W.device),
+            problem.W,
+            problem.groups,
             width,
-            shrinkage=self.config.shrinkage,
-            importance=self.config.importance,
-            method=self.config.method,
-            swaps=None if self.config.swaps < 0 else self.config.swaps,
             reweight_kept=self.config.reweight,
+            output_metric=problem.output_metric,
             certificates=False,
-            output_metric=self._run.metrics.get(block.name),
-            generator=torch.Generator().manual_seed(self.config.seed),
+            chosen=chosen,
+            **self._selection(),
         )
         held_out = relative_error(
-            restrict(moments.held_out.moments(W), columns), solution.kept_columns, solution.V, solution.bias_shift
+            restrict(moments.held_out.moments(W), kept_columns(block, present)),
+            solution.kept_columns,
+            solution.V,
+            solution.bias_shift,
         )
         # Every process trains the same units, although sums over the same data may differ in the last bit.
-        chosen, V, shift = broadcast((solution.kept_units.to(W.device), solution.V, solution.bias_shift))
+        units, V, shift = broadcast((solution.kept_units.to(W.device), solution.V, solution.bias_shift))
         bias = None if consumer.bias is None else consumer.bias.detach() + shift.to(consumer.bias)
-        edit = MaskEdit(self.model, block, present[chosen.cpu()], V, bias)
+        edit = MaskEdit(self.model, block, present[units.cpu()], V, bias)
         return edit, {
             "fitted_error": solution.fitted_error,
             "held_out_error": held_out,
@@ -252,3 +323,20 @@ class GradualPruning:
             kept_columns=tuple(kept_columns(block, kept).tolist()),
             **self._solutions.get(block.name, whole),
         )
+
+
+def _undo(edits: Mapping[str, MaskEdit]) -> None:
+    for edit in reversed(edits.values()):  # type: ignore[call-overload]
+        edit.undo()
+
+
+@contextmanager
+def _taken_back(edits: Mapping[str, MaskEdit]) -> Iterator[None]:
+    """The model as it was before the step, as far as the edits made until now go."""
+    made = dict(edits)
+    _undo(made)
+    try:
+        yield
+    finally:
+        for edit in made.values():
+            edit.redo()

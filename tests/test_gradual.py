@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny import tiny
 
+from hf_subprune.blocks import by_tie
+from hf_subprune.calibration import prepare
 from hf_subprune.config import PruneConfig
 from hf_subprune.gradual import GradualPruning
 from hf_subprune.masking import Mask, MaskEdit
@@ -105,6 +107,21 @@ def test_kept_units_are_nested_from_step_to_step():
     gradual.step(0.9)
     for name, kept in gradual.kept.items():
         assert set(kept.tolist()) <= first[name]
+
+
+def test_tied_blocks_keep_the_same_units_all_along():
+    model, gradual = started("t5")
+    tied = [group for group in by_tie(gradual.blocks) if len(group) > 1]
+    assert tied
+    for removed in (0.6, 1.0):
+        gradual.step(removed)
+        for first, *others in tied:
+            assert len(gradual.kept[first.name]) < first.units
+            assert all(torch.equal(gradual.kept[first.name], gradual.kept[b.name]) for b in others)
+    batch = prepare(model, batches(model), CONFIG).fit[0]
+    masked = outputs(model, batch)
+    gradual.finish()
+    assert torch.allclose(outputs(model, batch), masked, atol=1e-5 * float(masked.abs().max()))
 
 
 def test_one_step_to_the_end_selects_and_weighs_as_prune_does():
