@@ -26,7 +26,6 @@ from .reweighting import relative_error
 from .solver import solve_block
 from .surgery import kept_columns, shrink
 from .tied import Problem, choose_together
-from .tied import Problem, choose_together
 from .verification import undisturbed, verify
 
 
@@ -109,14 +108,14 @@ class GradualPruning:
             if self._calibrated.metrics:
                 self._calibrated.metrics = self._calibrated._sensitivities(self.config)
             for tie in by_tie(b for b in shrinking if b.tie):
-                with __taken_back(edits):
+                with _taken_back(edits):
                     moments = list(self._moments(tie, "layer", {}))
                 width = widths[tie[0].name]
                 chosen = choose_together([self._problem(*pair) for pair in moments], width, **self._selection())
                 for block, own in moments:
                     edits[block.name], solutions[block.name] = self._prune(block, own, width, chosen)
             alone = [b for b in shrinking if b.tie is None]
-            with __taken_back(edits) if self.config.variant == "layer" else nullcontext():
+            with _taken_back(edits) if self.config.variant == "layer" else nullcontext():
                 for block, own in self._moments(alone, self.config.variant, edits):
                     edits[block.name], solutions[block.name] = self._prune(block, own, widths[block.name])
             change = drift(self.model, self.calibration.held_out, reference)
@@ -127,40 +126,6 @@ class GradualPruning:
         self._masks = self._make_masks()
         self._seconds += time.perf_counter() - start
         return True
-
-    def _visits(
-        self, removed: float, edits: dict[str, MaskEdit]
-    ) -> Iterator[tuple[Block, BlockMoments, int, tuple[torch.Tensor, str] | None]]:
-        """The blocks to mask further, their new widths, and for tied ones the units among those that are present."""
-        narrower = {}
-        for block in self._run.candidates:
-            target = self.targets[block.name]
-            width = target + round((block.units - target) * (1 - removed))
-            if width < len(self.kept[block.name]):
-                narrower[block] = width
-        for tie in by_tie(block for block in narrower if block.tie):
-            with _taken_back(edits):
-                steps = collect(self.model, self._plan(tie), self.calibration, "layer", {})
-                found = [(block, moments) for block, moments in steps]
-            width = narrower[tie[0]]
-            chosen = choose_together(
-                [self._problem(block, moments) for block, moments in found],
-                width,
-                shrinkage=self.config.shrinkage,
-                importance=self.config.importance,
-                method=self.config.method,
-                swaps=None if self.config.swaps < 0 else self.config.swaps,
-                generator=torch.Generator().manual_seed(self.config.seed),
-            )
-            for block, moments in found:
-                yield block, moments, width, chosen
-        alone = [block for block in narrower if block.tie is None]
-        with _taken_back(edits) if self.config.variant == "layer" else nullcontext():
-            for block, moments in collect(self.model, self._plan(alone), self.calibration, self.config.variant, edits):
-                yield block, moments, narrower[block], None
-
-    def _plan(self, blocks: Sequence[Block]) -> Plan:
-        return plan(self.model, blocks, self.calibration.probe)
 
     def finish(self) -> PruneReport:
         """Remove the masked units for good.
