@@ -46,20 +46,28 @@ def check(moments, model, block, B, Y=None):
     assert found.t == pytest.approx(float(Y.square().sum()), rel=1e-4)
 
 
-def run(model, calibration, segments, variant, inspect):
-    """Collect, let `inspect` look at each block, and shrink it with weights that change the blocks behind it."""
+def changed(model, block):
+    """Half of a block, with weights that change the blocks behind it."""
+    kept = torch.arange(max(1, block.units // 2))
+    W = consumer_weight(model.get_submodule(block.consumer))
+    return shrink(model, block, kept, weight=1.5 * W[block.columns[kept].flatten().sort().values])
+
+
+def run(model, calibration, blocks, variant, inspect):
+    """Collect, let `inspect` look at each block, and change it; tied blocks are changed before where streams run."""
     edits = {}
-    for block, moments in collect(model, segments, calibration, variant, edits):
+    if variant != "layer":
+        edits = {block.name: changed(model, block) for block in blocks if block.tie}
+        blocks = [block for block in blocks if not block.tie]
+    for block, moments in collect(model, plan(model, blocks, calibration.probe), calibration, variant, edits):
         inspect(block, moments)
-        kept = torch.arange(max(1, block.units // 2))
-        W = consumer_weight(model.get_submodule(block.consumer))
-        edits[block.name] = shrink(model, block, kept, weight=1.5 * W[block.columns[kept].flatten().sort().values])
+        edits[block.name] = changed(model, block)
     return edits
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "albert", "vit"])
 def test_layer_collects_the_original_model_s_moments(family):
-    model, calibration, _blocks, segments = prepared(family)
+    model, calibration, blocks, _ = prepared(family)
     original, *_ = prepared(family)
     found = []
 
@@ -67,25 +75,25 @@ def test_layer_collects_the_original_model_s_moments(family):
         found.append(block.name)
         check(moments, original, block, rows(original, calibration, block.consumer))
 
-    run(model, calibration, segments, "layer", inspect)
-    assert sorted(found) == sorted(b.name for b in _blocks)
+    run(model, calibration, blocks, "layer", inspect)
+    assert sorted(found) == sorted(b.name for b in blocks)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "mpnet"])
 def test_seq_collects_the_moments_of_the_model_as_pruned_so_far(family):
-    model, calibration, _, segments = prepared(family)
+    model, calibration, blocks, _ = prepared(family)
     run(
         model,
         calibration,
-        segments,
+        blocks,
         "seq",
         lambda block, moments: check(moments, model, block, rows(model, calibration, block.consumer)),
     )
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "mpnet"])
 def test_asym_pairs_pruned_inputs_with_original_targets(family):
-    model, calibration, _, segments = prepared(family)
+    model, calibration, blocks, _ = prepared(family)
     original, *_ = prepared(family)
 
     def inspect(block, moments):
@@ -95,7 +103,7 @@ def test_asym_pairs_pruned_inputs_with_original_targets(family):
             Y = Y - consumer.bias.double()
         check(moments, model, block, rows(model, calibration, block.consumer), Y)
 
-    run(model, calibration, segments, "asym", inspect)
+    run(model, calibration, blocks, "asym", inspect)
 
 
 def test_folds_split_the_batches_and_the_held_out_ones_stay_apart():
