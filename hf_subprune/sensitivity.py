@@ -24,8 +24,8 @@ def output_metrics(
 
     For logits `M` is the true Fisher, the expectation over `y` of the model's own distribution of the squared gradient
     of `log p(y | x)`, and `e' M e / 2` the divergence that an error `e` of the consumer's output causes, to second
-    order. The function is the sum over y of `+-sqrt(p(y | x)) log p(y | x)` with random signs and the roots held fixed:
-    it has the same expectation as one `y` drawn, without the rare draws that make up most of it where the model is
+    order. The function is the sum over y of `+-sqrt(p(y | x)) log p(y | x)`, with random signs and the roots held
+    fixed: it has the same expectation as one `y` drawn, without the rare draws that matter most where the model is
     sure. For hidden states it is the inner product of the output with a standard normal direction: `M` is the
     Gauss-Newton matrix, and `e' M e` the squared error of the output. Either is summed over the output's tokens and
     averaged over those of the consumer; padding counts on neither side.

@@ -65,6 +65,43 @@ def quality(
     console.print(table(rows))
 
 
+@bench_app.command()
+def budgets(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id; the demo model when left out.")] = None,
+    data: Annotated[str | None, typer.Option(help="As for `prune`; docstrings when left out.")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="Kept fraction; may be repeated.")] = None,
+    allocations: Annotated[int, typer.Option(help="Random allocations to rank.", min=0)] = 40,
+    samples: Annotated[int, typer.Option(help="Samples to calibrate on.", min=4)] = 128,
+    max_length: Annotated[int, typer.Option(help="Tokens a sample is truncated to.", min=1)] = 128,
+    split: Annotated[str | None, typer.Option(help="Split of the data set.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column to read.")] = None,
+    out: Out = None,
+) -> None:
+    """Drift of each budget at each size, and whether predicted drift ranks random allocations as the actual does."""
+    from transformers.utils import logging
+
+    from ..datafiles import load_data, load_model
+    from ..demo import demo_model_folder, docstrings
+    from .budgets import HELD_OUT, bench_budgets, table
+
+    loaded, processing_class = load_model(str(demo_model_folder()) if model is None else model)
+    texts: Any = docstrings(samples + HELD_OUT) if data is None else load_data(data, split=split, column=column)
+    keeps = keep or [0.7, 0.5, 0.35]
+    with logging.tqdm(total=3 * len(keeps) + allocations, desc="Allocations", disable=None) as bar:
+        rows = bench_budgets(
+            loaded,
+            texts,
+            processing_class,
+            keeps=keeps,
+            allocations=allocations,
+            samples=samples,
+            max_length=max_length,
+            advanced=bar.update,
+        )
+    _save(rows, out, "budgets.json")
+    console.print(table(rows))
+
+
 def _save(rows: list[dict[str, Any]], out: Path | None, name: str) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
