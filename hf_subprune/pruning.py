@@ -214,7 +214,7 @@ class Calibrated:
         propagation = Propagation(self.model, self.calibration, self.evaluation) if curves else None
         measured = {b.name for b in self.candidates} if self.evaluation else measured_blocks(self.candidates)
         waiting: dict[str, list[tuple[Block, Problem]]] = {}
-        last = {tie[-1] for tie in by_tie(self.candidates)}  # in the order of the forward
+        members = {block: len(tie) for tie in by_tie(self.candidates) for block in tie}
         with _progress(len(self.plan.segments), "Calibrating") as bar:
             steps = collect(self.model, self.plan, self.calibration, "layer", {}, bar.update)
             for block, moments in _timed(steps, self.clock, "calibration"):
@@ -224,7 +224,7 @@ class Calibrated:
                     continue
                 together = waiting.setdefault(block.tie or block.name, [])
                 together.append((block, self._problem(block, moments)))
-                if block not in last:
+                if len(together) < members[block]:
                     continue
                 del waiting[block.tie or block.name]
                 blocks, problems = [one for one, _ in together], [problem for _, problem in together]
@@ -369,6 +369,7 @@ class Calibrated:
                 solutions[block.name], edits[block.name] = self._prune_block(block, own, width, config, chosen)
 
     def _problem(self, block: Block, moments: BlockMoments) -> Problem:
+        """What selection and reweighting need of one block."""
         W = consumer_weight(self.model.get_submodule(block.consumer))
         folds = [fold.moments(W) for fold in moments.folds if fold.rows]
         return Problem(folds, W, block.columns, self.metrics.get(block.name))
@@ -384,23 +385,24 @@ class Calibrated:
         """Select (unless units were chosen for all blocks of a tie), reweight and shrink one block."""
         start = time.perf_counter()
         consumer: Any = self.model.get_submodule(block.consumer)
-        W = consumer_weight(consumer)
+        problem = self._problem(block, moments)
         solution: BlockSolution = solve_block(
-            [fold.moments(W) for fold in moments.folds if fold.rows],
+            problem.folds,
             None,
-            W,
-            block.columns,
+            problem.W,
+            problem.groups,
             width,
             shrinkage=config.shrinkage,
             importance=config.importance,
             method=config.method,
             swaps=None if config.swaps < 0 else config.swaps,
             reweight_kept=config.reweight,
-            output_metric=self.metrics.get(block.name),
+            output_metric=problem.output_metric,
             generator=torch.Generator().manual_seed(config.seed),
             chosen=chosen,
         )
-        error = relative_error(moments.held_out.moments(W), solution.kept_columns, solution.V, solution.bias_shift)
+        held_out = moments.held_out.moments(problem.W)
+        error = relative_error(held_out, solution.kept_columns, solution.V, solution.bias_shift)
         bias = None if consumer.bias is None else consumer.bias.detach() + solution.bias_shift.to(consumer.bias)
         edit = shrink(self.model, block, solution.kept_units, weight=solution.V, bias=bias)
         return BlockReport(
