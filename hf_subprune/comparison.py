@@ -1,13 +1,12 @@
 """Compare a pruned model with the original on the same samples."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from .calibration import Batch, prepare
+from .calibration import prepare
 from .config import PruneConfig
 from .evaluation import Drift, count_macs, count_parameters, drift, iter_outputs, measure_latency
 from .report import Change, change_row
@@ -69,18 +68,11 @@ def compare(
         TypeError, ValueError: as `calibration.prepare`.
     """
     batches = prepare(original, data, config, processing_class).fit
-    first = _change(count_macs, original, pruned, batches[0])
     before, after = measure_latency(original, batches[0]), measure_latency(pruned, batches[0])
     return Comparison(
         parameters=Change(count_parameters(original), count_parameters(pruned)),
-        macs=first,
+        macs=Change(count_macs(original, batches[0]), count_macs(pruned, batches[0])),
         latency=Change(before.seconds, after.seconds),
         measured_on=after.measured_on,
         drift=drift(pruned, batches, iter_outputs(original, batches)),
     )
-
-
-def _change(
-    measure: Callable[[PreTrainedModel, Batch], float], original: PreTrainedModel, pruned: PreTrainedModel, batch: Batch
-) -> Change:
-    return Change(measure(original, batch), measure(pruned, batch))

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import sysconfig
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,7 @@ def run_demo(out: Path | None = None) -> Group:
     folder = demo_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = docstrings(_FITTED + _HELD_OUT)
-    settings = {"keep": {"mlp": 0.5}, "samples": _FITTED, "held_out": _HELD_OUT}
-    baseline = {"importance": "wanda", "reweight": False}
+    config = PruneConfig(keep={"mlp": 0.5}, samples=_FITTED, held_out=_HELD_OUT)
 
     original = _encoder(folder)
     unseen = prepare(
@@ -111,8 +111,8 @@ def run_demo(out: Path | None = None) -> Group:
     ).fit
     reference = embed(original, unseen)
     del original
-    model, report = _pruned(folder, texts, tokenizer, PruneConfig(**settings))
-    plain, plain_report = _pruned(folder, texts, tokenizer, PruneConfig(**settings, **baseline))
+    model, report = _pruned(folder, texts, tokenizer, config)
+    plain, plain_report = _pruned(folder, texts, tokenizer, replace(config, importance="wanda", reweight=False))
 
     table = Table(title="all-MiniLM-L6-v2, half of the MLP neurons removed", title_justify="left")
     for name in ("", "original", "greedy, new weights", "weight x activation, old weights"):

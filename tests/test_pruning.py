@@ -234,7 +234,7 @@ def test_models_that_cannot_be_pruned_are_refused():
         prune(meta, [])
     quantized = tiny("bert")
     quantized.is_quantized, quantized.quantization_method = True, "fp8"
-    with pytest.raises(ValueError, match="quantized.*fp8"):
+    with pytest.raises(ValueError, match=r"quantized.*fp8"):
         prune(quantized, [])
 
 
