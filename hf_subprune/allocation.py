@@ -164,6 +164,7 @@ class Propagation:
                 self.batches.append(unseen[index])
                 self._reference += model_outputs(model, self.batches[-1:])
                 rows += len(self._reference[-1].rows)
+        self._per_sample = has_row_per_sample(self._reference, self.batches)
 
     def measure(self, blocks: Sequence[Block], trials: Sequence[Trial]) -> float:
         """Drift of the model's output, or loss of quality, with one block pruned, or the blocks of one tie."""
@@ -174,7 +175,7 @@ class Propagation:
                 undo.callback(shrink(self.model, block, trial.kept, weight=trial.V, bias=bias).undo)
             if self.evaluation is not None:
                 return max(0.0, self._quality - float(self.evaluation(self.model)))
-            return scalar_drift(drift(self.model, self.batches, self._reference))
+            return scalar_drift(drift(self.model, self.batches, self._reference), self._per_sample)
 
     def factor(self, blocks: Sequence[Block], curves: Sequence[LossCurve]) -> float:
         """Measured over predicted drift, the geometric mean over the trials; NaN where either is zero."""
@@ -191,9 +192,18 @@ class Propagation:
         return (*losses, (blocks[0].units, 0.0))
 
 
-def scalar_drift(change: Drift) -> float:
-    """The one figure that budgets minimise: divergence for logits, squared relative error for hidden states."""
-    return change.relative_error**2 if change.kl is None else change.kl
+def scalar_drift(change: Drift, per_sample: bool) -> float:
+    """The one figure that budgets predict: divergence for logits, squared relative error for hidden states.
+
+    Squared relative error, too, for logits of one row per sample: the divergence of a few rows of a classifier that is
+    sure of them is that of the one row that changed sides.
+    """
+    return change.relative_error**2 if change.kl is None or per_sample else change.kl
+
+
+def has_row_per_sample(outputs: Sequence[Outputs], batches: Sequence[Batch]) -> bool:
+    """Whether the model says one thing about each sample, as a classifier does."""
+    return sum(len(o.rows) for o in outputs) == sum(len(next(iter(batch.values()))) for batch in batches)
 
 
 def measured_blocks(blocks: Sequence[Block]) -> set[str]:

@@ -27,7 +27,9 @@ def output_metrics(
     order. The function is the sum over y of `+-sqrt(p(y | x)) log p(y | x)`, with random signs and the roots held
     fixed: it has the same expectation as one `y` drawn, without the rare draws that matter most where the model is
     sure. For hidden states it is the inner product of the output with a standard normal direction: `M` is the
-    Gauss-Newton matrix, and `e' M e` the squared error of the output. Either is summed over the output's tokens and
+    Gauss-Newton matrix, and `e' M e` the squared error of the output. So it is for logits of one row a sample, up to
+    their mean: a classifier that is sure of its samples has next to no curvature, until errors grow past its margins.
+    Either is summed over the output's tokens and
     averaged over those of the consumer; padding counts on neither side.
 
     One forward and one backward a batch and probe. No parameter gets a gradient, and the activations of one batch are
@@ -107,6 +109,8 @@ def _probe(model: PreTrainedModel, batch: Batch, output: Any, generator: torch.G
     rows = (rows if mask is None else rows[mask.to(rows.device)]).float()
     if not torch.isfinite(rows).all():
         return None
+    if kind == "logits" and compared.ndim == 2:
+        rows, kind = rows - rows.mean(1, keepdim=True), "hidden"
     if kind == "hidden":
         return (rows * torch.randn(rows.shape, generator=generator).to(rows)).sum()
     log_p = rows.log_softmax(1)

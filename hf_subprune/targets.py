@@ -1,8 +1,10 @@
 """The size that the user asks for, as a cost of every width of every block and a limit on their sum."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -14,9 +16,10 @@ from .config import PruneConfig, parse_size
 from .evaluation import count_macs, count_parameters, measure_latency
 from .surgery import shrink
 
-# Fractions of the units at which latency is measured, and seconds a measurement takes.
+# Fractions of the units at which latency is measured, seconds a measurement takes, and in how many turns.
 _MEASURED = (0.125, 0.25, 0.5, 0.75)
 _SECONDS = 0.4
+_TURNS = 5
 
 # Bytes of a safetensors file a tensor, besides its values: its name, shape and place in the header.
 _HEADER = 160
@@ -95,7 +98,7 @@ def resolve(model: PreTrainedModel, blocks: Sequence[Block], config: PruneConfig
         costs = {}
         for tie in by_tie(blocks):
             units = tie[0].units
-            with _narrow(model, tie, 1):
+            with narrowed(model, tie, dict.fromkeys([b.name for b in tie], 1)):
                 one = count_macs(model, batch)
             per_unit = (full - one) / (units - 1) / len(tie) if units > 1 else 0.0
             costs |= {block.name: _linear(per_unit, units) for block in tie}
@@ -146,15 +149,6 @@ def _itemsize(tensor: torch.Tensor, dtype: torch.dtype | None) -> int:
     return dtype.itemsize if dtype is not None and tensor.is_floating_point() else tensor.element_size()
 
 
-@contextmanager
-def _narrow(model: PreTrainedModel, blocks: Sequence[Block], width: int) -> Iterator[None]:
-    """The model with the first `width` units of each block, not reweighted, for the time being."""
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.callback(shrink(model, block, list(range(width))).undo)
-        yield
-
-
 def _latencies(
     model: PreTrainedModel, blocks: Sequence[Block], batch: Batch
 ) -> tuple[dict[str, tuple[float, ...]], float, tuple[tuple[str, int, int, float], ...]]:
@@ -162,8 +156,7 @@ def _latencies(
 
     Blocks of one kind and size are narrowed together, which adds up what each saves above the noise, and share it.
     """
-    measure: Callable[[], float] = lambda: measure_latency(model, batch, _SECONDS).seconds  # noqa: E731
-    full = measure()
+    full = measure_latency(model, batch, _SECONDS).seconds
     families: dict[tuple[str, int, int], list[Block]] = {}
     for tie in by_tie(blocks):
         families.setdefault((tie[-1].kind, tie[-1].units, tie[-1].parameters_per_unit), []).extend(tie)
@@ -173,12 +166,36 @@ def _latencies(
         widths = sorted({max(1, round(f * units)) for f in _MEASURED} - {units})
         seconds = []
         for width in widths:
-            with _narrow(model, family, width):
-                seconds.append(measure())
+            seconds.append(
+                full
+                * latency_ratio(
+                    model, batch, partial(narrowed, model, family, dict.fromkeys([b.name for b in family], width))
+                )
+            )
             table.append((kind, width, len(family), seconds[-1]))
         curve = _fit_costs(widths, [(full - s) / len(family) for s in seconds], units)
         costs |= {block.name: curve for block in family}
     return costs, full, tuple(table)
+
+
+def latency_ratio(model: PreTrainedModel, batch: Batch, changed: Callable[[], AbstractContextManager[None]]) -> float:
+    """Latency inside of `changed` over that outside, timed in turns: what else the machine does slows both down."""
+    ratios = []
+    for _ in range(_TURNS):
+        outside = measure_latency(model, batch, _SECONDS / _TURNS).seconds
+        with changed():
+            ratios.append(measure_latency(model, batch, _SECONDS / _TURNS).seconds / outside)
+    return statistics.median(ratios)
+
+
+@contextmanager
+def narrowed(model: PreTrainedModel, blocks: Sequence[Block], widths: Mapping[str, int]) -> Iterator[None]:
+    """The model with the first units of each block, not reweighted, for the time being."""
+    with ExitStack() as stack:
+        for block in blocks:
+            if widths[block.name] < block.units:
+                stack.callback(shrink(model, block, list(range(widths[block.name]))).undo)
+        yield
 
 
 def _fit_costs(widths: Sequence[int], saved: Sequence[float], units: int) -> tuple[float, ...]:

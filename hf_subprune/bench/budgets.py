@@ -9,7 +9,7 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
-from ..allocation import choose_widths, scalar_drift
+from ..allocation import choose_widths, has_row_per_sample, scalar_drift
 from ..blocks import Block
 from ..budgets import interpolate
 from ..collection import consumer_weight
@@ -61,7 +61,7 @@ def bench_budgets(
 
     Returns:
         Rows of `budget` (`"random"` among them), `keep` (asked for), `kept` (reached), `predicted` and `actual` drift:
-        divergence in nats for logits, squared relative error for hidden states; `figures`, the drift in full.
+        as `allocation.scalar_drift` counts it; `figures`, the drift in full.
     """
     base = PruneConfig(
         keep=min(keeps), samples=samples, held_out=held_out, max_length=max_length, layout="ragged", round_to=1
@@ -119,6 +119,7 @@ class _Drifts:
         if calibrated.stored is None:
             raise ValueError("The moments of this model do not fit into memory: bench a smaller one.")
         self._stored = calibrated.stored
+        self._per_sample = has_row_per_sample(calibrated.reference, calibrated.calibration.held_out)
         self._fits: dict[tuple[str, int], Reweighted] = {}
 
     def row(self, widths: Mapping[str, int]) -> dict[str, Any]:
@@ -136,7 +137,12 @@ class _Drifts:
         kept = sum(widths[b.name] * b.parameters_per_unit for b in blocks) / sum(b.parameters for b in blocks)
         losses = self.calibrated.losses
         predicted = sum(interpolate(losses[b.name], [widths[b.name]])[0] for b in blocks)
-        return {"kept": kept, "predicted": predicted, "actual": scalar_drift(change), "figures": change.to_dict()}
+        return {
+            "kept": kept,
+            "predicted": predicted,
+            "actual": scalar_drift(change, self._per_sample),
+            "figures": change.to_dict(),
+        }
 
     def _shrink(self, block: Block, width: int):
         consumer: Any = self.calibrated.model.get_submodule(block.consumer)
