@@ -37,6 +37,10 @@ TRIAL_FRACTIONS = (0.15, 0.35)
 _MEASURED_BLOCKS = 12
 _MEASURED_ROWS = 512
 
+# No block keeps less than this part of what an equal share would be: where others are pruned as far, the errors of a
+# block of a few units are no longer those that were measured on it alone.
+_FLOOR = 0.1
+
 # The automatic rounding of widths: even ones are stored in a stock config and should suit any kernel.
 _EVEN_STEP, _RAGGED_STEP = 64, 8
 
@@ -109,9 +113,12 @@ def _uniform(blocks: Sequence[Block], part: Part, target: Target, config: PruneC
 def _by_loss(
     blocks: Sequence[Block], part: Part, target: Target, config: PruneConfig, losses: Mapping[str, Points]
 ) -> dict[str, int]:
+    full = sum(target.costs[block.name][-1] for block in blocks)
+    share = min(1.0, part.limit / full) if full > 0 else 1.0
     choices = []
     for block in blocks:
-        widths = allowed_widths(block.units, multiple(block, config))
+        least_width = _FLOOR * share * block.units
+        widths = tuple(w for w in allowed_widths(block.units, multiple(block, config)) if w >= least_width)
         costs = target.costs[block.name]
         choices.append(Choices(widths, tuple(costs[w] for w in widths), interpolate(losses[block.name], widths)))
     tied: dict[object, list[int]] = {}

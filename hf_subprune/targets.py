@@ -166,12 +166,8 @@ def _latencies(
         widths = sorted({max(1, round(f * units)) for f in _MEASURED} - {units})
         seconds = []
         for width in widths:
-            seconds.append(
-                full
-                * latency_ratio(
-                    model, batch, partial(narrowed, model, family, dict.fromkeys([b.name for b in family], width))
-                )
-            )
+            fewer = partial(narrowed, model, family, dict.fromkeys([b.name for b in family], width))
+            seconds.append(full * latency_ratio(model, batch, fewer))
             table.append((kind, width, len(family), seconds[-1]))
         curve = _fit_costs(widths, [(full - s) / len(family) for s in seconds], units)
         costs |= {block.name: curve for block in family}
