@@ -1,27 +1,24 @@
 """Gradual against one-shot pruning of a text classifier, at the same size and with the same training steps.
 
-A small BERT learns to tell the topic of paragraphs from the standard library's docstrings: real text that every
-Python carries. The trained classifier is then pruned to half of its MLP neurons and attention heads in two ways, and
-both train on for the same number of steps:
+A small BERT learns to tell which function word is missing from a sentence: of 15 words, with seven tokens on either
+side, from the docstrings of the standard library, real text that every Python carries. The trained classifier then
+trains on for some steps in which half of its MLP neurons and attention heads go, in one of three ways:
 
-- one-shot: `when="begin"`, all units at once, then training;
-- gradual: `when="gradual"`, a cubic schedule over the first part of the training, surgery at the end.
+- before: `when="begin"`, all at once, and the small model trains for all of the steps;
+- after: `when="end"`, the whole model trains for all of the steps, then all at once;
+- gradual: `when="gradual"`, a cubic schedule over the first half of the steps, surgery at the end.
 
     python recipes/gradual_pruning.py                # three seeds, some minutes on two cores
-    python recipes/gradual_pruning.py --seeds 1 --steps 50
+    python recipes/gradual_pruning.py --seeds 1 --steps 50 --original-steps 200
 
 No network, no other data and no pretrained model is needed.
 """
 
 import argparse
-import ast
 import copy
-import hashlib
 import statistics
-import sysconfig
 import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from datasets import Dataset
@@ -30,7 +27,6 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
-    DataCollatorWithPadding,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -40,52 +36,53 @@ from transformers.utils import logging
 
 from hf_subprune.callback import SubpruneCallback
 from hf_subprune.config import PruneConfig
+from hf_subprune.demo import docstrings
 from hf_subprune.schedules import Schedule
 
-TOPICS = {
-    "network": "asyncio email ftplib http imaplib ipaddress mailbox poplib selectors smtplib socket socketserver ssl "
-    "urllib wsgiref xmlrpc",
-    "numbers": "_pydatetime _pydecimal calendar datetime decimal fractions numbers random statistics turtle",
-    "tooling": "ast bdb cProfile dis doctest importlib inspect logging pdb profile pstats pydoc trace traceback "
-    "typing unittest",
-    "files": "_pyio codecs csv encodings fileinput glob gzip lzma os pathlib shutil stat tarfile tempfile zipfile",
-    "parallel": "_threading_local concurrent multiprocessing queue sched subprocess threading",
+WORDS = ["a", "an", "and", "as", "by", "for", "from", "if", "in", "is", "of", "or", "the", "to", "with"]
+CONTEXT = 7  # tokens on either side of the missing word
+PARAGRAPHS = 3000  # of which the last third is to test on
+WAYS = {
+    "before": {"when": "begin"},
+    "after": {"when": "end"},
+    "gradual": {"when": "gradual", "schedule": Schedule("cubic", end=0.5, steps=4)},
 }
-MAX_LENGTH = 32
-# A large part to test on: there is little text, and differences of a per cent are to be seen.
-TEST_FRACTION = 0.4
-
-
-def labelled_paragraphs() -> tuple[list[str], list[int]]:
-    """Distinct paragraphs of docstrings and the index of their topic, in one fixed order that mixes the modules."""
-    root = Path(sysconfig.get_path("stdlib"))
-    found: dict[str, int] = {}
-    for label, modules in enumerate(TOPICS.values()):
-        for module in modules.split():
-            for path in [root / f"{module}.py", *(root / module).rglob("*.py")]:
-                if path.is_file() and not {"test", "tests"} & set(path.relative_to(root).parts):
-                    found.update(dict.fromkeys(paragraphs(path), label))
-    texts = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
-    return texts, [found[text] for text in texts]
-
-
-def paragraphs(path: Path) -> list[str]:
-    """The paragraphs of a module's docstrings, examples left out. The module is parsed, not imported."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, documented))
-    texts = (" ".join(text.split()) for node in nodes for text in (ast.get_docstring(node) or "").split("\n\n"))
-    return [text for text in texts if 40 <= len(text) <= 600 and ">>>" not in text]
 
 
 def make_tokenizer(texts: Sequence[str]) -> BertTokenizerFast:
     """A WordPiece tokenizer trained on the texts."""
     trained = BertWordPieceTokenizer(lowercase=True)
     trained.train_from_iterator(texts, vocab_size=3000, min_frequency=2, show_progress=False)
-    return BertTokenizerFast(tokenizer_object=trained._tokenizer, model_max_length=MAX_LENGTH)
+    return BertTokenizerFast(tokenizer_object=trained._tokenizer)
+
+
+def gaps(texts: Sequence[str], tokenizer: BertTokenizerFast) -> Iterator[dict[str, object]]:
+    """Every place where one of the words stands: the tokens around it, the word masked, and which one it was."""
+    labels = {tokenizer.convert_tokens_to_ids(word): label for label, word in enumerate(WORDS)}
+    pad = [tokenizer.pad_token_id] * CONTEXT
+    for tokens in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        padded = pad + tokens + pad
+        for place, token in enumerate(tokens, CONTEXT):
+            if token in labels:
+                left, right = padded[place - CONTEXT : place], padded[place + 1 : place + 1 + CONTEXT]
+                ids = [tokenizer.cls_token_id, *left, tokenizer.mask_token_id, *right]
+                mask = [int(i != tokenizer.pad_token_id) for i in ids]
+                yield {"input_ids": ids, "attention_mask": mask, "labels": labels[token]}
+
+
+def make_data(paragraphs: int) -> tuple[Dataset, Dataset, BertTokenizerFast]:
+    """Data to train on, data to test on from other paragraphs, and the tokenizer."""
+    texts = docstrings(paragraphs)
+    split = 2 * paragraphs // 3
+    tokenizer = make_tokenizer(texts[:split])
+    training, test = (
+        Dataset.from_list(list(gaps(part, tokenizer))).shuffle(seed=0) for part in (texts[:split], texts[split:])
+    )
+    return training, test, tokenizer
 
 
 def make_classifier(vocabulary: int, seed: int) -> BertForSequenceClassification:
-    """Two layers of four heads and 256 neurons each, at random."""
+    """Two layers of four heads and 128 neurons each, at random."""
     set_seed(seed)
     return BertForSequenceClassification(
         BertConfig(
@@ -93,9 +90,11 @@ def make_classifier(vocabulary: int, seed: int) -> BertForSequenceClassification
             hidden_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
-            intermediate_size=256,
-            max_position_embeddings=MAX_LENGTH,
-            num_labels=len(TOPICS),
+            intermediate_size=128,
+            max_position_embeddings=2 * CONTEXT + 2,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=len(WORDS),
         )
     )
 
@@ -103,7 +102,6 @@ def make_classifier(vocabulary: int, seed: int) -> BertForSequenceClassification
 def train(
     model: BertForSequenceClassification,
     data: Dataset,
-    tokenizer: BertTokenizerFast,
     steps: int,
     learning_rate: float,
     seed: int,
@@ -120,18 +118,11 @@ def train(
             weight_decay=0.01,
             seed=seed,
             save_strategy="no",
+            logging_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            logging_strategy="no",
-            use_cpu=True,
         )
-        trainer = Trainer(
-            model,
-            arguments,
-            train_dataset=data,
-            processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer),
-        )
+        trainer = Trainer(model, arguments, train_dataset=data)
         trainer.remove_callback(PrinterCallback)
         if callback is not None:
             callback.attach(trainer)
@@ -139,68 +130,60 @@ def train(
     return model
 
 
-def accuracy(model: BertForSequenceClassification, data: Dataset, tokenizer: BertTokenizerFast) -> float:
-    """Fraction of the samples whose topic the model finds."""
+def accuracy(model: BertForSequenceClassification, data: Dataset) -> float:
+    """Fraction of the gaps whose word the model finds."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, per_device_eval_batch_size=64, report_to=[], disable_tqdm=True, use_cpu=True
-        )
-        trainer = Trainer(
-            model, arguments, processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer)
-        )
-        predicted = trainer.predict(data)
+        arguments = TrainingArguments(folder, per_device_eval_batch_size=128, report_to=[], disable_tqdm=True)
+        predicted = Trainer(model, arguments).predict(data)
     return float((np.argmax(predicted.predictions, axis=-1) == predicted.label_ids).mean())
 
 
-def run(seed: int, steps: int, pretraining_steps: int, config: PruneConfig, limit: int | None) -> dict[str, float]:
-    """Accuracy of the classifier as trained, and pruned in both ways; parameters as a fraction of the original's.
+def run(
+    seed: int, steps: int, original_steps: int, config: PruneConfig, training: Dataset, test: Dataset, vocabulary: int
+) -> dict[str, dict[str, float]]:
+    """Accuracy and parameters of the original, and after `steps` more with each way to prune.
 
     Args:
         seed: Of the weights and of the order of the samples.
-        steps: Training steps of each pruned model.
-        pretraining_steps: Training steps of the classifier that is pruned.
-        config: What to keep; the same for both.
-        limit: Paragraphs to use at most.
+        steps: Training steps that each way has.
+        original_steps: Training steps of the original.
+        config: What to keep, the same for all ways.
+        training: To train and calibrate on.
+        test: To test on.
+        vocabulary: Number of tokens.
     """
-    texts, labels = (values[:limit] for values in labelled_paragraphs())
-    split = int(len(texts) * (1 - TEST_FRACTION))
-    tokenizer = make_tokenizer(texts[:split])
-    data = Dataset.from_dict({**tokenizer(texts, truncation=True), "labels": labels})
-    training, test = data.select(range(split)), data.select(range(split, len(texts)))
-
-    original = train(make_classifier(len(tokenizer), seed), training, tokenizer, pretraining_steps, 1e-3, seed)
-    results = {"original": accuracy(original, test, tokenizer)}
-    for name, callback in (
-        ("one-shot", SubpruneCallback(config, when="begin")),
-        ("gradual", SubpruneCallback(config, when="gradual", schedule=Schedule(steps=5, end=0.5))),
-    ):
-        model = train(copy.deepcopy(original), training, tokenizer, steps, 5e-4, seed, callback)
-        results[name] = accuracy(model, test, tokenizer)
-        results[f"{name} size"] = model.num_parameters() / original.num_parameters()
+    original = train(make_classifier(vocabulary, seed), training, original_steps, 3e-3, seed)
+    results = {"original": {"accuracy": accuracy(original, test), "parameters": original.num_parameters()}}
+    for name, way in WAYS.items():
+        callback = SubpruneCallback(config, **way)
+        model = train(copy.deepcopy(original), training, steps, 1e-3, seed, callback)
+        results[name] = {"accuracy": accuracy(model, test), "parameters": model.num_parameters()}
     return results
 
 
-def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
-    """Run every seed and print a table."""
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, dict[str, float]]]:
+    """Run every seed and print a table of accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--steps", type=int, default=150, help="training steps of each pruned model")
-    parser.add_argument("--pretraining-steps", type=int, default=250, help="training steps of the original")
+    parser.add_argument("--steps", type=int, default=300, help="training steps that each way has")
+    parser.add_argument("--original-steps", type=int, default=1200, help="training steps of the original")
     parser.add_argument("--keep", type=float, default=0.5, help="fraction of neurons and heads to keep")
-    parser.add_argument("--samples", type=int, default=128, help="samples to calibrate on")
-    parser.add_argument("--limit", type=int, default=None, help="paragraphs to use at most")
+    parser.add_argument("--samples", type=int, default=256, help="samples to calibrate on")
+    parser.add_argument("--paragraphs", type=int, default=PARAGRAPHS, help="of text, to train and to test on")
     options = parser.parse_args(arguments)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     config = PruneConfig(keep=options.keep, samples=options.samples, held_out=max(1, options.samples // 4))
+    training, test, tokenizer = make_data(options.paragraphs)
+    print(f"{len(training)} gaps to train on, {len(test)} to test on")
+    print("seed  " + "".join(f"{name:>10}" for name in ("original", *WAYS)))
     results = []
-    print("seed  original  one-shot   gradual   size")
     for seed in range(options.seeds):
-        found = run(seed, options.steps, options.pretraining_steps, config, options.limit)
+        found = run(seed, options.steps, options.original_steps, config, training, test, len(tokenizer))
         results.append(found)
-        accuracies = "".join(f"{found[name]:10.4f}" for name in ("original", "one-shot", "gradual"))
-        print(f"{seed:4d}{accuracies}   {found['gradual size']:.3f}", flush=True)
-    means = (statistics.mean(found[name] for found in results) for name in ("original", "one-shot", "gradual"))
-    print("mean" + "".join(f"{mean:10.4f}" for mean in means))
+        print(f"{seed:<6}" + "".join(f"{row['accuracy']:10.4f}" for row in found.values()), flush=True)
+    means = {name: statistics.mean(found[name]["accuracy"] for found in results) for name in results[0]}
+    print("mean  " + "".join(f"{mean:10.4f}" for mean in means.values()))
     return results
 
 
