@@ -14,12 +14,36 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
+from typer.core import TyperGroup
 
 from .bench.commands import bench_app
 from .config import TARGETS, PruneConfig, field_help
 
+_NUMBER = re.compile(r"\d*\.?\d+")
+
+
+def _repeated(arguments: Sequence[str]) -> list[str]:
+    """`--keep 0.75 0.5` as `--keep 0.75 --keep 0.5`, which is how an option takes several values."""
+    spelled: list[str] = []
+    in_keep = False
+    for argument in arguments:
+        in_keep = argument == "--keep" or (in_keep and _NUMBER.fullmatch(argument) is not None)
+        if in_keep and argument != "--keep" and spelled[-1] != "--keep":
+            spelled.append("--keep")
+        spelled.append(argument)
+    return spelled
+
+
+class _Commands(TyperGroup):
+    """The commands, reading several values behind one `--keep`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _repeated(args))
+
+
 app = typer.Typer(
     name="hf-subprune",
+    cls=_Commands,
     help="Structured pruning of pretrained Transformers from a few hundred unlabeled samples.",
     no_args_is_help=True,
     add_completion=False,
@@ -27,7 +51,6 @@ app = typer.Typer(
 )
 console = Console()
 
-_NUMBER = re.compile(r"\d*\.?\d+")
 app.add_typer(bench_app, name="bench")
 
 Model = Annotated[str, typer.Argument(help="Local folder or Hub id of a model.", metavar="MODEL")]
@@ -284,22 +307,10 @@ def command_line() -> str:
     return shlex.join(["hf-subprune", *sys.argv[1:]])
 
 
-def _repeated(arguments: Sequence[str]) -> list[str]:
-    """`--keep 0.75 0.5` as `--keep 0.75 --keep 0.5`, which is how an option takes several values."""
-    spelled: list[str] = []
-    in_keep = False
-    for argument in arguments:
-        in_keep = argument == "--keep" or (in_keep and _NUMBER.fullmatch(argument) is not None)
-        if in_keep and argument != "--keep" and spelled[-1] != "--keep":
-            spelled.append("--keep")
-        spelled.append(argument)
-    return spelled
-
-
 def main() -> None:
     """Entry point: what the user can mend is one line, without a traceback."""
     try:
-        app(_repeated(sys.argv[1:]))
+        app()
     except (ValueError, TypeError, OSError) as error:
         Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False)
         raise SystemExit(1) from error

@@ -1,12 +1,15 @@
 import copy
+import json
 
 import pytest
 import torch
 from batches import ready_batches
 from tiny import tiny
+from typer.testing import CliRunner
 
-from hf_subprune import PruneConfig, prune
+from hf_subprune import PruneConfig, PruneReport, prune
 from hf_subprune.bench.budgets import bench_budgets, rank_correlation, table
+from hf_subprune.cli import app
 from hf_subprune.evaluation import count_macs
 from hf_subprune.pruning import prune_sizes
 from hf_subprune.report import render
@@ -173,3 +176,18 @@ def test_the_bench_ranks_allocations_and_leaves_the_model_alone():
     assert all(abs(row["kept"] - row["keep"]) < 0.01 for row in rows[3:])
     assert -1 <= rank_correlation(rows) <= 1
     assert "over 6 random" in render(table(rows))
+
+
+def test_the_command_saves_every_size_in_its_own_folder(tmp_path):
+    model = tiny("bert")
+    folder, out, texts = tmp_path / "model", tmp_path / "out", tmp_path / "texts.jsonl"
+    model.save_pretrained(folder)
+    ids = [ids.tolist() for batch in ready_batches(model) for ids in batch["input_ids"]]
+    texts.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    arguments = ["prune", str(folder), "--data", str(texts), "--out", str(out), "--keep", "0.75", "0.5"]
+    done = CliRunner().invoke(app, [*arguments, "--samples", "12", "--held-out", "4", "--layout", "ragged"])
+    assert done.exit_code == 0, done.output
+    sizes = [PruneReport.load(out / name).parameters.after for name in ("keep-0.75", "keep-0.5")]
+    assert sizes[0] > sizes[1]
+    assert "keep-0.75" in done.output
+    assert (out / "sizes.png").is_file()
