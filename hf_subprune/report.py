@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -342,27 +343,27 @@ class PruneReport:
         return table
 
     def block_table(self) -> Table:
-        """One row a block, as a rich table."""
-        table = Table(title="Blocks", title_justify="left")
-        table.add_column("block")
-        table.add_column("kind")
-        for name in ("units", "kept", "error fitted", "held out", "shrinkage", "of the optimum"):
-            table.add_column(name, justify="right")
-        for b in self.blocks:
+        """One row for each block that lost units, as a rich table."""
+        table = Table(title="Blocks", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("block", overflow="fold")
+        for name in ("kept", "fitted", "held out", "shrink", "optimum"):
+            table.add_column(name, justify="right", no_wrap=True)
+        pruned = [b for b in self.blocks if b.units_after < b.units_before]
+        for b in pruned:
             table.add_row(
                 b.name,
-                b.kind,
-                str(b.units_before),
-                str(b.units_after),
+                f"{b.units_after}/{b.units_before}",
                 f"{b.fitted_error:.4f}",
                 f"{b.held_out_error:.4f}",
                 "" if b.shrinkage is None else f"{b.shrinkage:.2g}",
-                "" if b.guarantee is None else f">= {b.guarantee:.1%}",
+                "" if b.guarantee is None else f">={b.guarantee:.1%}",
             )
+        whole = len(self.blocks) - len(pruned)
         table.caption = (
-            "Errors are relative squared errors of the consumer's output. "
-            "Of the optimum: at least this part of what any choice of this size could keep."
-        )
+            "kept: units after and before. fitted, held out: relative squared error of what the units' consumer "
+            "computes, on the rows fitted on and on others. shrink: pull towards the original weights. optimum: the "
+            "units kept capture at least this part of what any choice of as many could."
+        ) + (f" Kept whole: {whole} further blocks." if whole else "")
         table.caption_justify = "left"
         return table
 
