@@ -84,5 +84,5 @@ def test_without_matplotlib_the_page_has_no_plots(tmp_path, monkeypatch):
 def test_a_terminal_sees_every_block():
     text = str(make_report(layers=3))
     assert all(block.name in text for block in make_report(layers=3).blocks)
-    assert ">= 90.0%" in text
+    assert ">=90.0%" in text
     assert ">=" not in str(make_report(blocks=(make_block(guarantee=None),)))
