@@ -18,15 +18,16 @@ import argparse
 import copy
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from datasets import Dataset
-from tokenizers import BertWordPieceTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    BertTokenizerFast,
+    PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -40,6 +41,7 @@ from hf_subprune.demo import docstrings
 from hf_subprune.schedules import Schedule
 
 WORDS = ["a", "an", "and", "as", "by", "for", "from", "if", "in", "is", "of", "or", "the", "to", "with"]
+VOCABULARY = 3000
 CONTEXT = 7  # tokens on either side of the missing word
 PARAGRAPHS = 3000  # of which the last third is to test on
 WAYS = {
@@ -49,14 +51,19 @@ WAYS = {
 }
 
 
-def make_tokenizer(texts: Sequence[str]) -> BertTokenizerFast:
-    """A WordPiece tokenizer trained on the texts."""
-    trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(texts, vocab_size=3000, min_frequency=2, show_progress=False)
-    return BertTokenizerFast(tokenizer_object=trained._tokenizer)
+def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the most frequent words of the texts, the same ones in every run."""
+    normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[MASK]", *(word for word, _ in counts.most_common(VOCABULARY))]
+    words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
+    words.normalizer, words.pre_tokenizer = normalizer, splitter
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", mask_token="[MASK]"
+    )
 
 
-def gaps(texts: Sequence[str], tokenizer: BertTokenizerFast) -> Iterator[dict[str, object]]:
+def gaps(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, object]]:
     """Every place where one of the words stands: the tokens around it, the word masked, and which one it was."""
     labels = {tokenizer.convert_tokens_to_ids(word): label for label, word in enumerate(WORDS)}
     pad = [tokenizer.pad_token_id] * CONTEXT
@@ -70,7 +77,7 @@ def gaps(texts: Sequence[str], tokenizer: BertTokenizerFast) -> Iterator[dict[st
                 yield {"input_ids": ids, "attention_mask": mask, "labels": labels[token]}
 
 
-def make_data(paragraphs: int) -> tuple[Dataset, Dataset, BertTokenizerFast]:
+def make_data(paragraphs: int) -> tuple[Dataset, Dataset, PreTrainedTokenizerFast]:
     """Data to train on, data to test on from other paragraphs, and the tokenizer."""
     texts = docstrings(paragraphs)
     split = 2 * paragraphs // 3
