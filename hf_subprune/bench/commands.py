@@ -102,6 +102,33 @@ def budgets(
     console.print(table(rows))
 
 
+@bench_app.command()
+def solver(
+    size: Annotated[
+        list[str] | None, typer.Option(help="Inputs x outputs of a synthetic problem, e.g. 1536x384; may be repeated.")
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Fraction of the columns kept.")] = 0.5,
+    out: Out = None,
+) -> None:
+    """Every way to select: seconds as a ratio to a Cholesky factorisation, speed against rank-one updates, error."""
+    from rich.table import Table
+
+    from .solver import bench_solver
+
+    sizes = [tuple(map(int, text.split("x"))) for text in size or ["384x128", "1536x384"]]
+    rows = bench_solver([(n, m) for n, m in sizes], keep=keep)
+    _save(rows, out, "solver.json")
+    shown = Table(title=f"Selecting {keep:.0%} of the columns", title_justify="left")
+    for name in ("problem", "method", "seconds", "x Cholesky", "x faster than rank-one", "relative error", "swaps"):
+        shown.add_column(name, justify="left" if name in ("problem", "method") else "right")
+    for row in rows:
+        faster = row["speedup_over_rank_one"]
+        cells = [row["problem"], row["method"], f"{row['seconds']:.3f}", f"{row['ratio_to_cholesky']:.1f}"]
+        cells += ["" if faster is None else f"{faster:.1f}", f"{row['relative_error']:.6f}", str(row["swaps"])]
+        shown.add_row(*cells)
+    console.print(shown)
+
+
 def _save(rows: list[dict[str, Any]], out: Path | None, name: str) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
