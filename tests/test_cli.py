@@ -127,3 +127,8 @@ def test_bench_quality_on_a_model_of_one_s_own(folder, texts, tmp_path):
     ]  # fmt: skip
     assert rows[0]["block_error"] < rows[3]["block_error"]
     assert (tmp_path / "quality.png").stat().st_size > 10_000
+
+
+def test_bench_solver_compares_every_method():
+    printed = run("bench", "solver", "--size", "48x12")
+    assert all(method in printed for method in ("greedy + swaps", "backward", "stochastic", "rank-one"))
