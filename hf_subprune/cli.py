@@ -211,7 +211,7 @@ def prune(
         samples = load_data(data, split=split, column=column)
         reports = save_sizes(out, loaded, samples, configs, processing_class, command=command_line())
         console.print(size_table(list(reports.values())))
-        console.print("Saved to " + ", ".join(map(str, reports)) + ".")
+        console.print("Saved to " + ", ".join(map(str, reports)) + ".", soft_wrap=True)
         return
     (config,) = configs
     check_output(out)
@@ -220,11 +220,11 @@ def prune(
     report = replace(prune_model(loaded, samples, config, processing_class), command=command_line())
     save_pruned(out, loaded, processing_class, report)
     console.print(report.summary(), report.block_table())
-    console.print(f"Saved to {out}.")
+    console.print(f"Saved to {out}.", soft_wrap=True)
     if push is not None:
         from .hub import push_folder
 
-        console.print(f"Pushed: {push_folder(out, push).commit_url}")
+        console.print(f"Pushed: {push_folder(out, push).commit_url}", soft_wrap=True)
 
 
 @app.command()
@@ -251,7 +251,7 @@ def push(
     from .hub import push_folder
 
     commit = push_folder(folder, repo, private=private, revision=revision, create_pr=create_pr, force=force)
-    console.print(f"Pushed: {commit.commit_url}")
+    console.print(f"Pushed: {commit.commit_url}", soft_wrap=True)
 
 
 @app.command()
