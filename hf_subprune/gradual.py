@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -24,7 +24,7 @@ from .pruning import Calibrated, _measure, _peak_memory
 from .report import BlockReport, Change, PruneReport
 from .reweighting import relative_error
 from .solver import solve_block
-from .surgery import kept_columns, shrink
+from .surgery import kept_columns, shrink, taken_back, undo_all
 from .tied import Problem, choose_together
 from .verification import undisturbed, verify
 
@@ -103,19 +103,19 @@ class GradualPruning:
         edits: dict[str, MaskEdit] = {}
         solutions: dict[str, dict[str, Any]] = {}
         with undisturbed(self.model), ExitStack() as on_failure:
-            on_failure.callback(_undo, edits)
+            on_failure.callback(undo_all, edits)
             reference = model_outputs(self.model, self.calibration.held_out)
             if self._calibrated.metrics:
                 self._calibrated.metrics = self._calibrated._sensitivities(self.config)
             for tie in by_tie(b for b in shrinking if b.tie):
-                with _taken_back(edits):
+                with taken_back(edits):
                     moments = list(self._moments(tie, "layer", {}))
                 width = widths[tie[0].name]
                 chosen = choose_together([self._problem(*pair) for pair in moments], width, **self._selection())
                 for block, own in moments:
                     edits[block.name], solutions[block.name] = self._prune(block, own, width, chosen)
             alone = [b for b in shrinking if b.tie is None]
-            with _taken_back(edits) if self.config.variant == "layer" else nullcontext():
+            with taken_back(edits) if self.config.variant == "layer" else nullcontext():
                 for block, own in self._moments(alone, self.config.variant, edits):
                     edits[block.name], solutions[block.name] = self._prune(block, own, widths[block.name])
             change = drift(self.model, self.calibration.held_out, reference)
@@ -288,20 +288,3 @@ class GradualPruning:
             kept_columns=tuple(kept_columns(block, kept).tolist()),
             **self._solutions.get(block.name, whole),
         )
-
-
-def _undo(edits: Mapping[str, MaskEdit]) -> None:
-    for edit in reversed(edits.values()):  # type: ignore[call-overload]
-        edit.undo()
-
-
-@contextmanager
-def _taken_back(edits: Mapping[str, MaskEdit]) -> Iterator[None]:
-    """The model as it was before the step, as far as the edits made until now go."""
-    made = dict(edits)
-    _undo(made)
-    try:
-        yield
-    finally:
-        for edit in made.values():
-            edit.redo()

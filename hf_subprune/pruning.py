@@ -38,8 +38,8 @@ from .report import Allocation, BlockReport, Change, PruneReport
 from .reweighting import relative_error
 from .sensitivity import output_metrics
 from .solver import BlockSolution, solve_block
-from .surgery import Edit, shrink
-from .targets import Target, keep_target, latency_ratio, narrowed, resolve
+from .surgery import Edit, shrink, taken_back, undo_all
+from .targets import Target, latency_ratio, narrowed, resolve
 from .tied import Problem, choose_together, order_together
 from .verification import verify
 
@@ -287,7 +287,7 @@ class Calibrated:
         """What the pruned model costs, in the target's unit; latency is measured, against the original's in turns."""
         if target.name != "latency":
             return target.cost(widths)
-        pruned_over = latency_ratio(self.model, self.calibration.held_out[0], partial(_taken_back, edits))
+        pruned_over = latency_ratio(self.model, self.calibration.held_out[0], partial(taken_back, edits))
         return self._full_latency(target) / pruned_over
 
     def prune_to(self, config: PruneConfig, undo: ExitStack) -> PruneReport:
@@ -299,14 +299,14 @@ class Calibrated:
             widths = self._widths(config, target)
             to_prune = [b for b in self.blocks if widths[b.name] < b.units]
         edits: dict[str, Edit] = {}
-        undo.callback(lambda: _undo(edits))
+        undo.callback(lambda: undo_all(edits))
         solutions: dict[str, BlockReport] = {}
         with _progress(len(to_prune), "Pruning") as bar:
             for tie in by_tie(b for b in to_prune if b.tie):
                 self._prune_tie(tie, widths[tie[0].name], config, edits, solutions, clock)
                 bar.update(len(tie))
             alone = [b for b in to_prune if b.tie is None]
-            with _taken_back(edits) if config.variant == "layer" else nullcontext():
+            with taken_back(edits) if config.variant == "layer" else nullcontext():
                 for block, moments in _timed(self._moments(alone, config, edits), clock, "calibration"):
                     with clock("selection"):
                         solution = self._prune_block(block, moments, widths[block.name], config)
@@ -315,7 +315,7 @@ class Calibrated:
                     bar.update()
 
         kept = {name: torch.tensor(solution.kept_units) for name, solution in solutions.items()}
-        with clock("verification"), _taken_back(edits):
+        with clock("verification"), taken_back(edits):
             verify(model, to_prune, kept, self.probe)
         with clock("evaluation"):
             reached = self._reached(target, widths, edits)
@@ -364,7 +364,7 @@ class Calibrated:
         clock: "_Clock",
     ) -> None:
         """Select the units of tied blocks from the original model's moments of all, reweight and shrink each."""
-        with clock("calibration"), _taken_back(edits):
+        with clock("calibration"), taken_back(edits):
             moments = list(self._moments(tie, replace(config, variant="layer"), {}))
         with clock("selection"):
             chosen = choose_together(
@@ -568,34 +568,6 @@ def choose_blocks(blocks: Sequence[Block], refusals: Sequence[Refusal], config: 
             f"exclude={list(config.exclude)}; prunable blocks found: {there}.{why}"
         )
     return chosen
-
-
-def allocate(blocks: Sequence[Block], config: PruneConfig) -> list[int]:
-    """How many units each block keeps under budget `"uniform"`, for a config that sets `keep`.
-
-    Raises:
-        ValueError: the config sets another target, or a block would be left without units.
-    """
-    config = replace(config, budget="uniform")
-    widths = choose_widths(blocks, keep_target(blocks, config), config)
-    return [widths[block.name] for block in blocks]
-
-
-def _undo(edits: dict[str, Edit]) -> None:
-    for edit in reversed(edits.values()):
-        edit.undo()
-
-
-@contextmanager
-def _taken_back(edits: dict[str, Edit]) -> Iterator[None]:
-    """The original model for the time being."""
-    made = dict(edits)
-    _undo(made)
-    try:
-        yield
-    finally:
-        for edit in made.values():
-            edit.redo()
 
 
 def _measure(model: PreTrainedModel, calibration: CalibrationSet) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -295,3 +295,21 @@ def _parameter_like(original: nn.Parameter, values: torch.Tensor) -> nn.Paramete
 
 def _same(found: Any, expected: Any) -> bool:
     return found == expected if isinstance(expected, (int, tuple)) else found is expected
+
+
+def undo_all(edits: Mapping[str, Any]) -> None:
+    """Undo edits, by block name in the order in which they were made: the last one first."""
+    for edit in list(edits.values())[::-1]:
+        edit.undo()
+
+
+@contextmanager
+def taken_back(edits: Mapping[str, Any]) -> Iterator[None]:
+    """The model as it was before the edits made until now, for the time being."""
+    made = dict(edits)
+    undo_all(made)
+    try:
+        yield
+    finally:
+        for edit in made.values():
+            edit.redo()
