@@ -134,7 +134,7 @@ def _results(report: PruneReport, task: str | None) -> list[EvalResult]:
             task_type=metric.task,
             dataset_type=metric.dataset,
             dataset_name=metric.dataset,
-            dataset_split=metric.split,
+            dataset_split=metric.split or None,
             metric_type=metric.name,
             metric_value=round(metric.value.after, 6),
         )

@@ -59,6 +59,22 @@ Data = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(help="Split of the data set; its first one when left out.")]
 Column = Annotated[str | None, typer.Option(help="Column to read; found by its type when left out.")]
+Columns = Annotated[
+    str | None, typer.Option("--column", help="Column to read, 'first,second' for sts; found by its type if left out.")
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option("--task", help="classification, sts (Spearman), perplexity or embedding-drift; none when left out."),
+]
+MetricName = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        help="In place of the task's own: 'package.module:function', the path of a metric module of `evaluate`, or "
+        "the id of one on the Hub (needs a network).",
+    ),
+]
+Label = Annotated[str | None, typer.Option("--label", help="Column of labels; label, labels or score if left out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Dtype = Annotated[str, typer.Option(help="Weights are loaded in this dtype; 'auto' keeps the saved one.")]
 
@@ -260,24 +276,61 @@ def evaluate(
     against: Annotated[str, typer.Option(help="Local folder or Hub id of the original model.")],
     data: Data,
     split: Split = None,
-    column: Column = None,
-    samples: Annotated[int, typer.Option(help="Number of samples to compare on.", min=1)] = 128,
+    column: Columns = None,
+    task: TaskName = None,
+    metric: MetricName = None,
+    label: Label = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Number of samples, drawn at random.", show_default="128; for a task, all of them", min=1),
+    ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens a sample is truncated to.", min=1)] = 256,
     batch_size: Annotated[int, typer.Option(help="Samples in a batch.", min=1)] = 16,
     dtype: Dtype = "auto",
+    save: Annotated[
+        bool, typer.Option("--save", help="Add the task's figures to the report in DIR, and so to its card.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare a pruned model with the original: drift of the output, size, latency."""
+    """Compare a pruned model with the original: size, latency, drift of the output, and a task.
+
+    A task's figures come with 95% intervals of the paired bootstrap over samples.
+    """
     from .comparison import compare
     from .datafiles import load_data, load_model
+    from .metrics import load_metric
+    from .report import PruneReport, metric_table
+    from .tasks import Trial, load_task
 
     _set_quiet(quiet)
+    if task is None and (metric or label or save):
+        raise ValueError("--metric, --label and --save belong to a task: name it with --task.")
+    report = PruneReport.load(folder) if save else None
+    chosen = load_metric(metric) if metric else None
     original, processing_class = load_model(against, dtype=dtype)
     pruned, _ = load_model(folder, dtype=dtype)
-    config = PruneConfig(samples=samples, held_out=1, max_length=max_length, batch_size=batch_size)
-    console.print(
-        compare(original, pruned, load_data(data, split=split, column=column), config, processing_class).table()
+    config = PruneConfig(samples=samples or 128, held_out=1, max_length=max_length, batch_size=batch_size)
+    if task is None:
+        unlabeled = load_data(data, split=split, column=column)
+        console.print(compare(original, pruned, unlabeled, config, processing_class).table())
+        return
+    evaluated = load_task(
+        task,
+        data,
+        processing_class,
+        split=split,
+        column=column,
+        label=label,
+        samples=samples,
+        max_length=max_length,
+        batch_size=batch_size,
     )
+    metrics = Trial(evaluated, original, chosen).score(pruned)
+    console.print(compare(original, pruned, evaluated.inputs(), config, processing_class).table())
+    console.print(metric_table(metrics))
+    if report is not None:
+        report.with_metrics(metrics).save(folder)
+        console.print(f"Added to the report in {folder}.", soft_wrap=True)
 
 
 @app.command()

@@ -14,14 +14,17 @@ _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def load_data(source: str, *, split: str | None = None, column: str | None = None) -> IterableDataset:
-    """Open unlabeled data as a stream.
+def load_data(
+    source: str, *, split: str | None = None, column: str | None = None, labels: bool = False
+) -> IterableDataset:
+    """Open data as a stream.
 
     Args:
         source: A `.txt` (a sample per line), `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of images (with
             folders inside), or the id of a data set on the Hub, `"id:name"` for one of its configurations.
         split: Of a Hub data set; its train split, or its only one, when left out.
         column: The only column to read; found by its type later when left out.
+        labels: Whether the folders that images lie in are their labels.
 
     Raises:
         FileNotFoundError: the source is neither a file, a folder nor a data set on the Hub.
@@ -33,7 +36,7 @@ def load_data(source: str, *, split: str | None = None, column: str | None = Non
             raise ValueError(
                 f"The folder {path} holds no images: give a folder of images, or one {_file_kinds()} file."
             )
-        data = _open("imagefolder", data_dir=str(path), drop_labels=True)
+        data = _open("imagefolder", data_dir=str(path), drop_labels=not labels)
     elif path.is_file():
         if path.suffix.lower() not in _READERS:
             raise ValueError(f"{path} cannot be read as data: give a {_file_kinds()} file, or a folder of images.")

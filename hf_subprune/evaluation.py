@@ -213,28 +213,47 @@ def neighbour_agreement(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((nearest[0] == nearest[1]).float().mean())
 
 
-def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
-    """Of a causal language model: exp of the mean negative log-likelihood of every real token but each first one."""
-    total = tokens = 0.0
+def log_losses(model: PreTrainedModel, batches: Iterable[Batch]) -> torch.Tensor:
+    """Of a causal language model: `(samples, 2)` float64 on the CPU.
+
+    The first column is the negative log-likelihood, in nats, of a sample's real tokens but the first one, the second
+    the number of these tokens.
+
+    Raises:
+        ValueError: the model is no causal language model.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(f"Perplexity is that of a causal language model, which {type(model).__name__} is not.")
+    found = []
     for batch in batches:
-        logits = _forward(model, batch)["logits"][:, :-1]
+        logits = _forward(model, batch)["logits"][:, :-1].float()
         targets = batch["input_ids"][:, 1:].to(logits.device)
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, 1:].bool().to(logits.device)
-        total += float(cross_entropy(logits[mask].float(), targets[mask], reduction="sum"))
-        tokens += int(mask.sum())
+        losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none").double() * mask
+        found.append(torch.stack([losses.sum(1), mask.sum(1).double()], dim=1).cpu())
+    return torch.cat(found)
+
+
+def perplexity(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
+    """Of a causal language model: exp of the mean negative log-likelihood of every real token but each first one."""
+    total, tokens = log_losses(model, batches).sum(0).tolist()
     return math.exp(total / tokens)
 
 
-def accuracy(model: PreTrainedModel, batches: Iterable[Batch], labels: Sequence[int]) -> float:
-    """Of a classifier: fraction of samples whose most likely class is their label, labels in the batches' order.
+def predicted_classes(model: PreTrainedModel, batches: Iterable[Batch]) -> torch.Tensor:
+    """Of a classifier: `(samples,)` int64 on the CPU, the most likely class of each sample.
 
     Raises:
-        ValueError: there are not as many labels as samples.
+        ValueError: the model's logits are not one row of two classes or more for each sample.
     """
-    predicted = torch.cat([_forward(model, batch)["logits"].argmax(-1).cpu() for batch in batches])
-    if len(predicted) != len(labels):
-        raise ValueError(f"There are {len(predicted)} samples and {len(labels)} labels.")
-    return float((predicted == torch.as_tensor(labels)).float().mean())
+    found = []
+    for batch in batches:
+        logits = _forward(model, batch).get("logits")
+        if logits is None or logits.ndim != 2 or logits.shape[1] < 2:
+            shape = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
+            raise ValueError(f"{type(model).__name__} gives {shape} and is no classifier of samples.")
+        found.append(logits.argmax(1).cpu())
+    return torch.cat(found)
 
 
 def _forward(model: PreTrainedModel, batch: Batch) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +117,7 @@ class TaskMetric:
         value: Before and after.
         before_interval: 95% confidence interval of the value before, `(low, high)`.
         after_interval: The same of the value after.
+        change_interval: The same of the difference, after minus before, on the same samples.
     """
 
     name: str
@@ -127,6 +128,25 @@ class TaskMetric:
     value: Change
     before_interval: tuple[float, float] | None = None
     after_interval: tuple[float, float] | None = None
+    change_interval: tuple[float, float] | None = None
+
+    @property
+    def data(self) -> str:
+        """Name of the data set and its split."""
+        return f"{self.dataset} {self.split}".rstrip()
+
+    def cells(self) -> tuple[str, str, str]:
+        """Before, after and change, each with its interval, as cells of a table."""
+        figures = (
+            (f"{self.value.before:.4g}", self.before_interval),
+            (f"{self.value.after:.4g}", self.after_interval),
+            (f"{self.value.after - self.value.before:+.4g}", self.change_interval),
+        )
+        before, after, change = (
+            figure if interval is None else f"{figure} [{interval[0]:.4g}, {interval[1]:.4g}]"
+            for figure, interval in figures
+        )
+        return before, after, change
 
 
 @dataclass(frozen=True)
@@ -179,6 +199,11 @@ class PruneReport:
     def drift_figures(self) -> dict[str, float]:
         """`drift` without the number of rows that it was measured on."""
         return {name: value for name, value in self.drift.items() if name != "rows"}
+
+    def with_metrics(self, metrics: Sequence[TaskMetric]) -> "PruneReport":
+        """This report with further metrics; they replace those of the same name on the same data."""
+        new = {(metric.name, metric.data) for metric in metrics}
+        return replace(self, metrics=(*(m for m in self.metrics if (m.name, m.data) not in new), *metrics))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -332,7 +357,7 @@ class PruneReport:
         table.add_row("MACs a sample", *change_row(self.macs, 1e9, "G"))
         table.add_row("latency", *change_row(self.latency, 1e-3, "ms"))
         for metric in self.metrics:
-            table.add_row(f"{metric.name}, {metric.dataset} {metric.split}", *change_row(metric.value))
+            table.add_row(f"{metric.name}, {metric.data}", *metric.cells()[:2], f"{metric.value.ratio:.3f}")
         for name, value in self.drift_figures.items():
             table.add_row(f"held-out {name.replace('_', ' ')}", "", f"{value:.4g}", "")
         table.caption = (
@@ -408,6 +433,22 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
         return tuple(map(convert, value)) if isinstance(value, (list, tuple)) else value
 
     return {name: convert(value) for name, value in values.items()}
+
+
+def metric_table(metrics: Sequence[TaskMetric]) -> Table:
+    """Figures of a labelled task, as a rich table.
+
+    Args:
+        metrics: On the same data.
+    """
+    table = Table(title=f"{metrics[0].task} on {metrics[0].data}", title_justify="left")
+    for name in ("", "original", "pruned", "change"):
+        table.add_column(name, justify="right" if name else "left")
+    for metric in metrics:
+        table.add_row(metric.name.replace("_", " "), *metric.cells())
+    table.caption = f"In brackets: 95% intervals of the paired bootstrap over {metrics[0].samples} samples."
+    table.caption_justify = "left"
+    return table
 
 
 def change_row(change: Change, scale: float = 1.0, unit: str = "") -> tuple[str, str, str]:

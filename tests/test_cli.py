@@ -54,6 +54,42 @@ def test_prune_then_report_evaluate_and_load(folder, texts, tmp_path):
     assert "parameters" in compared
 
 
+@pytest.mark.slow
+def test_a_task_is_scored_before_and_after_and_kept_in_the_report_on_request(folder, tmp_path):
+    data = tmp_path / "labelled.jsonl"
+    rows = [{"text": " ".join(WORDS[i % 7 : i % 7 + 5]), "label": i % 2} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    run("prune", folder, "--data", data, "--out", out, "--samples", 24, "--held-out", 8, "--quiet")
+    words = ["evaluate", out, "--against", folder, "--data", data, "--quiet", "--task", "classification"]
+    printed = run(*words)
+    assert "text-classification on labelled" in printed and "95% intervals" in printed and "40 samples" in printed
+    assert PruneReport.load(out).metrics == ()
+    run(*words, "--metric", "sklearn.metrics:f1_score", "--samples", 20, "--save")
+    run(*words, "--save")
+    run(*words, "--save")  # replaces the figures of the same name
+    f1, accuracy = PruneReport.load(out).metrics
+    assert (f1.name, f1.samples, accuracy.name, accuracy.samples) == ("f1_score", 20, "accuracy", 40)
+    assert 0 <= accuracy.before_interval[0] <= accuracy.value.before <= accuracy.before_interval[1] <= 1
+    assert "accuracy, labelled" in run("report", out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--metric", "accuracy"), "belong to a task"),
+        (("--save",), "belong to a task"),
+        (("--task", "sorting"), "choose one of 'classification', 'sts', 'perplexity', 'embedding-drift'"),
+        (("--task", "perplexity"), "causal language model"),
+    ],
+)
+def test_a_task_that_cannot_be_done_is_refused(folder, texts, words, message):
+    arguments = ["evaluate", str(folder), "--against", str(folder), "--data", str(texts), *words]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)
+
+
 def test_options_override_the_config_file(folder, texts, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("keep: 0.75\nsamples: 24\nheld_out: 8\nunits: [mlp]\n")
@@ -118,14 +154,20 @@ def test_bench_quality_on_a_model_of_one_s_own(folder, texts, tmp_path):
         "layer",
         "--out",
         tmp_path,
+        "--test",
+        texts,
+        "--task",
+        "embedding-drift",
     ]
     printed = run("bench", "quality", folder, "--data", texts, *words)
+    assert "The dense model: embedding cosine 1." in printed
     assert "wanda" in printed
     rows = json.loads((tmp_path / "quality.json").read_text())
     assert [(row["importance"], row["reweight"]) for row in rows] == [
         ("greedy", True), ("greedy", False), ("wanda", True), ("wanda", False),
     ]  # fmt: skip
     assert rows[0]["block_error"] < rows[3]["block_error"]
+    assert 0 < rows[0]["metrics"]["embedding_cosine"]["value"]["after"] < 1
     assert (tmp_path / "quality.png").stat().st_size > 10_000
 
 

@@ -18,16 +18,17 @@ from transformers import (
 
 from hf_subprune import evaluation
 from hf_subprune.evaluation import (
-    accuracy,
     count_macs,
     count_parameters,
     drift,
     embed,
     iter_outputs,
+    log_losses,
     measure_latency,
     model_outputs,
     neighbour_agreement,
     perplexity,
+    predicted_classes,
 )
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -259,13 +260,22 @@ def test_perplexity_ignores_padding_and_the_first_token():
     assert perplexity(model, batches) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
 
 
-def test_accuracy_keeps_the_order_of_the_labels():
+def test_log_losses_are_those_of_single_samples():
+    model, batches = make_llama(), make_batches()
+    losses = log_losses(model, batches)
+    assert losses[:, 1].tolist() == [6, 3, 1] * 2
+    alone = log_losses(model, [{"input_ids": batches[0]["input_ids"][1:2, :4]}])
+    assert torch.allclose(losses[1], alone[0], rtol=1e-5)
+    with pytest.raises(ValueError, match="causal language model, which BertModel is not"):
+        log_losses(make_bert(), batches)
+
+
+def test_predicted_classes_are_in_the_order_of_the_samples():
     model, batches = make_bert(BertForSequenceClassification, num_labels=4), make_batches()
     with torch.no_grad():
-        predicted = torch.cat([model(**batch).logits.argmax(1) for batch in batches]).tolist()
-    assert accuracy(model, batches, predicted) == 1
-    assert accuracy(model, batches, [predicted[0], *((label + 1) % 4 for label in predicted[1:])]) == pytest.approx(
-        1 / 6
-    )
-    with pytest.raises(ValueError, match="6 samples and 2 labels"):
-        accuracy(model, batches, [0, 1])
+        expected = torch.cat([model(**batch).logits.argmax(1) for batch in batches])
+    assert torch.equal(predicted_classes(model, batches), expected)
+    with pytest.raises(ValueError, match="BertModel gives no logits"):
+        predicted_classes(make_bert(), batches)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM gives logits of shape \(3, 7, 30\)"):
+        predicted_classes(make_llama(), batches)

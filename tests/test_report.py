@@ -1,11 +1,12 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from sample_report import make_block, make_report
 
 from hf_subprune import report as report_module
-from hf_subprune.report import PAGE_NAME, PruneReport, markdown_table, refusal_table
+from hf_subprune.report import PAGE_NAME, PruneReport, markdown_table, metric_table, refusal_table
 
 
 def test_a_saved_report_loads_as_it_was(tmp_path):
@@ -57,7 +58,23 @@ def test_tables_are_markdown_with_numbers_to_the_right_and_no_cell_lost():
         "| --- | ---: | ---: | ---: |",
         "| parameters | 2 M | 1.5 M | 0.750 |",
     ]
-    assert "| accuracy, sst2 test | 0.9 | 0.88 | 0.978 |" in rows
+    assert "| accuracy, sst2 test | 0.9 [0.8, 0.95] | 0.88 | 0.978 |" in rows
+
+
+def test_a_task_has_its_change_with_an_interval():
+    metric = replace(make_report().metrics[0], after_interval=(0.7, 0.93), change_interval=(-0.04, 0.01))
+    rows = markdown_table(metric_table([metric])).splitlines()
+    assert rows[2] == "| accuracy | 0.9 [0.8, 0.95] | 0.88 [0.7, 0.93] | -0.02 [-0.04, 0.01] |"
+    assert "95% intervals of the paired bootstrap over 100 samples" in rows[-1]
+
+
+def test_new_metrics_replace_those_of_the_same_name_on_the_same_data():
+    report = make_report()
+    (old,) = report.metrics
+    new, other = replace(old, samples=3), replace(old, split="dev")
+    assert report.with_metrics([new, other]).metrics == (new, other)
+    assert report.with_metrics([other]).metrics == (old, other)
+    assert PruneReport.from_dict(json.loads(json.dumps(report.with_metrics([new]).to_dict()))).metrics == (new,)
 
 
 def test_brackets_and_bars_in_an_advice_survive():

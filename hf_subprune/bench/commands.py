@@ -30,7 +30,10 @@ def pipeline(
 def quality(
     model: Annotated[str | None, typer.Argument(help="Folder or Hub id; the demo model when left out.")] = None,
     data: Annotated[str | None, typer.Option(help="As for `prune`; docstrings when left out.")] = None,
-    test: Annotated[str | None, typer.Option(help="Unseen text, for the perplexity of a language model.")] = None,
+    test: Annotated[str | None, typer.Option(help="Unseen data to score each model on.")] = None,
+    task: Annotated[str, typer.Option(help="With --test: as for `evaluate`.")] = "perplexity",
+    metric: Annotated[str | None, typer.Option(help="With --test: as for `evaluate`.")] = None,
+    label: Annotated[str | None, typer.Option(help="With --test: column of labels.")] = None,
     keep: Annotated[list[float] | None, typer.Option(help="Kept fraction; may be repeated.")] = None,
     importance: Annotated[list[str] | None, typer.Option(help="Importance; may be repeated.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="Variant; may be repeated.")] = None,
@@ -41,12 +44,14 @@ def quality(
     column: Annotated[str | None, typer.Option(help="Column to read.")] = None,
     out: Out = None,
 ) -> None:
-    """Every importance, with and without new weights, and every variant: block error, drift, perplexity, seconds."""
+    """Every importance, with and without new weights, and every variant: block error, drift, a task, seconds."""
     from transformers.utils import logging
 
     from ..config import IMPORTANCES, VARIANTS, PruneConfig
     from ..datafiles import load_data, load_model
     from ..demo import demo_model_folder, docstrings
+    from ..metrics import load_metric
+    from ..tasks import Trial, load_task
     from .quality import bench_quality, plot, settings, table
 
     loaded, processing_class = load_model(str(demo_model_folder()) if model is None else model)
@@ -55,10 +60,13 @@ def quality(
     if data is not None:
         texts = list(load_data(data, split=split, column=column).take(samples + base.held_out))
         texts = [next(iter(row.values())) if len(row) == 1 else row for row in texts]
-    unseen = [next(iter(row.values())) for row in load_data(test, column=column)] if test else None
+    trial = None
+    if test is not None:
+        held = load_task(task, test, processing_class, column=column, label=label, max_length=max_length)
+        trial = Trial(held, loaded, load_metric(metric) if metric else None)
     configs = list(settings(keep or [0.5], importance or IMPORTANCES, variant or VARIANTS, base))
     with logging.tqdm(total=len(configs), desc="Settings", disable=None) as bar:
-        rows = bench_quality(loaded, texts, configs, processing_class, unseen, bar.update)
+        rows = bench_quality(loaded, texts, configs, processing_class, trial, bar.update)
     _save(rows, out, "quality.json")
     if out is not None:
         plot(rows, out / "quality.png")

@@ -3,16 +3,16 @@
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from ..calibration import batch_all
 from ..config import IMPORTANCES, VARIANTS, PruneConfig
-from ..evaluation import perplexity
 from ..pruning import prune
+from ..tasks import Trial
 
 
 def settings(
@@ -43,7 +43,7 @@ def bench_quality(
     data: list[Any],
     configs: Sequence[PruneConfig],
     processing_class: Any = None,
-    test: list[str] | None = None,
+    trial: Trial | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Prune a copy of `model` once per config.
@@ -53,15 +53,14 @@ def bench_quality(
         data: To calibrate on; drift is measured on what each config holds out of it.
         configs: From `settings`.
         processing_class: As for `prune`.
-        test: Unseen texts for the perplexity of a causal language model; none when left out.
+        trial: A task on unseen data to score each pruned model on; none when left out.
         progress: Called after each config.
 
     Returns:
         One row per config: `keep`, `importance`, `reweight`, `variant`, `block_error` (mean relative error of the
-        pruned blocks on held-out rows), `drift` (see `evaluation.Drift`), `perplexity` and `dense_perplexity` (with
-        `test`), `seconds` of selection and calibration.
+        pruned blocks on held-out rows), `drift` (see `evaluation.Drift`), `metrics` (with `trial`; see
+        `report.TaskMetric`), `seconds` of selection and calibration.
     """
-    dense = _perplexity(model, processing_class, test, configs[0])
     rows = []
     for config in configs:
         pruned = copy.deepcopy(model)
@@ -69,7 +68,7 @@ def bench_quality(
         report = prune(pruned, data, config, processing_class)
         seconds = time.perf_counter() - start - report.seconds["evaluation"]
         errors = [b.held_out_error for b in report.blocks if b.units_after < b.units_before]
-        row = {
+        row: dict[str, Any] = {
             "keep": config.keep,
             "importance": config.importance,
             "reweight": config.reweight,
@@ -78,8 +77,8 @@ def bench_quality(
             "drift": report.drift,
             "seconds": seconds,
         }
-        if dense is not None:
-            row |= {"dense_perplexity": dense, "perplexity": _perplexity(pruned, processing_class, test, config)}
+        if trial is not None:
+            row["metrics"] = {metric.name: asdict(metric) for metric in trial.score(pruned)}
         rows.append(row)
         progress()
     return rows
@@ -89,18 +88,19 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows as a rich table."""
     figures = [name for name in rows[0]["drift"] if name != "rows"]
     shown = Table(title="Quality by importance, reweighting and variant", title_justify="left")
-    for name in ("keep", "importance", "new weights", "variant", "block error", *figures, "perplexity", "seconds"):
-        if name != "perplexity" or "perplexity" in rows[0]:
-            left = name in ("importance", "new weights", "variant")
-            shown.add_column(name.replace("_", " "), justify="left" if left else "right")
+    metrics = rows[0].get("metrics", {})
+    for name in ("keep", "importance", "new weights", "variant", "block error", *figures, *metrics, "seconds"):
+        left = name in ("importance", "new weights", "variant")
+        shown.add_column(name.replace("_", " "), justify="left" if left else "right")
     for row in rows:
         cells = [str(row["keep"]), row["importance"], "yes" if row["reweight"] else "no"]
         cells += [row["variant"] if row["reweight"] else "", f"{row['block_error']:.4f}"]
         cells += [f"{row['drift'][name]:.4f}" for name in figures]
-        cells += [f"{row['perplexity']:.2f}"] if "perplexity" in row else []
+        cells += [f"{row['metrics'][name]['value']['after']:.4g}" for name in metrics]
         shown.add_row(*cells, f"{row['seconds']:.1f}")
-    if "dense_perplexity" in rows[0]:
-        shown.caption = f"Perplexity of the dense model: {rows[0]['dense_perplexity']:.2f}."
+    if metrics:
+        dense = (f"{name.replace('_', ' ')} {metric['value']['before']:.4g}" for name, metric in metrics.items())
+        shown.caption = f"The dense model: {', '.join(dense)}."
         shown.caption_justify = "left"
     return shown
 
@@ -141,12 +141,3 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.legend(loc="outside right upper", fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-def _perplexity(
-    model: PreTrainedModel, processing_class: Any, test: list[str] | None, config: PruneConfig
-) -> float | None:
-    if not test:
-        return None
-    batches = batch_all(model, test, processing_class, max_length=config.max_length, batch_size=config.batch_size)
-    return perplexity(model, batches)
