@@ -38,6 +38,21 @@ class Latency:
     measured_on: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs.
+
+    Args:
+        parameters: Tied ones counted once.
+        macs: Multiply-accumulates of one forward on one sample.
+        latency: Of one forward on a batch.
+    """
+
+    parameters: int
+    macs: int
+    latency: Latency
+
+
 @dataclass(frozen=True, eq=False)
 class Outputs:
     """What is compared of one batch's output.
@@ -139,6 +154,11 @@ def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 
             "blocks": len(times),
         },
     )
+
+
+def measure(model: PreTrainedModel, batch: Batch) -> Costs:
+    """Parameters, multiply-accumulates on the batch's first sample, and latency on the batch."""
+    return Costs(count_parameters(model), count_macs(model, batch), measure_latency(model, batch))
 
 
 def model_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs]:

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from .advance import plan
 from .blocks import Block, by_tie
+from .calibrated import Calibrated
 from .collection import BlockMoments, collect, consumer_weight
 from .config import PruneConfig
-from .evaluation import drift, model_outputs
+from .evaluation import drift, measure, model_outputs
 from .layout import choose_layout
 from .masking import Mask, MaskEdit
 from .moments import restrict
-from .pruning import Calibrated, _measure, _peak_memory
+from .progress import peak_memory
 from .report import BlockReport, Change, PruneReport
 from .reweighting import relative_error
 from .solver import solve_block
@@ -59,7 +60,7 @@ class GradualPruning:
             self._calibrated.stored = None  # training makes these moments out of date
             self.blocks, self.calibration = self._calibrated.blocks, self._calibrated.calibration
             if progress is None:
-                self.targets = self._calibrated._widths(config, self._calibrated.targets[0])
+                self.targets = self._calibrated.widths(config)
         self.kept = {b.name: torch.arange(b.units) for b in self.blocks}
         self.drift: dict[str, float] = {}
         self._solutions: dict[str, dict[str, Any]] = {}
@@ -106,7 +107,7 @@ class GradualPruning:
             on_failure.callback(undo_all, edits)
             reference = model_outputs(self.model, self.calibration.held_out)
             if self._calibrated.metrics:
-                self._calibrated.metrics = self._calibrated._sensitivities(self.config)
+                self._calibrated.metrics = self._calibrated.sensitivities(self.config)
             for tie in by_tie(b for b in shrinking if b.tie):
                 with taken_back(edits):
                     moments = list(self._moments(tie, "layer", {}))
@@ -148,10 +149,10 @@ class GradualPruning:
                 on_failure.callback(shrink(self.model, block, self.kept[block.name]).undo)
             layout = choose_layout(self.model, self.config.layout, inputs=self.calibration.probe)
             on_failure.callback(layout.undo)
-            after = _measure(self.model, self.calibration)
+            after = measure(self.model, self.calibration.held_out[0])
             on_failure.pop_all()
-        before, target = self._calibrated.before, self._calibrated.targets[0]
-        allocation = self._calibrated._allocation(self.config, target, self.targets, after["latency"])
+        before = self._calibrated.before
+        allocation = self._calibrated.allocation(self.config, self.targets, after.latency.seconds)
         return PruneReport(
             model=getattr(self.model, "name_or_path", "") or "",
             architecture=type(self.model).__name__,
@@ -160,14 +161,14 @@ class GradualPruning:
             refusals=self._calibrated.found.refusals,
             layout=layout.kind,
             layout_reason=layout.reason,
-            parameters=Change(before["parameters"], after["parameters"]),
-            macs=Change(before["macs"], after["macs"]),
-            latency=Change(before["latency"], after["latency"]),
-            measured_on=before["on"],
+            parameters=Change(before.parameters, after.parameters),
+            macs=Change(before.macs, after.macs),
+            latency=Change(before.latency.seconds, after.latency.seconds),
+            measured_on=before.latency.measured_on,
             drift=self.drift,
             data=self.calibration.description,
             seconds={"pruning steps": self._seconds, "surgery": time.perf_counter() - start},
-            peak_memory=_peak_memory(),
+            peak_memory=peak_memory(),
             versions={name: version(name) for name in ("hf_subprune", "torch", "transformers")},
             allocation=replace(allocation, predicted_drift=None),  # it was predicted for the model before training
         )
@@ -269,15 +270,9 @@ class GradualPruning:
         }
 
     def _report(self, block: Block) -> BlockReport:
+        if block.name not in self._solutions:
+            return BlockReport.whole(block)
         kept = self.kept[block.name]
-        whole = {
-            "fitted_error": 0.0,
-            "held_out_error": 0.0,
-            "shrinkage": None,
-            "method": "kept whole",
-            "guarantee": 1.0,
-            "seconds": 0.0,
-        }
         return BlockReport(
             name=block.name,
             kind=block.kind,
@@ -286,5 +281,5 @@ class GradualPruning:
             units_after=len(kept),
             kept_units=tuple(kept.tolist()),
             kept_columns=tuple(kept_columns(block, kept).tolist()),
-            **self._solutions.get(block.name, whole),
+            **self._solutions[block.name],
         )

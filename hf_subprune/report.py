@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from .blocks import Refusal
+from .blocks import Block, Refusal
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -66,6 +66,26 @@ class BlockReport:
     seconds: float
     curve: tuple[tuple[int, float], ...] = ()
     predicted: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def whole(cls, block: Block, **predictions: Any) -> "BlockReport":
+        """Of a block that keeps every unit; `predictions` are `curve` and `predicted`."""
+        return cls(
+            name=block.name,
+            kind=block.kind,
+            consumer=block.consumer,
+            units_before=block.units,
+            units_after=block.units,
+            kept_units=tuple(range(block.units)),
+            kept_columns=tuple(sorted(block.columns.flatten().tolist())),
+            fitted_error=0.0,
+            held_out_error=0.0,
+            shrinkage=None,
+            method="kept whole",
+            guarantee=1.0,
+            seconds=0.0,
+            **predictions,
+        )
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ def test_macs_are_counted_on_the_pruned_model(asked):
 def test_what_cannot_be_reached_is_said_before_any_work(monkeypatch, settings, message):
     model = tiny("bert")
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr("hf_subprune.pruning.collect", None)
-    monkeypatch.setattr("hf_subprune.pruning.output_metrics", None)
+    monkeypatch.setattr("hf_subprune.calibrated.collect", None)
+    monkeypatch.setattr("hf_subprune.calibrated.output_metrics", None)
     with pytest.raises(ValueError, match=message):
         prune(model, ready_batches(model), PruneConfig(**QUICK, **settings))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -125,15 +125,15 @@ def test_labels_decide_equal_loss_when_an_evaluation_is_given():
 
 
 def test_several_sizes_come_from_one_calibration(monkeypatch):
-    import hf_subprune.pruning as pruning
+    import hf_subprune.calibrated as calibrated
 
     model = tiny("bert")
     batches = ready_batches(model)
     before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
     config_before = model.config.to_dict()
     configs = [PruneConfig(**QUICK, keep=keep) for keep in (0.75, 0.5)]
-    collected, collect = [], pruning.collect
-    monkeypatch.setattr(pruning, "collect", lambda *args: collected.append(1) or collect(*args))
+    collected, collect = [], calibrated.collect
+    monkeypatch.setattr(calibrated, "collect", lambda *args: collected.append(1) or collect(*args))
     together = [(r, copy.deepcopy(model.state_dict())) for r in prune_sizes(model, batches, configs)]
     assert len(collected) == 1
     assert {name: id(p) for name, p in model.named_parameters()} == {name: old[0] for name, old in before.items()}

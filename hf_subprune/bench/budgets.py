@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from ..allocation import choose_widths, has_row_per_sample, scalar_drift
 from ..blocks import Block
 from ..budgets import interpolate
+from ..calibrated import Calibrated
 from ..collection import consumer_weight
 from ..config import PruneConfig
 from ..evaluation import drift
 from ..moments import combine
-from ..pruning import Calibrated
 from ..reweighting import Reweighted, reweight
 from ..selection import columns_of
 from ..solver import PRIOR_SHRINKAGE

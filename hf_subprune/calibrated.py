@@ -1,0 +1,309 @@
+"""What is known of a model before it is pruned: its blocks, what each would lose at any width, who keeps how much."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .advance import plan
+from .allocation import (
+    TRIAL_FRACTIONS,
+    Points,
+    Propagation,
+    check_target,
+    choose_widths,
+    fill_in,
+    measured_blocks,
+)
+from .blocks import Block, Refusal, by_tie
+from .budgets import interpolate
+from .calibration import prepare
+from .collection import FOLDS, BlockMoments, collect, consumer_weight
+from .config import PruneConfig
+from .curves import LossCurve, loss_curve
+from .evaluation import measure, model_outputs
+from .probe import discover
+from .progress import Clock, progress, timed
+from .report import Allocation
+from .sensitivity import output_metrics
+from .surgery import Edit, taken_back
+from .targets import Target, latency_ratio, narrowed, resolve
+from .tied import Problem, order_together
+
+logger = logging.get_logger(__name__)
+
+# Moments of all blocks are held between the survey and the solutions up to this size, else they are collected twice.
+_STORED_BYTES = 2 * 2**30
+
+# A latency target is met when what is measured lies between this fraction of it and the target itself.
+_LATENCY_SLACK = 0.94
+_LATENCY_TRIES = 3
+
+
+class Calibrated:
+    """A model with all that pruning it to any of several sizes needs: data, blocks, sensitivities, curves, moments.
+
+    Args:
+        model: In eval mode; left as it is.
+        data: As for `prune`.
+        configs: The sizes; they differ in size only.
+        processing_class: As for `prune`.
+        evaluation: As for `prune`.
+
+    Attributes:
+        found: All blocks and refusals.
+        blocks: That the config lets us prune, in forward order.
+        losses: By block name, `(width, predicted drift)` points; empty when every budget is uniform.
+        curves: By block name, what the points were made from.
+        metrics: By block name, the output metric `M` of ALGORITHM section 4; blocks left out weigh outputs equally.
+        stored: By block name, the moments of the original model; `None` where they are collected again for each size.
+        reference: The original's outputs on the held-out batches.
+        before: What the original costs.
+        clock: Of the stages so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        data: Any,
+        configs: Sequence[PruneConfig],
+        processing_class: Any = None,
+        evaluation: Callable[[PreTrainedModel], float] | None = None,
+    ):
+        self.model, self.evaluation = model, evaluation
+        self.clock = Clock()
+        first = configs[0]
+        with self.clock("data"):
+            self.calibration = prepare(model, data, first, processing_class)
+        self.probe = self.calibration.probe
+        with self.clock("discovery"):
+            self.found = discover(model, self.probe)
+            self.blocks = choose_blocks(self.found.blocks, self.found.refusals, first)
+        with self.clock("targets"):
+            self.targets = [resolve(model, self.blocks, c, self.calibration.held_out[0]) for c in configs]
+            for config, target in zip(configs, self.targets, strict=True):
+                check_target(self.blocks, target, config)
+        self.configs = list(configs)
+        pairs = list(zip(configs, self.targets, strict=True))
+        self.candidates = [b for b in self.blocks if any(_may_shrink(b, target) for target in self.targets)]
+        needs_curves = any(c.allocation() != "uniform" for c, _ in pairs) and bool(self.candidates)
+        needs_metrics = first.loss_aware and bool(self.candidates) and (needs_curves or first.importance == "greedy")
+        if evaluation is not None and not any(c.allocation() == "equal_loss" for c in configs):
+            raise ValueError("`evaluation` is read by budget='equal_loss' only: choose that budget, or leave it out.")
+        with self.clock("discovery"):
+            self.plan = plan(model, self.candidates, self.probe)
+        if self.plan.unreached:
+            names = ", ".join(b.name for b in self.plan.unreached)
+            raise ValueError(
+                f"The calibration data never reaches {names}: pass data that runs this part of the model, or leave it "
+                f"whole with `exclude`."
+            )
+        with self.clock("evaluation"):
+            self.reference = model_outputs(model, self.calibration.held_out)
+            self.before = measure(model, self.calibration.held_out[0])
+        self.metrics: dict[str, torch.Tensor] = {}
+        if needs_metrics:
+            with self.clock("sensitivity"):
+                self.metrics = self.sensitivities(first)
+        self.curves: dict[str, LossCurve] = {}
+        self.losses: dict[str, Points] = {}
+        self.stored: dict[str, BlockMoments] | None = None
+        share = first.variant == "layer" and (needs_curves or len(configs) > 1)
+        if share and sum(_moment_bytes(model, b) for b in self.candidates) <= _STORED_BYTES:
+            self.stored = {}
+        if needs_curves or self.stored is not None:
+            self._survey(first, needs_curves)
+
+    def sensitivities(self, config: PruneConfig) -> dict[str, torch.Tensor]:
+        """`metrics` of the model as it is now."""
+        metrics = output_metrics(self.model, self.candidates, self.calibration.fit, seed=config.seed)
+        silent = [name for name, M in metrics.items() if not float(M.diagonal().sum()) > 0]
+        if silent:
+            logger.warning(f"The model's output does not depend on {', '.join(silent)}: all errors count alike there.")
+        return {name: M for name, M in metrics.items() if name not in silent}
+
+    def _survey(self, config: PruneConfig, curves: bool) -> None:
+        """One pass over the original model: what each block would lose at every width, and its moments."""
+        factors: dict[str, float] = {}
+        points: dict[str, Points] = {}
+        propagation = Propagation(self.model, self.calibration, self.evaluation) if curves else None
+        measured = {b.name for b in self.candidates} if self.evaluation else measured_blocks(self.candidates)
+        waiting: dict[str, list[tuple[Block, Problem]]] = {}
+        members = {block: len(tie) for tie in by_tie(self.candidates) for block in tie}
+        with progress(len(self.plan.segments), "Calibrating") as bar:
+            steps = collect(self.model, self.plan, self.calibration, "layer", {}, bar.update)
+            for block, moments in timed(steps, self.clock, "calibration"):
+                if self.stored is not None:
+                    self.stored[block.name] = moments
+                if propagation is None:
+                    continue
+                together = waiting.setdefault(block.tie or block.name, [])
+                together.append((block, self.problem(block, moments)))
+                if len(together) < members[block]:
+                    continue
+                del waiting[block.tie or block.name]
+                blocks, problems = [one for one, _ in together], [problem for _, problem in together]
+                with self.clock("curves"):
+                    order = None if block.tie is None else order_together(problems, config.shrinkage)
+                    found = [
+                        loss_curve(
+                            problem.folds,
+                            problem.W,
+                            problem.groups,
+                            shrinkage=config.shrinkage,
+                            output_metric=problem.output_metric,
+                            reweight_kept=config.reweight,
+                            trial_fractions=TRIAL_FRACTIONS if block.name in measured else (),
+                            order=order,
+                        )
+                        for problem in problems
+                    ]
+                with self.clock("propagation"):
+                    names = [one.name for one in blocks]
+                    if self.evaluation is not None:
+                        points |= dict.fromkeys(names, propagation.points(blocks, found))
+                    elif block.name in measured:
+                        factors |= dict.fromkeys(names, propagation.factor(blocks, found))
+                    for name, curve in zip(names, found, strict=True):
+                        curve.trials.clear()
+                        self.curves[name] = curve
+                del together, problems
+        filled = fill_in(self.candidates, factors)
+        for name, curve in self.curves.items():
+            self.losses[name] = points.get(name) or tuple((w, filled[name] * e) for w, e in curve.points)
+
+    def widths(self, config: PruneConfig) -> dict[str, int]:
+        """The width of every block, by name, for the size of one of the configs."""
+        target = self.target(config)
+        losses = {b.name: self.losses.get(b.name, ((b.units, 0.0),)) for b in self.blocks}
+        widths = choose_widths(self.blocks, target, config, losses)
+        if target.name != "latency":
+            return widths
+        # What blocks save together is not quite the sum of what was timed: aim again at what was missed.
+        aimed = target
+        for _ in range(_LATENCY_TRIES):
+            taken = self._full_latency(target) * latency_ratio(
+                self.model, self.calibration.held_out[0], partial(narrowed, self.model, self.blocks, widths)
+            )
+            if _LATENCY_SLACK * target.limit <= taken <= target.limit:
+                break
+            (part,) = aimed.parts
+            limit = part.limit + (1 + _LATENCY_SLACK) / 2 * target.limit - taken
+            aimed = replace(aimed, parts=(replace(part, limit=limit),))
+            try:
+                widths = choose_widths(self.blocks, aimed, config, losses)
+            except ValueError:
+                break
+        return widths
+
+    def target(self, config: PruneConfig) -> Target:
+        """What one of the configs asks for on this model."""
+        return self.targets[self.configs.index(config)]
+
+    def _full_latency(self, target: Target) -> float:
+        return target.cost({b.name: b.units for b in self.blocks})
+
+    def reached(self, config: PruneConfig, widths: dict[str, int], edits: dict[str, Edit]) -> float:
+        """What the pruned model costs, in the target's unit; latency is measured, against the original's in turns."""
+        target = self.target(config)
+        if target.name != "latency":
+            return target.cost(widths)
+        pruned_over = latency_ratio(self.model, self.calibration.held_out[0], partial(taken_back, edits))
+        return self._full_latency(target) / pruned_over
+
+    def moments(
+        self, to_prune: Sequence[Block], config: PruneConfig, edits: dict[str, Edit]
+    ) -> Iterator[tuple[Block, BlockMoments]]:
+        """Blocks with their moments for the config's variant, in forward order (see `collect`)."""
+        if self.stored is not None:
+            return ((block, self.stored[block.name]) for block in to_prune)
+        return collect(self.model, plan(self.model, to_prune, self.probe), self.calibration, config.variant, edits)
+
+    def problem(self, block: Block, moments: BlockMoments) -> Problem:
+        """What selection and reweighting need of one block."""
+        W = consumer_weight(self.model.get_submodule(block.consumer))
+        folds = [fold.moments(W) for fold in moments.folds if fold.rows]
+        return Problem(folds, W, block.columns, self.metrics.get(block.name))
+
+    def predictions(self, block: Block, width: int) -> dict[str, Any]:
+        """The block's curves, for the report."""
+        if block.name not in self.curves:
+            return {}
+        curve, losses = self.curves[block.name], self.losses[block.name]
+        widths = sorted({w for w, _ in curve.points} | {width})
+        relative = tuple((w, float(curve.relative[w])) for w in widths)
+        return {"curve": relative, "predicted": losses}
+
+    def allocation(self, config: PruneConfig, widths: dict[str, int], reached: float) -> Allocation:
+        """The target, what was reached, and how it was shared out, for the report."""
+        target = self.target(config)
+        predicted = None
+        if self.losses:
+            predicted = sum(interpolate(points, [widths[name]])[0] for name, points in self.losses.items())
+        return Allocation(
+            budget=config.allocation(),
+            target=target.name,
+            unit=target.unit,
+            limit=target.limit,
+            reached=reached,
+            predicted_drift=predicted,
+            latencies=target.latencies,
+        )
+
+
+def choose_blocks(blocks: Sequence[Block], refusals: Sequence[Refusal], config: PruneConfig) -> list[Block]:
+    """The blocks that the config lets us prune.
+
+    Raises:
+        ValueError: a pattern matches nothing, a tie is chosen in part, or no block is left; the message lists what
+            there is.
+    """
+    names = [b.name for b in blocks]
+    for option in ("include", "exclude"):
+        for pattern in getattr(config, option):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"`{option}` pattern {pattern!r} matches no block; the blocks are {', '.join(names)}."
+                )
+    chosen = [
+        b
+        for b in blocks
+        if b.kind in config.units
+        and (not config.include or any(fnmatchcase(b.name, p) for p in config.include))
+        and not any(fnmatchcase(b.name, p) for p in config.exclude)
+    ]
+    for tie in by_tie(b for b in blocks if b.tie):
+        part = [b.name for b in tie if b in chosen]
+        if 0 < len(part) < len(tie):
+            rest = [b.name for b in tie if b not in chosen]
+            raise ValueError(
+                f"Blocks {tie[0].tie!r} must all keep the same units, but the config prunes {', '.join(part)} and not "
+                f"{', '.join(rest)}: `include` or `exclude` all of them."
+            )
+    if not chosen:
+        there = ", ".join(f"{b.name} ({b.kind})" for b in blocks) or "none"
+        why = "".join(f"\n  {r.name}: {r.reason} {r.advice}" for r in refusals)
+        raise ValueError(
+            f"No prunable block is left: units={list(config.units)}, include={list(config.include)}, "
+            f"exclude={list(config.exclude)}; prunable blocks found: {there}.{why}"
+        )
+    return chosen
+
+
+def _may_shrink(block: Block, target: Target) -> bool:
+    """Whether a target can take units from a block."""
+    return any(
+        block.name in part.blocks and part.limit < sum(target.costs[name][-1] for name in part.blocks)
+        for part in target.parts
+    )
+
+
+def _moment_bytes(model: nn.Module, block: Block) -> int:
+    n = consumer_weight(model.get_submodule(block.consumer)).shape[0]
+    return (FOLDS + 1) * n * n * 8
