@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from transformers import PreTrainedModel
 
-from .blocks import Block, by_tie
+from .blocks import Block, by_width
 from .budgets import (
     Choices,
     allowed_widths,
@@ -44,15 +44,20 @@ _FLOOR = 0.1
 # The automatic rounding of widths: even ones are stored in a stock config and should suit any kernel.
 _EVEN_STEP, _RAGGED_STEP = 64, 8
 
+# Grouped matrix products, which run stacked experts, take rows of whole 16 bytes only.
+_STACKED_STEP = 8
+
 
 def multiple(block: Block, config: PruneConfig) -> int:
     """What a block's width is a multiple of."""
     if block.kind != "mlp":
         return 1
     if config.round_to is not None:
-        return config.round_to if block.units >= config.round_to else 1
-    even = config.allocation() == "uniform" or config.layout == "stock"
-    return rounding(block.units, _EVEN_STEP if even else _RAGGED_STEP)
+        step = config.round_to if block.units >= config.round_to else 1
+    else:
+        even = config.allocation() == "uniform" or config.layout == "stock"
+        step = rounding(block.units, _EVEN_STEP if even else _RAGGED_STEP)
+    return step if block.stack is None else math.lcm(step, _STACKED_STEP)
 
 
 def choose_widths(
@@ -123,7 +128,7 @@ def _by_loss(
         choices.append(Choices(widths, tuple(costs[w] for w in widths), interpolate(losses[block.name], widths)))
     tied: dict[object, list[int]] = {}
     for index, block in enumerate(blocks):
-        key = (block.kind, block.units) if config.layout == "stock" else block.tie or index
+        key = (block.kind, block.units) if config.layout == "stock" else block.tie or block.stack or index
         tied.setdefault(key, []).append(index)
     families = [tie([choices[i] for i in members]) for members in tied.values()]
     least = sum(family.costs[0] for family in families)
@@ -214,10 +219,10 @@ def has_row_per_sample(outputs: Sequence[Outputs], batches: Sequence[Batch]) -> 
 
 
 def measured_blocks(blocks: Sequence[Block]) -> set[str]:
-    """Names of the blocks to prune alone (or with their tie): of each kind a dozen, at equal distances."""
+    """Names of the blocks to prune alone (or with their tie or stack): of each kind a dozen, at equal distances."""
     chosen: set[str] = set()
     for kind in {b.kind for b in blocks}:
-        ties = by_tie(b for b in blocks if b.kind == kind)
+        ties = by_width(b for b in blocks if b.kind == kind)
         count = min(len(ties), _MEASURED_BLOCKS)
         for i in range(count):
             chosen |= {b.name for b in ties[round(i * (len(ties) - 1) / max(count - 1, 1))]}

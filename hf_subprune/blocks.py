@@ -57,6 +57,8 @@ class Block:
         parameters_per_unit: Parameters that removing one unit frees, over all slices.
         tie: Blocks of one tie read something of each unit that is made once for all of them, so that they can only
             keep the same units. It is written as a pattern of their names; `None` for a block on its own.
+        stack: Blocks of one stack are the experts of one layer, stored in common tensors, so that they keep equally
+            many units, each its own. Dotted path of the module that holds them; `None` for a block on its own.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Block:
     attributes: tuple[Attribute, ...]
     parameters_per_unit: int
     tie: str | None = None
+    stack: str | None = None
 
     @property
     def owner(self) -> str:
@@ -91,6 +94,22 @@ def by_tie(blocks: Iterable[Block]) -> list[list[Block]]:
     together: dict[str | Block, list[Block]] = {}
     for block in blocks:
         together.setdefault(block.tie or block, []).append(block)
+    return list(together.values())
+
+
+def by_stack(blocks: Iterable[Block]) -> list[list[Block]]:
+    """Experts of one layer together; any other block is alone. In the order of their first."""
+    together: dict[str | Block, list[Block]] = {}
+    for block in blocks:
+        together.setdefault(block.stack or block, []).append(block)
+    return list(together.values())
+
+
+def by_width(blocks: Iterable[Block]) -> list[list[Block]]:
+    """Blocks that must keep equally many units, together: those of a tie or stack. In the order of their first."""
+    together: dict[str | Block, list[Block]] = {}
+    for block in blocks:
+        together.setdefault(block.tie or block.stack or block, []).append(block)
     return list(together.values())
 
 

@@ -21,7 +21,7 @@ from .allocation import (
     fill_in,
     measured_blocks,
 )
-from .blocks import Block, Refusal, by_tie
+from .blocks import Block, Refusal, by_width
 from .budgets import interpolate
 from .calibration import prepare
 from .collection import FOLDS, BlockMoments, collect, consumer_weight
@@ -50,7 +50,7 @@ class Calibrated:
     """A model with all that pruning it to any of several sizes needs: data, blocks, sensitivities, curves, moments.
 
     Args:
-        model: In eval mode; left as it is.
+        model: In eval mode, its experts apart (`experts.apart`); left as it is.
         data: As for `prune`.
         configs: The sizes; they differ in size only.
         processing_class: As for `prune`.
@@ -134,8 +134,8 @@ class Calibrated:
         points: dict[str, Points] = {}
         propagation = Propagation(self.model, self.calibration, self.evaluation) if curves else None
         measured = {b.name for b in self.candidates} if self.evaluation else measured_blocks(self.candidates)
-        waiting: dict[str, list[tuple[Block, Problem]]] = {}
-        members = {block: len(tie) for tie in by_tie(self.candidates) for block in tie}
+        waiting: dict[str, list[tuple[Block, Problem, int]]] = {}
+        members = {block: len(group) for group in by_width(self.candidates) for block in group}
         with progress(len(self.plan.segments), "Calibrating") as bar:
             steps = collect(self.model, self.plan, self.calibration, "layer", {}, bar.update)
             for block, moments in timed(steps, self.clock, "calibration"):
@@ -143,12 +143,12 @@ class Calibrated:
                     self.stored[block.name] = moments
                 if propagation is None:
                     continue
-                together = waiting.setdefault(block.tie or block.name, [])
-                together.append((block, self.problem(block, moments)))
+                together = waiting.setdefault(block.tie or block.stack or block.name, [])
+                together.append((block, self.problem(block, moments), moments.rows))
                 if len(together) < members[block]:
                     continue
-                del waiting[block.tie or block.name]
-                blocks, problems = [one for one, _ in together], [problem for _, problem in together]
+                del waiting[block.tie or block.stack or block.name]
+                blocks, problems, rows = zip(*together, strict=True)
                 with self.clock("curves"):
                     order = None if block.tie is None else order_together(problems, config.shrinkage)
                     found = [
@@ -164,6 +164,8 @@ class Calibrated:
                         )
                         for problem in problems
                     ]
+                    if block.stack is not None:
+                        found = [curve.of_share(n / sum(rows)) for curve, n in zip(found, rows, strict=True)]
                 with self.clock("propagation"):
                     names = [one.name for one in blocks]
                     if self.evaluation is not None:
@@ -228,8 +230,7 @@ class Calibrated:
     def problem(self, block: Block, moments: BlockMoments) -> Problem:
         """What selection and reweighting need of one block."""
         W = consumer_weight(self.model.get_submodule(block.consumer))
-        folds = [fold.moments(W) for fold in moments.folds if fold.rows]
-        return Problem(folds, W, block.columns, self.metrics.get(block.name))
+        return Problem(moments.of_folds(W), W, block.columns, self.metrics.get(block.name))
 
     def predictions(self, block: Block, width: int) -> dict[str, Any]:
         """The block's curves, for the report."""
@@ -278,13 +279,16 @@ def choose_blocks(blocks: Sequence[Block], refusals: Sequence[Refusal], config: 
         and (not config.include or any(fnmatchcase(b.name, p) for p in config.include))
         and not any(fnmatchcase(b.name, p) for p in config.exclude)
     ]
-    for tie in by_tie(b for b in blocks if b.tie):
-        part = [b.name for b in tie if b in chosen]
-        if 0 < len(part) < len(tie):
-            rest = [b.name for b in tie if b not in chosen]
+    for group in by_width(blocks):
+        part = [b.name for b in group if b in chosen]
+        if 0 < len(part) < len(group):
+            rest = [b.name for b in group if b not in chosen]
+            must = f"{group[0].tie!r} must all keep the same units"
+            if group[0].tie is None:
+                must = f"of {group[0].stack!r} are stored together and must all keep equally many units"
             raise ValueError(
-                f"Blocks {tie[0].tie!r} must all keep the same units, but the config prunes {', '.join(part)} and not "
-                f"{', '.join(rest)}: `include` or `exclude` all of them."
+                f"Blocks {must}, but the config prunes {', '.join(part)} and not {', '.join(rest)}: `include` or "
+                f"`exclude` all of them."
             )
     if not chosen:
         there = ", ".join(f"{b.name} ({b.kind})" for b in blocks) or "none"

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from .advance import Plan, Segment, Stream
-from .blocks import Block
+from .blocks import Block, by_stack
 from .calibration import CalibrationSet
-from .moments import MomentAccumulator
+from .experts import routed_tokens
+from .moments import MomentAccumulator, Moments, combine, unseen
 from .surgery import Edit
 
 FOLDS = 2
@@ -22,12 +23,32 @@ class BlockMoments:
     """Sums of second moments of one block.
 
     Args:
-        folds: Of the calibration batches, split by the parity of their index.
+        folds: Of the calibration batches, split by the parity of their index; one if there is one batch.
         held_out: Of the held-out batches.
     """
 
     folds: tuple[MomentAccumulator, ...]
     held_out: MomentAccumulator
+
+    @property
+    def rows(self) -> int:
+        """Rows of the calibration batches."""
+        return sum(fold.rows for fold in self.folds)
+
+    def of_folds(self, W: torch.Tensor) -> list[Moments]:
+        """The moments of each fold; a fold that sends no token to an expert knows nothing but its weights.
+
+        Args:
+            W: `(n, m)`, the consumer's weight, inputs by outputs.
+        """
+        # Of a single row, centred moments are zero.
+        seen = [fold.moments(W) for fold in self.folds if fold.rows > fold.intercept]
+        return seen + [unseen(W, seen, self.held_out.intercept)] * (len(self.folds) - len(seen))
+
+    def of_held_out(self, W: torch.Tensor) -> Moments:
+        """The moments of the held-out rows; of those fitted on for an expert that gets none of the held-out ones."""
+        held_out = self.held_out
+        return held_out.moments(W) if held_out.rows > held_out.intercept else combine(self.of_folds(W))
 
 
 def collect(
@@ -74,18 +95,21 @@ def collect(
                 tap = taps.pop(0)
                 yield tap.block, tap.moments
         else:
-            for block in segment.blocks:
-                tap = _Tap(model, block, calibration, with_targets=original is not None)
+            for group in by_stack(segment.blocks):  # experts of one layer do not read one another
+                taps = [_Tap(model, block, calibration, with_targets=original is not None) for block in group]
+                last = group[-1].consumer
                 for index in range(len(batches)):
-                    tap.start(index)
+                    for tap in taps:
+                        tap.start(index)
                     if original is not None:
+                        targets = {tap.block.consumer: tap.add_target for tap in taps}
                         with _undone(segment, edits, beforehand):
-                            original.run(index, outputs={block.consumer: tap.add_target}, stop_at=block.consumer)
-                    current.run(index, inputs={block.consumer: tap.add}, stop_at=block.consumer)
-                moments = tap.moments
-                del tap
-                yield block, moments
-                del moments
+                            original.run(index, outputs=targets, stop_at=last)
+                    current.run(index, inputs={tap.block.consumer: tap.add for tap in taps}, stop_at=last)
+                while taps:
+                    tap = taps.pop(0)
+                    yield tap.block, tap.moments
+                    del tap
             for index in range(len(batches)):
                 current.run(index)
                 if original is not None:
@@ -106,7 +130,7 @@ class _Tap:
         bias = getattr(consumer, "bias", None)
         self.block, self.calibration = block, calibration
         self._bias = bias if with_targets else None
-        self._targets: list[torch.Tensor] | None = [] if with_targets else None
+        self._targets: list[tuple[torch.Tensor, torch.Tensor | None]] | None = [] if with_targets else None
         accumulators = [
             MomentAccumulator(
                 n,
@@ -114,29 +138,40 @@ class _Tap:
                 intercept=bias is not None,
                 device=consumer.weight.device,  # type: ignore[arg-type]
             )
-            for _ in range(FOLDS + 1)
+            for _ in range(min(FOLDS, len(calibration.fit)) + 1)
         ]
-        self.moments = BlockMoments(tuple(accumulators[:FOLDS]), accumulators[FOLDS])
+        self.moments = BlockMoments(tuple(accumulators[:-1]), accumulators[-1])
 
     def start(self, index: int) -> None:
         """The rows to come belong to batch `index` (calibration batches first, held-out ones behind)."""
         self._index, self._fitted = index, len(self.calibration.fit)
-        self._into = self.moments.folds[index % FOLDS] if index < self._fitted else self.moments.held_out
+        self._into = (
+            self.moments.folds[index % len(self.moments.folds)] if index < self._fitted else self.moments.held_out
+        )
 
     def add_target(self, output: torch.Tensor) -> None:
         rows = self._rows(output)
-        self._targets.append(rows if self._bias is None else rows - self._bias.detach())  # type: ignore[union-attr]
+        rows = rows if self._bias is None else rows - self._bias.detach()
+        self._targets.append((rows, self._tokens()))  # type: ignore[union-attr]
 
     def add(self, inputs: torch.Tensor) -> None:
         rows = self._rows(inputs)
-        target = self._targets.pop(0) if self._targets is not None else None
+        target, sent = self._targets.pop(0) if self._targets is not None else (None, None)
         if not torch.isfinite(rows).all():
             what = f"calibration batch {self._index}" if self._index < self._fitted else "a held-out batch"
             raise ValueError(
                 f"Block {self.block.name}: the input of {self.block.consumer} holds NaN or inf in {what}"
                 f"{self._culprits(inputs)}. Check these samples, or load the model in float32 or bfloat16."
             )
+        if target is not None and sent is not None and (tokens := self._tokens()) is not None:
+            # Routers of the two models may differ: only tokens that both send to this expert tell it what to do.
+            rows, target = rows[torch.isin(tokens, sent)], target[torch.isin(sent, tokens)]
         self._into.update(rows, target)
+
+    def _tokens(self) -> torch.Tensor | None:
+        """Which tokens the rows of an expert are, in increasing order; `None` where all tokens pass."""
+        routed = routed_tokens(self.calibration.model, self.block.consumer)
+        return None if routed is None else self._rows(routed[1][:, None]).flatten()
 
     def _culprits(self, inputs: torch.Tensor) -> str:
         """Which samples of the batch are not finite, where the first dimension counts samples."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -48,6 +48,12 @@ class LossCurve:
     relative: torch.Tensor
     order: torch.Tensor
     trials: dict[int, Trial]
+
+    def of_share(self, share: float) -> "LossCurve":
+        """The curve of a block that this share of the rows reaches, as an expert: its loss a row of all of them."""
+        points = tuple((width, share * error) for width, error in self.points)
+        trials = {width: replace(trial, error=share * trial.error) for width, trial in self.trials.items()}
+        return replace(self, points=points, trials=trials)
 
 
 def loss_curve(

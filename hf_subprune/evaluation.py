@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .calibration import Batch, is_divisible
+from .experts import apart, together
 from .padding import token_mask
 from .verification import floating_tensors, undisturbed
 
@@ -103,13 +104,15 @@ def count_macs(model: PreTrainedModel, batch: Batch) -> int:
     """Multiply-accumulates of one forward on the batch's first sample, at the batch's (padded) length.
 
     Matrix products, convolutions and attention scores are counted, a causal mask saves nothing. A batch whose tensors
-    do not share their first dimension (patches of several images in one list) is counted as a whole.
+    do not share their first dimension (patches of several images in one list) is counted as a whole. Of stacked
+    experts, those that the router chooses for a token are counted.
     """
     sample = {name: value[:1] for name, value in batch.items()} if is_divisible(batch) else batch
     # The counter knows no formula for the fused attention of CPUs.
     formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with undisturbed(model), torch.no_grad(), counter:
+    # Nor for grouped products, which run stacked experts.
+    with undisturbed(model), apart(model), torch.no_grad(), counter:
         model.requires_grad_(False)  # the counter follows gradients, of which there are none
         model(**_on_device(model, sample))
     return counter.get_total_flops() // 2
@@ -136,7 +139,7 @@ def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
-    with undisturbed(model), torch.inference_mode():
+    with undisturbed(model), together(model), torch.inference_mode():
         run()
         timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
         times = timer.blocked_autorange(min_run_time=min_run_time).times

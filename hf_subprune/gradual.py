@@ -18,6 +18,7 @@ from .calibrated import Calibrated
 from .collection import BlockMoments, collect, consumer_weight
 from .config import PruneConfig
 from .evaluation import drift, measure, model_outputs
+from .experts import apart, put_together
 from .layout import choose_layout
 from .masking import Mask, MaskEdit
 from .moments import restrict
@@ -55,7 +56,7 @@ class GradualPruning:
         progress: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.config = model, config
-        with undisturbed(model):
+        with undisturbed(model), apart(model):
             self._calibrated = Calibrated(model, data, [config], processing_class)
             self._calibrated.stored = None  # training makes these moments out of date
             self.blocks, self.calibration = self._calibrated.blocks, self._calibrated.calibration
@@ -103,7 +104,7 @@ class GradualPruning:
             return False
         edits: dict[str, MaskEdit] = {}
         solutions: dict[str, dict[str, Any]] = {}
-        with undisturbed(self.model), ExitStack() as on_failure:
+        with undisturbed(self.model), apart(self.model), ExitStack() as on_failure:
             on_failure.callback(undo_all, edits)
             reference = model_outputs(self.model, self.calibration.held_out)
             if self._calibrated.metrics:
@@ -143,10 +144,11 @@ class GradualPruning:
         self.mask()
         pruned = [b for b in self.blocks if len(self.kept[b.name]) < b.units]
         start = time.perf_counter()
-        with undisturbed(self.model), ExitStack() as on_failure:
+        with undisturbed(self.model), apart(self.model), ExitStack() as on_failure:
             verify(self.model, pruned, self.kept, self.calibration.probe)
             for block in pruned:
                 on_failure.callback(shrink(self.model, block, self.kept[block.name]).undo)
+            on_failure.callback(put_together(self.model.modules()))
             layout = choose_layout(self.model, self.config.layout, inputs=self.calibration.probe)
             on_failure.callback(layout.undo)
             after = measure(self.model, self.calibration.held_out[0])
@@ -196,7 +198,8 @@ class GradualPruning:
         self._seconds = progress["seconds"]
 
     def _make_masks(self) -> list[Mask]:
-        return [Mask(self.model, b, self.kept[b.name]) for b in self.blocks if len(self.kept[b.name]) < b.units]
+        with apart(self.model):  # an expert's mask writes into the tensors that it is a part of
+            return [Mask(self.model, b, self.kept[b.name]) for b in self.blocks if len(self.kept[b.name]) < b.units]
 
     def _width(self, block: Block, removed: float) -> int:
         target = self.targets[block.name]
@@ -224,7 +227,7 @@ class GradualPruning:
         position = torch.full((len(W),), -1)
         position[columns] = torch.arange(len(columns))
         return Problem(
-            [restrict(fold.moments(W), columns) for fold in moments.folds if fold.rows],
+            [restrict(fold, columns) for fold in moments.of_folds(W)],
             W[columns.to(W.device)],
             position[block.columns[self.kept[block.name]]].to(W.device),
             self._calibrated.metrics.get(block.name),
@@ -251,7 +254,7 @@ class GradualPruning:
             **self._selection(),
         )
         held_out = relative_error(
-            restrict(moments.held_out.moments(W), kept_columns(block, present)),
+            restrict(moments.of_held_out(W), kept_columns(block, present)),
             solution.kept_columns,
             solution.V,
             solution.bias_shift,

@@ -206,6 +206,25 @@ def combine(parts: Sequence[Moments]) -> Moments:
     return Moments(H, C, t, rows, input_mean, target_mean, first.intercept)
 
 
+def unseen(W: torch.Tensor, parts: Sequence[Moments], intercept: bool) -> Moments:
+    """Moments in the place of those of rows that never came: of uncorrelated inputs, as large as those of other parts.
+
+    With them alone, the units to keep are those with the largest weights, and their weights stay as they are; with
+    others, they pull towards that.
+
+    Args:
+        W: `(n, m)`, the consumer's weight, inputs by outputs.
+        parts: Moments of the rows that came, if any.
+        intercept: Whether moments are centred.
+    """
+    rows = max((part.rows for part in parts), default=1)
+    scale = max((float(part.H.diagonal().mean()) for part in parts), default=1.0)
+    W = W.detach().to(parts[0].H if parts else torch.float64)
+    H = torch.eye(len(W), dtype=W.dtype, device=W.device) * scale
+    t = scale * float(W.square().sum(dtype=torch.float64))
+    return Moments(H, scale * W, t, rows, W.new_zeros(len(W)), W.new_zeros(W.shape[1]), intercept)
+
+
 def restrict(moments: Moments, columns: torch.Tensor) -> Moments:
     """The moments of some of the inputs and of all targets.
 

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .experts import routed_tokens
+
 
 def token_mask(
     model: PreTrainedModel, consumer: str, batch: Mapping[str, Any], shape: Sequence[int]
@@ -18,12 +20,18 @@ def token_mask(
         consumer: Dotted path of the consumer: decoders have their own mask, image towers have none. `""` stands for
             the model's output.
         batch: The forward's arguments.
-        shape: Of the consumer's input, `(batch, length, n)`, `(length, batch, n)` or `(batch * length, n)`.
+        shape: Of the consumer's input, `(batch, length, n)`, `(length, batch, n)` or `(batch * length, n)`; of an
+            expert's, that of the latest call, `(rows, n)`.
 
     Returns:
         `(rows,)` bool, one for each row of the input flattened to `(rows, n)`; `None` when every row counts: nothing
         is padding, or no mask of the batch speaks of such rows (patches of an image).
     """
+    routed = routed_tokens(model, consumer)
+    if routed is not None:
+        experts, tokens, of = routed
+        mask = token_mask(model, experts, batch, (of, shape[-1]))
+        return None if mask is None else mask[tokens.to(mask.device)]
     if _is_within(model, consumer, model.get_encoder(modality="image")):
         return None
     in_decoder = model.config.is_encoder_decoder and (not consumer or _is_within(model, consumer, model.get_decoder()))

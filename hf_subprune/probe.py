@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .attributes import settle
 from .blocks import Block, Discovery, Refusal, Slice, parameters_per_unit
+from .experts import all_running, apart, refuse_stacks, stack_of, whole_stacks
 from .probe_inputs import probe_inputs
 from .ties import tie_shared
 from .tracing import OUTPUT, Read, Source, Trace, traced
@@ -41,6 +42,9 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
         model: Any model whose blocks are made of `nn.Linear` or `Conv1D`; it must be in memory, not on meta.
         inputs: Keyword arguments of a small forward (two samples, a few tokens); `probe_inputs(model)` if omitted.
 
+    Experts that are stacked in one tensor are found one by one; their blocks can be shrunk inside of
+    `experts.apart(model)` only.
+
     Returns:
         Blocks in the order of the forward, and refusals.
 
@@ -51,6 +55,11 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
         raise ValueError("The model is on the meta device: load its weights before looking for blocks.")
     if inputs is None:
         inputs = _own_inputs(model)
+    with apart(model), all_running(model):
+        return _discover(model, inputs)
+
+
+def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     found: list[Block] = []
     candidate: Block | Refusal | None
     refusals: list[Refusal] = []
@@ -68,15 +77,18 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
                 elif candidate is not None:
                     refusals.append(candidate)
     readers = {source.name: source.readers for sources in trace.sources for source in sources}
-    found, apart = tie_shared(model, _named(model, found), readers)
+    found, unequal = tie_shared(model, _named(model, found), readers)
     found, clashes = _without_clashes(found)
     blocks, inexact = settle(model, found, inputs)
     for block, reason in inexact:
         if seek.shared[block.consumer]:
             reason = f"its units share rows of {_listed(seek.shared[block.consumer])}, and {reason}"
         refusals.append(Refusal(block.name, block.kind, reason, LEFT_WHOLE))
-    refusals += [Refusal(block.name, block.kind, reason, LEFT_WHOLE) for block, reason in apart]
-    return Discovery(tuple(blocks), (*refusals, *clashes))
+    refusals += [Refusal(block.name, block.kind, reason, LEFT_WHOLE) for block, reason in unequal]
+    layers = {layer for name, _ in model.named_modules() if name and (layer := layer_of(model, name)) is not None}
+    refusals += refuse_stacks(model, blocks, layers)
+    blocks, parts = whole_stacks(model, blocks)
+    return Discovery(tuple(blocks), (*refusals, *clashes, *parts))
 
 
 def _own_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -145,6 +157,7 @@ class _Seeker:
             several = columns.shape[1] > 1 or (bool((owner == SHARED).any()) and jacobian.mixes_positions())
             return Refusal(consumer, "attention" if several else "mlp", str(refused), LEFT_WHOLE)
         return Block(
+            stack=stack_of(model, consumer),
             name=consumer,
             kind="mlp" if columns.shape[1] == 1 else "attention",
             consumer=consumer,

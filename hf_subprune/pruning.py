@@ -17,6 +17,7 @@ from .calibrated import Calibrated
 from .collection import BlockMoments
 from .config import TARGETS, PruneConfig
 from .evaluation import drift, measure
+from .experts import apart, put_together
 from .layout import choose_layout
 from .progress import Clock, peak_memory, progress, timed
 from .report import BlockReport, Change, PruneReport
@@ -63,7 +64,7 @@ def prune(
     """
     config = config or PruneConfig()
     check_prunable(model)
-    with _eval_mode(model), ExitStack() as undo:
+    with _eval_mode(model), apart(model), ExitStack() as undo:
         report = prune_to(Calibrated(model, data, [config], processing_class, evaluation), config, undo)
         undo.pop_all()
     return report
@@ -99,7 +100,7 @@ def prune_sizes(
     """
     check_prunable(model)
     _check_alike(configs)
-    with _eval_mode(model):
+    with _eval_mode(model), apart(model):
         calibrated = Calibrated(model, data, configs, processing_class, evaluation)
         for config in configs:
             with ExitStack() as undo:
@@ -143,6 +144,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
         verify(model, to_prune, kept, calibrated.probe)
     with clock("evaluation"):
         reached = calibrated.reached(config, widths, edits)
+    undo.callback(put_together(model.modules()))
     with clock("layout"):
         layout = choose_layout(model, config.layout, inputs=calibrated.probe)
         undo.callback(layout.undo)
@@ -227,7 +229,7 @@ def _prune_block(
         generator=torch.Generator().manual_seed(config.seed),
         chosen=chosen,
     )
-    held_out = moments.held_out.moments(problem.W)
+    held_out = moments.of_held_out(problem.W)
     error = relative_error(held_out, solution.kept_columns, solution.V, solution.bias_shift)
     bias = None if consumer.bias is None else consumer.bias.detach() + solution.bias_shift.to(consumer.bias)
     edit = shrink(model, block, solution.kept_units, weight=solution.V, bias=bias)

@@ -38,7 +38,7 @@ class BlockReport:
         kept_units: Indices into the original units, sorted.
         kept_columns: Indices into the original consumer's input columns, sorted.
         fitted_error: Relative error `||A W - B_S V||^2 / ||A W||^2` of the consumer's output on the rows fitted on.
-        held_out_error: The same on rows that were never fitted on.
+        held_out_error: The same on rows that were never fitted on (an expert that gets none: on those fitted on).
         shrinkage: The strength of the pull towards the original weights that was used (dimensionless); `None` when
             nothing was reweighted.
         method: How the units were selected.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .blocks import Block
+from .blocks import Block, by_stack
 from .calibration import Batch
 from .evaluation import compared_output
 from .padding import token_mask
@@ -43,41 +44,46 @@ def output_metrics(
         seed: Of the draws.
 
     Returns:
-        By block name, `(m, m)` on the consumer's device in float64; zeros where the output does not depend on it.
+        By block name, `(m, m)` on the consumer's device in float64; zeros where the output does not depend on it. The
+        experts of one layer have one matrix, of the tokens of all of them: some get very few.
     """
-    sums = {block.name: _GradientSum(model, block) for block in blocks}
+    sums = [_GradientSum(model, group) for group in by_stack(blocks)]
     generator = torch.Generator().manual_seed(seed)
     with undisturbed(model), torch.enable_grad(), ExitStack() as stack:
         model.requires_grad_(False)
-        for total in sums.values():
-            consumer = model.get_submodule(total.block.consumer)
-            stack.callback(consumer.register_forward_hook(total.watch).remove)
+        for total in sums:
+            for block in total.blocks:
+                hook = partial(total.watch, block.consumer)
+                stack.callback(model.get_submodule(block.consumer).register_forward_hook(hook).remove)
         for batch in batches:
             arguments = _arguments(model, batch)
             for _ in range(probes):
-                for total in sums.values():
+                for total in sums:
                     total.batch = batch
                 value = _probe(model, batch, model(**arguments), generator)
                 if value is not None and value.requires_grad:
                     value.backward()
-    return {name: total.mean() for name, total in sums.items()}
+    means: dict[str, torch.Tensor] = {}
+    for total in sums:
+        means |= dict.fromkeys([block.name for block in total.blocks], total.mean())
+    return means
 
 
 class _GradientSum:
-    """Sums `g g'` over the rows of a consumer's output."""
+    """Sums `g g'` over the rows of a consumer's output, or over those of the experts of one layer."""
 
-    def __init__(self, model: PreTrainedModel, block: Block):
-        consumer: Any = model.get_submodule(block.consumer)
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[Block]):
+        consumer: Any = model.get_submodule(blocks[0].consumer)
         m = consumer.weight.shape[0 if isinstance(consumer, nn.Linear) else 1]
-        self.model, self.block, self.rows = model, block, 0
+        self.model, self.blocks, self.rows = model, blocks, 0
         self.batch: Batch = {}
         self._sum = torch.zeros(m, m, dtype=torch.float64, device=consumer.weight.device)
 
-    def watch(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+    def watch(self, consumer: str, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         """Forward hook: the graph starts at the first consumer, gradients are read at every one."""
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # a leaf could not be written into by what follows
-        mask = token_mask(self.model, self.block.consumer, self.batch, output.shape)
+        mask = token_mask(self.model, consumer, self.batch, output.shape)
         self.rows += output[..., 0].numel() if mask is None else int(mask.sum())
 
         def add(gradient: torch.Tensor) -> None:

@@ -120,7 +120,7 @@ def shrink(
         owner = owners[owner_path] = model.get_submodule(owner_path)
         is_parameter = name in owner._parameters
         entries: dict[str, Any] = owner._parameters if is_parameter else owner._buffers  # type: ignore[assignment]
-        after = _parameter_like(entries[name], tensor) if is_parameter else tensor
+        after = parameter_like(entries[name], tensor) if is_parameter else tensor
         changes.append(_Change(entries, name, entries[name], after))
     changes.extend(_attribute_changes(model, block, units.numel()))
     for change in changes:
@@ -242,7 +242,8 @@ def _get_tensor(model: nn.Module, block: Block, path: str) -> torch.Tensor:
     try:
         owner = model.get_submodule(owner_path)
     except AttributeError as error:
-        raise ValueError(f"Block {block.name!r}: the model has no module {owner_path!r}.") from error
+        hint = " Shrink experts inside of `experts.apart(model)`." if block.stack is not None else ""
+        raise ValueError(f"Block {block.name!r}: the model has no module {owner_path!r}.{hint}") from error
     tensor = owner._parameters.get(name, owner._buffers.get(name))
     if tensor is None:
         raise ValueError(f"Block {block.name!r}: the model has no parameter or buffer {path!r}.")
@@ -286,7 +287,8 @@ def _new_consumer_tensor(
     return (values.T if transposed else values).clone(memory_format=torch.contiguous_format)
 
 
-def _parameter_like(original: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
+def parameter_like(original: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
+    """A parameter of other values and shape, with the flags and marks of the original."""
     parameter = nn.Parameter(values, requires_grad=original.requires_grad)
     # Marks that transformers leaves on parameters, such as `_is_hf_initialized`.
     parameter.__dict__.update(original.__dict__)

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from transformers import PreTrainedModel
 
-from .blocks import Block, by_tie
+from .blocks import Block, by_width
 from .calibration import Batch
 from .config import PruneConfig, parse_size
 from .evaluation import count_macs, count_parameters, measure_latency
@@ -96,7 +96,7 @@ def resolve(model: PreTrainedModel, blocks: Sequence[Block], config: PruneConfig
         unit = "multiply-accumulates a sample" + (f" of {length} tokens" if length else "")
         limit = config.macs * full if config.macs <= 1 else float(config.macs)
         costs = {}
-        for tie in by_tie(blocks):
+        for tie in by_width(blocks):
             units = tie[0].units
             with narrowed(model, tie, dict.fromkeys([b.name for b in tie], 1)):
                 one = count_macs(model, batch)
@@ -158,7 +158,7 @@ def _latencies(
     """
     full = measure_latency(model, batch, _SECONDS).seconds
     families: dict[tuple[str, int, int], list[Block]] = {}
-    for tie in by_tie(blocks):
+    for tie in by_width(blocks):
         families.setdefault((tie[-1].kind, tie[-1].units, tie[-1].parameters_per_unit), []).extend(tie)
     costs: dict[str, tuple[float, ...]] = {}
     table: list[tuple[str, int, int, float]] = []

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .blocks import Block, by_tie
+from .experts import all_running
 from .surgery import Edit, masked, shrink
 
 TOLERANCE = 1e-4
@@ -91,12 +92,12 @@ def verify(
                     f"Blocks {first.name!r} and {block.name!r} are tied ({first.tie!r}) and must keep the same units, "
                     f"found {list(map(int, kept[first.name]))} and {list(map(int, kept[block.name]))}."
                 )
-    with undisturbed(model), ExitStack() as stack:
+    with undisturbed(model), all_running(model), ExitStack() as stack:
         for block in blocks:
             stack.enter_context(masked(model, block, kept[block.name]))
         expected = _run(model, blocks, inputs, to_consumer)
     edits: list[Edit] = []
-    with undisturbed(model):
+    with undisturbed(model), all_running(model):
         try:
             for block in blocks:
                 edits.append(shrink(model, block, kept[block.name]))

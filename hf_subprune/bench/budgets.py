@@ -16,6 +16,7 @@ from ..calibrated import Calibrated
 from ..collection import consumer_weight
 from ..config import PruneConfig
 from ..evaluation import drift
+from ..experts import apart
 from ..moments import combine
 from ..reweighting import Reweighted, reweight
 from ..selection import columns_of
@@ -66,21 +67,22 @@ def bench_budgets(
     base = PruneConfig(
         keep=min(keeps), samples=samples, held_out=held_out, max_length=max_length, layout="ragged", round_to=1
     )
-    calibrated = Calibrated(model.eval(), data, [base], processing_class)
-    drifts = _Drifts(calibrated)
-    rows = []
-    for keep in keeps:
-        for budget in ("uniform", "equal_loss", "global"):
-            config = replace(base, keep=keep, budget=budget)
-            target = keep_target(calibrated.blocks, config)
-            widths = choose_widths(calibrated.blocks, target, config, calibrated.losses)
-            rows.append({"budget": budget, "keep": keep, **drifts.row(widths)})
+    with apart(model):
+        calibrated = Calibrated(model.eval(), data, [base], processing_class)
+        drifts = _Drifts(calibrated)
+        rows = []
+        for keep in keeps:
+            for budget in ("uniform", "equal_loss", "global"):
+                config = replace(base, keep=keep, budget=budget)
+                target = keep_target(calibrated.blocks, config)
+                widths = choose_widths(calibrated.blocks, target, config, calibrated.losses)
+                rows.append({"budget": budget, "keep": keep, **drifts.row(widths)})
+                advanced()
+        rng = random.Random(seed)
+        for index in range(allocations):
+            keep = rng.choice(list(keeps)) if index % 2 else rng.uniform(min(keeps), max(keeps))
+            rows.append({"budget": "random", "keep": keep, **drifts.row(_random_widths(calibrated.blocks, keep, rng))})
             advanced()
-    rng = random.Random(seed)
-    for index in range(allocations):
-        keep = rng.choice(list(keeps)) if index % 2 else rng.uniform(min(keeps), max(keeps))
-        rows.append({"budget": "random", "keep": keep, **drifts.row(_random_widths(calibrated.blocks, keep, rng))})
-        advanced()
     return rows
 
 
@@ -149,7 +151,7 @@ class _Drifts:
         kept = self.calibrated.curves[block.name].order[:width].sort().values
         if (block.name, width) not in self._fits:
             W = consumer_weight(consumer)
-            total = combine([fold.moments(W) for fold in self._stored[block.name].folds if fold.rows])
+            total = combine(self._stored[block.name].of_folds(W))
             columns = columns_of(kept, block.columns)
             self._fits[block.name, width] = reweight(total, W, columns, PRIOR_SHRINKAGE)
         fit = self._fits[block.name, width]

@@ -16,7 +16,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..blocks import Block, Discovery, by_tie
+from ..blocks import Block, Discovery, by_width
+from ..experts import apart
 from ..layout import choose_layout
 from ..probe import discover
 from ..probe_inputs import probe_inputs
@@ -153,10 +154,14 @@ def examine(model_type: str, head: str) -> Row:
         row["architecture"] = type(model).__name__
         inputs = probe_inputs(model)
         row["inputs"] = tuple(inputs)
-        discovery = discover(model, inputs)
-        row["kinds"] = {kind: judge(model, discovery, kind, inputs) for kind in KINDS}
+        with apart(model):
+            discovery = discover(model, inputs)
+            row["kinds"] = {kind: judge(model, discovery, kind, inputs) for kind in KINDS}
+            kept = _halves(discovery.blocks)
+            for block in discovery.blocks:
+                shrink(model, block, kept[block.name])
         if discovery.blocks:
-            row.update(_stored(model, discovery, inputs))
+            row.update(_stored(model, inputs))
     except (CannotBuildError, ValueError) as error:
         row["problem"] = str(error)
     except Exception as error:
@@ -180,12 +185,18 @@ def half(block: Block, seed: int) -> torch.Tensor:
     """About half of a block's units, a different choice and number for neighbouring seeds; `(k,)` int64, sorted."""
     random = torch.Generator().manual_seed(1000 + seed)
     count = min(max(block.units // 2 + seed % 2, 1), block.units)
+    if block.stack is not None:  # grouped matrix products take multiples of 8 only
+        count = max(count - count % 8, 1)
     return torch.randperm(block.units, generator=random)[:count].sort().values
 
 
 def _halves(blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
-    """Units to keep, by block: tied blocks keep the same ones."""
-    return {block.name: half(block, seed) for seed, tie in enumerate(by_tie(blocks)) for block in tie}
+    """Units to keep, by block: tied blocks keep the same ones, experts of one layer equally many of their own."""
+    kept = {}
+    for seed, group in enumerate(by_width(blocks)):
+        for number, block in enumerate(group):
+            kept[block.name] = half(block, seed if block.tie is not None else seed + 2 * len(blocks) * number)
+    return kept
 
 
 def shrunk_difference(model: PreTrainedModel, blocks: Sequence[Block], inputs: Mapping[str, Any]) -> float:
@@ -242,11 +253,8 @@ def relative_difference(expected: Sequence[torch.Tensor], found: Sequence[torch.
     return worst
 
 
-def _stored(model: PreTrainedModel, discovery: Discovery, inputs: Mapping[str, Any]) -> dict[str, str]:
-    """Shrink all blocks, save, reload and compare."""
-    kept = _halves(discovery.blocks)
-    for block in discovery.blocks:
-        shrink(model, block, kept[block.name])
+def _stored(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Save a shrunk model, reload and compare."""
     try:
         layout = choose_layout(model, "ragged", inputs=inputs)
     except Exception as error:
