@@ -169,6 +169,7 @@ def inspect(
     if every:
         _survey(out)
         return
+    from .blocks import by_stack
     from .datafiles import load_model
     from .probe import discover
     from .report import refusal_table
@@ -178,8 +179,11 @@ def inspect(
     table = Table(title=f"Prunable blocks of {type(loaded).__name__}", title_justify="left")
     for name in ("block", "kind", "units", "parameters"):
         table.add_column(name, justify="left" if name in ("block", "kind") else "right")
-    for block in found.blocks:
-        table.add_row(block.name, block.kind, str(block.units), f"{block.parameters:,}")
+    for group in by_stack(found.blocks):
+        name, units = group[0].name, str(group[0].units)
+        if group[0].stack is not None:
+            name, units = f"{group[0].stack}.*", f"{len(group)} x {units}"
+        table.add_row(name, group[0].kind, units, f"{sum(block.parameters for block in group):,}")
     inside = sum(block.parameters for block in found.blocks)
     table.caption = f"{inside:,} of {loaded.num_parameters():,} parameters ({inside / loaded.num_parameters():.0%})"
     table.caption_justify = "left"

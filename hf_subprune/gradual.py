@@ -279,6 +279,7 @@ class GradualPruning:
         return BlockReport(
             name=block.name,
             kind=block.kind,
+            stack=block.stack,
             consumer=block.consumer,
             units_before=block.units,
             units_after=len(kept),

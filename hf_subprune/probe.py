@@ -85,6 +85,7 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
             reason = f"its units share rows of {_listed(seek.shared[block.consumer])}, and {reason}"
         refusals.append(Refusal(block.name, block.kind, reason, LEFT_WHOLE))
     refusals += [Refusal(block.name, block.kind, reason, LEFT_WHOLE) for block, reason in unequal]
+    refusals += _unreached(model, {read.reader for read in trace.reads})
     layers = {layer for name, _ in model.named_modules() if name and (layer := layer_of(model, name)) is not None}
     refusals += refuse_stacks(model, blocks, layers)
     blocks, parts = whole_stacks(model, blocks)
@@ -103,6 +104,19 @@ def _own_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
             f"`inputs`, a small batch of your own."
         ) from error
     return inputs
+
+
+def _unreached(model: nn.Module, readers: Collection[str]) -> list[Refusal]:
+    """Refuse the modules with linears that the batch did not run while it ran others like them: experts."""
+    like = {re.sub(r"\d+", "*", name) for name in readers}
+    silent = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and name not in readers and re.sub(r"\d+", "*", name) in like
+    ]
+    reason = "the probe batch does not reach it, as it reaches others like it"
+    advice = "Pass `inputs` of more tokens (to `prune`: longer or more samples), until some are sent to it."
+    return [Refusal(path, "mlp", reason, advice) for path in dict.fromkeys(name.rpartition(".")[0] for name in silent)]
 
 
 class _RefusedError(Exception):

@@ -236,6 +236,7 @@ def _prune_block(
     return BlockReport(
         name=block.name,
         kind=block.kind,
+        stack=block.stack,
         consumer=block.consumer,
         units_before=block.units,
         units_after=width,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -49,6 +50,8 @@ class BlockReport:
             nested greedy sets; a few points from few units to many, empty when none was computed.
         predicted: `(units kept, drift)` of the model's output that the budget expected of pruning this block alone,
             from few units to all; empty when the budget needed none.
+        stack: Dotted path of the module that stores the block together with the other experts of its layer; `None`
+            for a block on its own.
     """
 
     name: str
@@ -66,6 +69,7 @@ class BlockReport:
     seconds: float
     curve: tuple[tuple[int, float], ...] = ()
     predicted: tuple[tuple[int, float], ...] = ()
+    stack: str | None = None
 
     @classmethod
     def whole(cls, block: Block, **predictions: Any) -> "BlockReport":
@@ -84,6 +88,7 @@ class BlockReport:
             method="kept whole",
             guarantee=1.0,
             seconds=0.0,
+            stack=block.stack,
             **predictions,
         )
 
@@ -388,27 +393,36 @@ class PruneReport:
         return table
 
     def block_table(self) -> Table:
-        """One row for each block that lost units, as a rich table."""
+        """One row for each block that lost units, or for all experts of a layer, as a rich table."""
         table = Table(title="Blocks", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("block", overflow="fold")
         for name in ("kept", "fitted", "held out", "shrink", "optimum"):
             table.add_column(name, justify="right", no_wrap=True)
         pruned = [b for b in self.blocks if b.units_after < b.units_before]
+        groups: dict[str, list[BlockReport]] = {}
         for b in pruned:
+            groups.setdefault(b.stack or b.name, []).append(b)
+        for group in groups.values():
+            b, shrinkages = group[0], [b.shrinkage for b in group if b.shrinkage is not None]
+            guarantees = [b.guarantee for b in group if b.guarantee is not None]
             table.add_row(
-                b.name,
+                b.name if b.stack is None else f"{b.stack}.*",
                 f"{b.units_after}/{b.units_before}",
-                f"{b.fitted_error:.4f}",
-                f"{b.held_out_error:.4f}",
-                "" if b.shrinkage is None else f"{b.shrinkage:.2g}",
-                "" if b.guarantee is None else f">={b.guarantee:.1%}",
+                f"{mean(b.fitted_error for b in group):.4f}",
+                f"{mean(b.held_out_error for b in group):.4f}",
+                "..".join(dict.fromkeys(f"{end(shrinkages):.2g}" for end in (min, max) if shrinkages)),
+                f">={min(guarantees):.1%}" if guarantees else "",
             )
         whole = len(self.blocks) - len(pruned)
         table.caption = (
             "kept: units after and before. fitted, held out: relative squared error of what the units' consumer "
             "computes, on the rows fitted on and on others. shrink: pull towards the original weights. optimum: the "
             "units kept capture at least this part of what any choice of as many could."
-        ) + (f" Kept whole: {whole} further blocks." if whole else "")
+        )
+        if len(groups) < len(pruned):
+            table.caption += " Experts of a layer (*): mean errors, range of the pull, least bound."
+        if whole:
+            table.caption += f" Kept whole: {whole} further blocks."
         table.caption_justify = "left"
         return table
 
