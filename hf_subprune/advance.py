@@ -9,14 +9,19 @@ embeddings, a bias shared by all layers, the hand-over from encoder to decoder) 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .blocks import Block
+from .durable import read_objects, write_objects
+from .offload import input_device
 
 Batch = dict[str, Any]
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -111,10 +116,11 @@ class Stream:
         model: In eval mode. The weights that it has when a segment runs are the ones that are used.
         plan: From `plan`.
         batches: Inputs of the model's forward.
+        folder: For files of the stored outputs; they stay in memory without one.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, batches: Sequence[Batch]):
-        self.model, self.plan, self.batches = model, plan, batches
+    def __init__(self, model: nn.Module, plan: Plan, batches: Sequence[Batch], folder: Path | None = None):
+        self.model, self.plan, self.batches, self.folder = model, plan, batches, folder
         self.position = 0
         self._outputs: list[dict[str, Any]] = [{} for _ in batches]
         self._next: list[Any] = [None] * len(batches)
@@ -157,12 +163,13 @@ class Stream:
                 nonlocal remaining
                 remaining -= 1
                 if remaining == 0:
-                    self._next[index] = output if stop_at is None else None
+                    self._next[index] = self._stored(index, output) if stop_at is None else None
                     raise _Reached
 
             target = self.model.get_submodule(segment.path if stop_at is None else stop_at)
             stack.callback(target.register_forward_hook(stop).remove)
-            stack.enter_context(_stubbed(self.model, self.plan, self.position, self._outputs[index]))
+            finished = {path: self._read(output) for path, output in self._outputs[index].items()}
+            stack.enter_context(_stubbed(self.model, self.plan, self.position, finished))
             call(self.model, self.batches[index])
 
     def step(self) -> None:
@@ -176,16 +183,34 @@ class Stream:
         self._next = [None] * len(self.batches)
         self.position += 1
 
+    @property
+    def files(self) -> list[dict[str, str]]:
+        """By batch and segment, the file of each stored output, as plain JSON types."""
+        return [{path: file.name for path, file in stored.items()} for stored in self._outputs]
+
+    def resume(self, position: int, files: Sequence[Mapping[str, str]]) -> None:
+        """Go on at a segment, with the outputs in the folder's files, which `files` named then."""
+        self.position = position
+        self._outputs = [{path: self.folder / name for path, name in stored.items()} for stored in files]  # type: ignore
+
+    def _stored(self, index: int, output: Any) -> Any:
+        if self.folder is None:
+            return output
+        path = self.folder / f"{index}-{self.position}.pt"
+        write_objects(path, output)
+        return path
+
+    def _read(self, output: Any) -> Any:
+        return send_to_device(read_objects(output), input_device(self.model)) if self.folder else output
+
 
 def call(model: nn.Module, batch: Batch) -> Any:
     """The model's forward on a batch, on the model's device, without gradients or key/value cache.
 
     Returns `None` when the forward was stopped on purpose.
     """
-    device = getattr(model, "device", None)
-    arguments = {
-        k: v.to(device) if isinstance(v, torch.Tensor) and device is not None else v for k, v in batch.items()
-    }
+    device = input_device(model)
+    arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     if "use_cache" in signature(model.forward).parameters:
         arguments.setdefault("use_cache", False)
     with torch.no_grad():
@@ -230,14 +255,27 @@ def _stubbed(model: nn.Module, plan: Plan, position: int, stored: Mapping[str, A
     with ExitStack() as stack:
         for segment in plan.segments[:position]:
             output = stored[segment.path] if segment.path in stored else latest[segment.chain]
-            module = model.get_submodule(segment.path)
-            had = module.__dict__.get("forward")  # accelerate's hooks put a forward on the instance, too
-            module.forward = lambda *_args, _output=output, **_kwargs: _output  # type: ignore[method-assign]
-            if had is None:
-                stack.callback(module.__dict__.pop, "forward")
-            else:
-                stack.callback(module.__dict__.__setitem__, "forward", had)
+            stub = partial(_return, output)
+            stack.enter_context(forward_replaced(model.get_submodule(segment.path), stub))
         yield
+
+
+def _return(output: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return output
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for the time being; the module's hooks stay."""
+    had = module.__dict__.get("forward")  # accelerate's hooks put a forward on the instance, too
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if had is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = had
 
 
 @dataclass

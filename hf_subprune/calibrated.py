@@ -1,17 +1,19 @@
 """What is known of a model before it is pruned: its blocks, what each would lose at any width, who keeps how much."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .advance import plan
+from .advance import Plan, plan
 from .allocation import (
     TRIAL_FRACTIONS,
     Points,
@@ -21,17 +23,19 @@ from .allocation import (
     fill_in,
     measured_blocks,
 )
-from .blocks import Block, Refusal, by_width
+from .blocks import Block, Discovery, Refusal, by_width
 from .budgets import interpolate
-from .calibration import prepare
-from .collection import FOLDS, BlockMoments, collect, consumer_weight
+from .calibration import CalibrationSet
+from .collection import FOLDS, BlockMoments, collect, consumer_shape, consumer_weight
 from .config import PruneConfig
 from .curves import LossCurve, loss_curve
-from .evaluation import measure, model_outputs
+from .durable import check_space, once
+from .evaluation import Costs, Outputs, measure, model_outputs
+from .offload import input_device, is_offloaded
 from .probe import discover
 from .progress import Clock, progress, timed
 from .report import Allocation
-from .sensitivity import output_metrics
+from .sensitivity import Means, output_metrics
 from .surgery import Edit, taken_back
 from .targets import Target, latency_ratio, narrowed, resolve
 from .tied import Problem, order_together
@@ -51,10 +55,12 @@ class Calibrated:
 
     Args:
         model: In eval mode, its experts apart (`experts.apart`); left as it is.
-        data: As for `prune`.
+        calibration: The batches.
         configs: The sizes; they differ in size only.
-        processing_class: As for `prune`.
         evaluation: As for `prune`.
+        folder: Where what is found is kept in files rather than in memory, and read again when a run that was stopped
+            is started again with the same model, data and config; nothing is written without one.
+        clock: Of the stages before this.
 
     Attributes:
         found: All blocks and refusals.
@@ -71,43 +77,28 @@ class Calibrated:
     def __init__(
         self,
         model: PreTrainedModel,
-        data: Any,
+        calibration: CalibrationSet,
         configs: Sequence[PruneConfig],
-        processing_class: Any = None,
         evaluation: Callable[[PreTrainedModel], float] | None = None,
+        folder: Path | None = None,
+        clock: Clock | None = None,
     ):
-        self.model, self.evaluation = model, evaluation
-        self.clock = Clock()
+        self.model, self.calibration, self.evaluation, self.folder = model, calibration, evaluation, folder
+        self.clock = clock or Clock()
         first = configs[0]
-        with self.clock("data"):
-            self.calibration = prepare(model, data, first, processing_class)
-        self.probe = self.calibration.probe
-        with self.clock("discovery"):
-            self.found = discover(model, self.probe)
-            self.blocks = choose_blocks(self.found.blocks, self.found.refusals, first)
-        with self.clock("targets"):
-            self.targets = [resolve(model, self.blocks, c, self.calibration.held_out[0]) for c in configs]
-            for config, target in zip(configs, self.targets, strict=True):
-                check_target(self.blocks, target, config)
+        self.probe = send_to_device(self.calibration.probe, input_device(model))
         self.configs = list(configs)
-        pairs = list(zip(configs, self.targets, strict=True))
-        self.candidates = [b for b in self.blocks if any(_may_shrink(b, target) for target in self.targets)]
-        needs_curves = any(c.allocation() != "uniform" for c, _ in pairs) and bool(self.candidates)
+        found = once(self._file("blocks.pt"), self._find)  # in one file: a block is one object everywhere
+        self.found, self.blocks, self.targets, self.candidates, self.plan = found
+        needs_curves = any(config.allocation() != "uniform" for config in configs) and bool(self.candidates)
         needs_metrics = first.loss_aware and bool(self.candidates) and (needs_curves or first.importance == "greedy")
         if evaluation is not None and not any(c.allocation() == "equal_loss" for c in configs):
             raise ValueError("`evaluation` is read by budget='equal_loss' only: choose that budget, or leave it out.")
-        with self.clock("discovery"):
-            self.plan = plan(model, self.candidates, self.probe)
-        if self.plan.unreached:
-            names = ", ".join(b.name for b in self.plan.unreached)
-            raise ValueError(
-                f"The calibration data never reaches {names}: pass data that runs this part of the model, or leave it "
-                f"whole with `exclude`."
-            )
+        if folder is not None:
+            check_space(folder, self._scratch_bytes() if needs_metrics else 0, "what the run keeps of each layer")
         with self.clock("evaluation"):
-            self.reference = model_outputs(model, self.calibration.held_out)
-            self.before = measure(model, self.calibration.held_out[0])
-        self.metrics: dict[str, torch.Tensor] = {}
+            self.reference, self.before = once(self._file("original.pt"), self._measure)
+        self.metrics: Mapping[str, torch.Tensor] = {}
         if needs_metrics:
             with self.clock("sensitivity"):
                 self.metrics = self.sensitivities(first)
@@ -115,24 +106,71 @@ class Calibrated:
         self.losses: dict[str, Points] = {}
         self.stored: dict[str, BlockMoments] | None = None
         share = first.variant == "layer" and (needs_curves or len(configs) > 1)
-        if share and sum(_moment_bytes(model, b) for b in self.candidates) <= _STORED_BYTES:
+        if folder is None and share and sum(_moment_bytes(model, b) for b in self.candidates) <= _STORED_BYTES:
             self.stored = {}
         if needs_curves or self.stored is not None:
-            self._survey(first, needs_curves)
+            self.curves, self.losses = once(self._file("curves.pt"), lambda: self._survey(first, needs_curves))
 
-    def sensitivities(self, config: PruneConfig) -> dict[str, torch.Tensor]:
+    def _file(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / name
+
+    def _find(self) -> tuple[Discovery, list[Block], list[Target], list[Block], Plan]:
+        model, calibration = self.model, self.calibration
+        with self.clock("discovery"):
+            found = discover(model, self.probe)
+            blocks = choose_blocks(found.blocks, found.refusals, self.configs[0])
+        with self.clock("targets"):
+            targets = [resolve(model, blocks, config, calibration.held_out[0]) for config in self.configs]
+            for config, target in zip(self.configs, targets, strict=True):
+                check_target(blocks, target, config)
+        candidates = [b for b in blocks if any(_may_shrink(b, target) for target in targets)]
+        with self.clock("discovery"):
+            segments = plan(model, candidates, self.probe)
+        if segments.unreached:
+            names = ", ".join(b.name for b in segments.unreached)
+            raise ValueError(
+                f"The calibration data never reaches {names}: pass data that runs this part of the model, or leave it "
+                f"whole with `exclude`."
+            )
+        return found, blocks, targets, candidates, segments
+
+    def _scratch_bytes(self) -> int:
+        """At most: what is kept of the calibration samples (twice, while a layer runs), sensitivities, new weights."""
+        shapes = [consumer_shape(self.model.get_submodule(block.consumer)) for block in self.candidates]
+        itemsize = self.model.dtype.itemsize
+        batches = (*self.calibration.fit, *self.calibration.held_out)
+        rows = sum(next(iter(batch.values())).numel() for batch in batches)
+        states = 2 * rows * max(m for _, m in shapes) * itemsize * (2 if self.configs[0].variant == "asym" else 1)
+        return states + sum(8 * m * m + 2 * n * m * itemsize for n, m in shapes)
+
+    def _measure(self) -> tuple[list[Outputs], Costs]:
+        held_out = self.calibration.held_out
+        return model_outputs(self.model, held_out), measure(self.model, held_out[0])
+
+    def sensitivities(self, config: PruneConfig) -> Mapping[str, torch.Tensor]:
         """`metrics` of the model as it is now."""
-        metrics = output_metrics(self.model, self.candidates, self.calibration.fit, seed=config.seed)
+        return once(self._file("sensitivities.pt"), lambda: self._sensitivities(config))
+
+    def _sensitivities(self, config: PruneConfig) -> Means:
+        recomputed = [segment.path for segment in self.plan.segments] if is_offloaded(self.model) else []
+        folder = self._file("sensitivities")
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+        batches = self.calibration.fit
+        metrics = output_metrics(
+            self.model, self.candidates, batches, seed=config.seed, recomputed=recomputed, folder=folder
+        )
         silent = [name for name, M in metrics.items() if not float(M.diagonal().sum()) > 0]
         if silent:
             logger.warning(f"The model's output does not depend on {', '.join(silent)}: all errors count alike there.")
-        return {name: M for name, M in metrics.items() if name not in silent}
+        return metrics.without(silent)
 
-    def _survey(self, config: PruneConfig, curves: bool) -> None:
-        """One pass over the original model: what each block would lose at every width, and its moments."""
+    def _survey(self, config: PruneConfig, needed: bool) -> tuple[dict[str, LossCurve], dict[str, Points]]:
+        """One pass over the original model: what each block would lose at every width if needed, and its moments."""
+        curves: dict[str, LossCurve] = {}
         factors: dict[str, float] = {}
         points: dict[str, Points] = {}
-        propagation = Propagation(self.model, self.calibration, self.evaluation) if curves else None
+        propagation = Propagation(self.model, self.calibration, self.evaluation) if needed else None
         measured = {b.name for b in self.candidates} if self.evaluation else measured_blocks(self.candidates)
         waiting: dict[str, list[tuple[Block, Problem, int]]] = {}
         members = {block: len(group) for group in by_width(self.candidates) for block in group}
@@ -174,11 +212,11 @@ class Calibrated:
                         factors |= dict.fromkeys(names, propagation.factor(blocks, found))
                     for name, curve in zip(names, found, strict=True):
                         curve.trials.clear()
-                        self.curves[name] = curve
+                        curves[name] = curve
                 del together, problems
         filled = fill_in(self.candidates, factors)
-        for name, curve in self.curves.items():
-            self.losses[name] = points.get(name) or tuple((w, filled[name] * e) for w, e in curve.points)
+        predicted = {name: tuple((w, filled[name] * e) for w, e in curve.points) for name, curve in curves.items()}
+        return curves, {name: points.get(name) or losses for name, losses in predicted.items()}
 
     def widths(self, config: PruneConfig) -> dict[str, int]:
         """The width of every block, by name, for the size of one of the configs."""
@@ -220,12 +258,17 @@ class Calibrated:
         return self._full_latency(target) / pruned_over
 
     def moments(
-        self, to_prune: Sequence[Block], config: PruneConfig, edits: dict[str, Edit]
+        self, to_prune: Sequence[Block], config: PruneConfig, edits: dict[str, Edit], folder: Path | None = None
     ) -> Iterator[tuple[Block, BlockMoments]]:
         """Blocks with their moments for the config's variant, in forward order (see `collect`)."""
         if self.stored is not None:
             return ((block, self.stored[block.name]) for block in to_prune)
-        return collect(self.model, plan(self.model, to_prune, self.probe), self.calibration, config.variant, edits)
+        segments = self.segments(to_prune)
+        return collect(self.model, segments, self.calibration, config.variant, edits, folder=folder)
+
+    def segments(self, blocks: Sequence[Block]) -> Plan:
+        """The plan to walk some of the blocks by."""
+        return self.plan if list(blocks) == self.candidates else plan(self.model, blocks, self.probe)
 
     def problem(self, block: Block, moments: BlockMoments) -> Problem:
         """What selection and reweighting need of one block."""
@@ -309,5 +352,5 @@ def _may_shrink(block: Block, target: Target) -> bool:
 
 
 def _moment_bytes(model: nn.Module, block: Block) -> int:
-    n = consumer_weight(model.get_submodule(block.consumer)).shape[0]
+    n, _ = consumer_shape(model.get_submodule(block.consumer))
     return (FOLDS + 1) * n * n * 8

@@ -215,9 +215,14 @@ def prune(
     column: Column = None,
     dtype: Dtype = "auto",
     push: Annotated[str | None, typer.Option(help="Hub repo to push the result to, user/name.")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="One layer in memory at a time; the same command goes on after a stop.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "50GB",
     quiet: Quiet = False,
 ) -> None:
     """Prune a model on unlabeled samples and save it; with several values of --keep, each size in a folder of OUT."""
+    from .checkpoint import prune_checkpoint
     from .datafiles import load_data, load_model
     from .pruning import prune as prune_model
     from .saving import check_output, save_pruned
@@ -225,6 +230,8 @@ def prune(
 
     _set_quiet(quiet)
     if len(configs) > 1:
+        if offload:
+            raise ValueError("--offload takes one size: give one value of --keep.")
         if push is not None:
             raise ValueError("--push takes one size: push the folder of the one you want with `hf-subprune push`.")
         loaded, processing_class = load_model(model, dtype=dtype)
@@ -235,10 +242,14 @@ def prune(
         return
     (config,) = configs
     check_output(out)
-    loaded, processing_class = load_model(model, dtype=dtype)
     samples = load_data(data, split=split, column=column)
-    report = replace(prune_model(loaded, samples, config, processing_class), command=command_line())
-    save_pruned(out, loaded, processing_class, report)
+    if offload:
+        options: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "command": command_line()}
+        report = prune_checkpoint(model, samples, config, out, **options)
+    else:
+        loaded, processing_class = load_model(model, dtype=dtype)
+        report = replace(prune_model(loaded, samples, config, processing_class), command=command_line())
+        save_pruned(out, loaded, processing_class, report, max_shard_size=max_shard_size)
     console.print(report.summary(), report.block_table())
     console.print(f"Saved to {out}.", soft_wrap=True)
     if push is not None:

@@ -1,8 +1,10 @@
 """Collect the moments of every block in forward order, for each of the paper's variants."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +13,15 @@ from torch import nn
 from .advance import Plan, Segment, Stream
 from .blocks import Block, by_stack
 from .calibration import CalibrationSet
+from .durable import write_json
 from .experts import routed_tokens
 from .moments import MomentAccumulator, Moments, combine, unseen
+from .offload import device_of, loaded, values
 from .surgery import Edit
 
 FOLDS = 2
+
+_STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ def collect(
     variant: str,
     edits: Mapping[str, Edit],
     advanced: Callable[[], None] = lambda: None,
+    folder: Path | None = None,
 ) -> Iterator[tuple[Block, BlockMoments]]:
     """Yield each block with its moments; the caller shrinks the block before it asks for the next one.
 
@@ -75,21 +82,27 @@ def collect(
         edits: By block name, the edits that the caller has made; read, while the generator is suspended they grow.
             Those of blocks outside the plan are made beforehand and taken back for the original stream of `asym`.
         advanced: Called after each segment (for a progress bar).
+        folder: Where the state after each segment is made durable; the walk goes on behind the last one that is
+            (`finished_segments`), whose blocks the caller has shrunk. Nothing is written without one.
 
     Raises:
         ValueError: a block's inputs hold NaN or inf; the message names the block and the samples.
     """
     batches = [*calibration.fit, *calibration.held_out]
-    current = Stream(model, plan, batches)
-    original = Stream(model, plan, batches) if variant == "asym" else None
-    beforehand = set(edits)
-    for segment in plan.segments:
+    names = ("current", "original") if variant == "asym" else ("current",)
+    streams = {name: Stream(model, plan, batches, _made(folder, name)) for name in names}
+    start = 0 if folder is None else _resume(folder, streams)
+    current, original = streams["current"], streams.get("original")
+    beforehand = {name for name in edits if name not in {b.name for s in plan.segments[:start] for b in s.blocks}}
+    for segment in plan.segments[start:]:
+        layer = model.get_submodule(segment.path)
         if variant == "layer":
             taps = [_Tap(model, block, calibration) for block in segment.blocks]
-            for index in range(len(batches)):
-                for tap in taps:
-                    tap.start(index)
-                current.run(index, inputs={tap.block.consumer: tap.add for tap in taps})
+            with loaded(layer):
+                for index in range(len(batches)):
+                    for tap in taps:
+                        tap.start(index)
+                    current.run(index, inputs={tap.block.consumer: tap.add for tap in taps})
             current.step()
             while taps:  # dropped one by one, so that a block's moments are gone when the next one is solved
                 tap = taps.pop(0)
@@ -118,7 +131,44 @@ def collect(
             current.step()
             if original is not None:
                 original.step()
+        if folder is not None:
+            _commit(folder, streams)
         advanced()
+
+
+def finished_segments(folder: Path | None) -> int:
+    """How many segments of the plan are finished, with all of their blocks, in a folder of `collect`."""
+    if folder is None:
+        return 0
+    path = folder / _STATE
+    return json.loads(path.read_text())["position"] if path.exists() else 0
+
+
+def _made(folder: Path | None, name: str) -> Path | None:
+    if folder is None:
+        return None
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+def _resume(folder: Path, streams: Mapping[str, Stream]) -> int:
+    position = finished_segments(folder)
+    if position:
+        files = json.loads((folder / _STATE).read_text())["files"]
+        for name, stream in streams.items():
+            stream.resume(position, files[name])
+    return position
+
+
+def _commit(folder: Path, streams: Mapping[str, Stream]) -> None:
+    """One rename makes the segment finished for all streams; then what only earlier ones needed can go."""
+    files = {name: stream.files for name, stream in streams.items()}
+    write_json(folder / _STATE, {"position": streams["current"].position, "files": files})
+    for name, stored in files.items():
+        needed = {file for batch in stored for file in batch.values()}
+        for path in (folder / name).iterdir():
+            if path.name not in needed:
+                path.unlink()
 
 
 class _Tap:
@@ -126,7 +176,7 @@ class _Tap:
 
     def __init__(self, model: nn.Module, block: Block, calibration: CalibrationSet, with_targets: bool = False):
         consumer = model.get_submodule(block.consumer)
-        n, m = consumer_weight(consumer).shape
+        n, m = consumer_shape(consumer)
         bias = getattr(consumer, "bias", None)
         self.block, self.calibration = block, calibration
         self._bias = bias if with_targets else None
@@ -136,7 +186,7 @@ class _Tap:
                 n,
                 m if with_targets else None,
                 intercept=bias is not None,
-                device=consumer.weight.device,  # type: ignore[arg-type]
+                device=device_of(consumer.weight),  # type: ignore[arg-type]
             )
             for _ in range(min(FOLDS, len(calibration.fit)) + 1)
         ]
@@ -186,8 +236,15 @@ class _Tap:
 
 def consumer_weight(consumer: nn.Module) -> torch.Tensor:
     """The consumer's weight as the mathematics has it, `(n inputs, m outputs)`."""
+    weight = values(consumer.weight).detach()  # type: ignore[arg-type]
+    return weight.T if isinstance(consumer, nn.Linear) else weight
+
+
+def consumer_shape(consumer: nn.Module) -> tuple[int, int]:
+    """`(n inputs, m outputs)`, without reading a weight that is offloaded."""
     weight: Any = consumer.weight
-    return weight.detach().T if isinstance(consumer, nn.Linear) else weight.detach()
+    rows, columns = weight.shape
+    return (columns, rows) if isinstance(consumer, nn.Linear) else (rows, columns)
 
 
 @contextmanager

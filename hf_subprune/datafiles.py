@@ -115,10 +115,11 @@ def load_model(
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"
     model = loader.from_pretrained(name_or_path, dtype=dtype).to(device).eval()
-    return model, _load_processing_class(name_or_path)
+    return model, load_processing_class(name_or_path)
 
 
-def _load_processing_class(name_or_path: str) -> Any:
+def load_processing_class(name_or_path: str) -> Any:
+    """The processor, tokenizer, image processor or feature extractor saved with a model; `None` without one."""
     try:
         processing_class = AutoProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError):

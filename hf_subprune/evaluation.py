@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from .calibration import Batch, is_divisible
 from .experts import apart, together
+from .offload import input_device, is_offloaded
 from .padding import token_mask
 from .verification import floating_tensors, undisturbed
 
@@ -46,12 +47,17 @@ class Costs:
     Args:
         parameters: Tied ones counted once.
         macs: Multiply-accumulates of one forward on one sample.
-        latency: Of one forward on a batch.
+        latency: Of one forward on a batch; `None` where weights are offloaded, whose reading would be timed.
     """
 
     parameters: int
     macs: int
-    latency: Latency
+    latency: Latency | None
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """What latency was measured on."""
+        return {} if self.latency is None else self.latency.measured_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +167,8 @@ def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 
 
 def measure(model: PreTrainedModel, batch: Batch) -> Costs:
     """Parameters, multiply-accumulates on the batch's first sample, and latency on the batch."""
-    return Costs(count_parameters(model), count_macs(model, batch), measure_latency(model, batch))
+    latency = None if is_offloaded(model) else measure_latency(model, batch)
+    return Costs(count_parameters(model), count_macs(model, batch), latency)
 
 
 def model_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs]:
@@ -286,11 +293,10 @@ def _forward(model: PreTrainedModel, batch: Batch) -> Mapping[str, Any]:
 
 
 def _on_device(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    if model.device.type == "meta":  # weights are offloaded, and accelerate's hooks move the inputs
+    device = input_device(model)
+    if device.type == "meta":  # weights are offloaded, and accelerate's hooks move the inputs
         return dict(batch)
-    return {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-    }
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def _is_batched(value: Any) -> bool:

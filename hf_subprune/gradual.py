@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .advance import plan
 from .blocks import Block, by_tie
 from .calibrated import Calibrated
+from .calibration import prepare
 from .collection import BlockMoments, collect, consumer_weight
 from .config import PruneConfig
 from .evaluation import drift, measure, model_outputs
@@ -57,7 +58,7 @@ class GradualPruning:
     ) -> None:
         self.model, self.config = model, config
         with undisturbed(model), apart(model):
-            self._calibrated = Calibrated(model, data, [config], processing_class)
+            self._calibrated = Calibrated(model, prepare(model, data, config, processing_class), [config])
             self._calibrated.stored = None  # training makes these moments out of date
             self.blocks, self.calibration = self._calibrated.blocks, self._calibrated.calibration
             if progress is None:
@@ -145,16 +146,17 @@ class GradualPruning:
         pruned = [b for b in self.blocks if len(self.kept[b.name]) < b.units]
         start = time.perf_counter()
         with undisturbed(self.model), apart(self.model), ExitStack() as on_failure:
-            verify(self.model, pruned, self.kept, self.calibration.probe)
+            verify(self.model, pruned, self.kept, self._calibrated.probe)
             for block in pruned:
                 on_failure.callback(shrink(self.model, block, self.kept[block.name]).undo)
             on_failure.callback(put_together(self.model.modules()))
-            layout = choose_layout(self.model, self.config.layout, inputs=self.calibration.probe)
+            layout = choose_layout(self.model, self.config.layout, inputs=self._calibrated.probe)
             on_failure.callback(layout.undo)
             after = measure(self.model, self.calibration.held_out[0])
             on_failure.pop_all()
         before = self._calibrated.before
-        allocation = self._calibrated.allocation(self.config, self.targets, after.latency.seconds)
+        reached = after.latency.seconds if after.latency else 0.0
+        allocation = self._calibrated.allocation(self.config, self.targets, reached)
         return PruneReport(
             model=getattr(self.model, "name_or_path", "") or "",
             architecture=type(self.model).__name__,
@@ -165,8 +167,8 @@ class GradualPruning:
             layout_reason=layout.reason,
             parameters=Change(before.parameters, after.parameters),
             macs=Change(before.macs, after.macs),
-            latency=Change(before.latency.seconds, after.latency.seconds),
-            measured_on=before.latency.measured_on,
+            latency=Change.of_latency(before.latency, after.latency),
+            measured_on=before.measured_on,
             drift=self.drift,
             data=self.calibration.description,
             seconds={"pruning steps": self._seconds, "surgery": time.perf_counter() - start},
@@ -208,7 +210,7 @@ class GradualPruning:
     def _moments(
         self, blocks: Sequence[Block], variant: str, edits: Mapping[str, MaskEdit]
     ) -> Iterator[tuple[Block, BlockMoments]]:
-        return collect(self.model, plan(self.model, blocks, self.calibration.probe), self.calibration, variant, edits)
+        return collect(self.model, plan(self.model, blocks, self._calibrated.probe), self.calibration, variant, edits)
 
     def _selection(self) -> dict[str, Any]:
         config = self.config

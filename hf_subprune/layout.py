@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .offload import device_of, reading
 from .skeleton import build_skeleton, describe, nested_configs, read_back, tensors
 from .spec import LayoutSpec, apply_spec
 from .stock import find_stock_config
@@ -167,8 +168,8 @@ def _prove(model: PreTrainedModel, spec: LayoutSpec, inputs: Mapping[str, Any]) 
         if name in theirs and theirs[name].shape != tensor.shape:
             shapes = f"{tuple(theirs[name].shape)} instead of {tuple(tensor.shape)}"
             raise ValueError(f"{cannot}has {name} of shape {shapes}")
-    devices = {tensor.device for tensor in mine.values()}
-    if len(devices) > 1 or torch.device("meta") in devices:
+    devices = {device_of(tensor) for tensor in mine.values()}
+    if len(devices) > 1:
         return "; shapes were compared, outputs were not, because the model spans several devices"
     for name, tensor in theirs.items():
         path, _, leaf = name.rpartition(".")
@@ -176,7 +177,8 @@ def _prove(model: PreTrainedModel, spec: LayoutSpec, inputs: Mapping[str, Any]) 
         held: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
         # What this model was built without, such as a pooler, must not be the reason why the forward fails.
         held[leaf] = mine.get(name, torch.zeros_like(tensor, device=next(iter(devices))))
-    gap = difference(outputs(model, inputs), outputs(rebuilt, inputs))
+    with reading(rebuilt):
+        gap = difference(outputs(model, inputs), outputs(rebuilt, inputs))
     if gap != 0.0:
         raise ValueError(
             f"{cannot}gives outputs that differ by {gap:.3g}. Something besides widths was changed (a forward "

@@ -77,10 +77,11 @@ def plot_cost(report: PruneReport) -> "Figure":
     costs: list[tuple[str, Change, float, str]] = [
         ("Parameters", report.parameters, 1e-6, "M"),
         ("MACs a sample", report.macs, 1e-9, "G"),
-        ("Latency", report.latency, 1e3, "ms"),
     ]
+    if report.latency is not None:
+        costs.append(("Latency", report.latency, 1e3, "ms"))
     with _figure(9, 2.5) as figure:
-        for axes, (title, change, scale, unit) in zip(figure.subplots(1, 3), costs, strict=True):
+        for axes, (title, change, scale, unit) in zip(figure.subplots(1, len(costs)), costs, strict=True):
             values = [change.before * scale, change.after * scale]
             bars = axes.barh(["before", "after"], values, color=[BEFORE, AFTER], height=0.62)
             axes.bar_label(bars, [f"{value:.3g} {unit}" for value in values], padding=4)
@@ -91,7 +92,10 @@ def plot_cost(report: PruneReport) -> "Figure":
             axes.spines["bottom"].set_visible(False)
             axes.tick_params(left=False, labelleft=axes is figure.axes[0])
             axes.grid(False)
-        figure.supxlabel(f"Latency: median of a forward, {where}", fontsize=8.5, color="#6b7078", x=0.01, ha="left")
+        if report.latency is not None:
+            figure.supxlabel(
+                f"Latency: median of a forward, {where}", fontsize=8.5, color="#6b7078", x=0.01, ha="left"
+            )
     return figure
 
 

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .attributes import settle
 from .blocks import Block, Discovery, Refusal, Slice, parameters_per_unit
 from .experts import all_running, apart, refuse_stacks, stack_of, whole_stacks
+from .offload import device_of
 from .probe_inputs import probe_inputs
 from .ties import tie_shared
 from .tracing import OUTPUT, Read, Source, Trace, traced
@@ -51,7 +52,7 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
     Raises:
         ValueError: the model is on meta, or no inputs can be made for it that its forward accepts.
     """
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    if any(device_of(parameter).type == "meta" for parameter in model.parameters()):
         raise ValueError("The model is on the meta device: load its weights before looking for blocks.")
     if inputs is None:
         inputs = _own_inputs(model)

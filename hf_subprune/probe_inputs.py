@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .offload import device_of
 from .verification import undisturbed
 
 SAMPLES = 2
@@ -60,7 +61,7 @@ def probe_inputs(model: nn.Module) -> Inputs:
 def _placed(value: Any, like: torch.Tensor) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+    return value.to(device_of(like), like.dtype if value.is_floating_point() else value.dtype)
 
 
 def _candidates(model: nn.Module) -> Iterator[Inputs]:

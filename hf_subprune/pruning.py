@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -14,11 +15,14 @@ from transformers.utils import logging
 
 from .blocks import Block, by_tie
 from .calibrated import Calibrated
-from .collection import BlockMoments
+from .calibration import CalibrationSet, prepare
+from .collection import BlockMoments, finished_segments
 from .config import TARGETS, PruneConfig
+from .durable import once
 from .evaluation import drift, measure
 from .experts import apart, put_together
 from .layout import choose_layout
+from .offload import taken_over, without_values
 from .progress import Clock, peak_memory, progress, timed
 from .report import BlockReport, Change, PruneReport
 from .reweighting import relative_error
@@ -44,7 +48,9 @@ def prune(
     calibration samples (El Halabi et al., NeurIPS 2022, arXiv 2203.04940). Labels are never used.
 
     Args:
-        model: Shrunk in place. If anything fails, it is exactly as it was before.
+        model: Shrunk in place. If anything fails, it is exactly as it was before. It may be dispatched by accelerate
+            (`device_map`), with weights offloaded to the CPU or to disk, and stays so; new weights of offloaded layers
+            are held in the CPU's memory.
         data: `datasets.Dataset` or `IterableDataset`, list of strings, list of images, or iterable of ready batches
             (dicts of tensors). See `calibration.prepare`.
         config: What to keep and how; `PruneConfig()` when left out.
@@ -63,9 +69,10 @@ def prune(
         EquivalenceError: the shrunk model is not the masked model; nothing was changed.
     """
     config = config or PruneConfig()
-    check_prunable(model)
-    with _eval_mode(model), apart(model), ExitStack() as undo:
-        report = prune_to(Calibrated(model, data, [config], processing_class, evaluation), config, undo)
+    check_prunable(model, offloaded=True)
+    with taken_over(model), _eval_mode(model), apart(model), ExitStack() as undo:
+        clock, calibration = _prepared(model, data, config, processing_class)
+        report = prune_to(Calibrated(model, calibration, [config], evaluation, clock=clock), config, undo)
         undo.pop_all()
     return report
 
@@ -101,10 +108,23 @@ def prune_sizes(
     check_prunable(model)
     _check_alike(configs)
     with _eval_mode(model), apart(model):
-        calibrated = Calibrated(model, data, configs, processing_class, evaluation)
+        clock, calibration = _prepared(model, data, configs[0], processing_class)
+        calibrated = Calibrated(model, calibration, configs, evaluation, clock=clock)
         for config in configs:
             with ExitStack() as undo:
                 yield prune_to(calibrated, config, undo)
+
+
+def _prepared(
+    model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any
+) -> tuple[Clock, CalibrationSet]:
+    clock = Clock()
+    with clock("data"):
+        return clock, prepare(model, data, config, processing_class)
+
+
+Solution = tuple[BlockReport, torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Report, units kept, and the consumer's new weight `(k * c, m)` and bias `(m,)`, in the consumer's dtype."""
 
 
 def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> PruneReport:
@@ -126,18 +146,31 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
     edits: dict[str, Edit] = {}
     undo.callback(lambda: undo_all(edits))
     solutions: dict[str, BlockReport] = {}
+    folder = None if calibrated.folder is None else calibrated.folder / "walk"
+
+    def install(block: Block, solve: Callable[[], Solution]) -> None:
+        path = None if calibrated.folder is None else calibrated.folder / "blocks" / f"{block.consumer}.pt"
+        solutions[block.name], kept, V, bias = once(path, solve)
+        edits[block.name] = shrink(model, block, kept, weight=V, bias=bias)
+        bar.update()
+
     with progress(len(to_prune), "Pruning") as bar:
         for tie in by_tie(b for b in to_prune if b.tie):
-            _prune_tie(calibrated, tie, widths[tie[0].name], config, edits, solutions, clock)
-            bar.update(len(tie))
+            with clock("calibration"), taken_back(edits):
+                together = list(calibrated.moments(tie, replace(config, variant="layer"), {}))
+            with clock("selection"):
+                chosen = _choose_together(calibrated, together, widths[tie[0].name], config)
+                for block, moments in together:
+                    install(block, partial(_solve, calibrated, block, moments, widths[block.name], config, chosen))
         alone = [b for b in to_prune if b.tie is None]
         with taken_back(edits) if config.variant == "layer" else nullcontext():
-            for block, moments in timed(calibrated.moments(alone, config, edits), clock, "calibration"):
+            for segment in calibrated.segments(alone).segments[: finished_segments(folder)]:
+                for block in segment.blocks:
+                    install(block, _lost)
+            for block, moments in timed(calibrated.moments(alone, config, edits, folder), clock, "calibration"):
                 with clock("selection"):
-                    solution = _prune_block(calibrated, block, moments, widths[block.name], config)
-                solutions[block.name], edits[block.name] = solution
+                    install(block, partial(_solve, calibrated, block, moments, widths[block.name], config))
                 del moments
-                bar.update()
 
     kept = {name: torch.tensor(solution.kept_units) for name, solution in solutions.items()}
     with clock("verification"), taken_back(edits):
@@ -164,8 +197,8 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
         layout_reason=layout.reason,
         parameters=Change(before.parameters, after.parameters),
         macs=Change(before.macs, after.macs),
-        latency=Change(before.latency.seconds, after.latency.seconds),
-        measured_on=before.latency.measured_on,
+        latency=Change.of_latency(before.latency, after.latency),
+        measured_on=before.measured_on,
         drift=change.to_dict(),
         data=calibration.description,
         seconds=clock.seconds,
@@ -175,44 +208,36 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
     )
 
 
-def _prune_tie(
-    calibrated: Calibrated,
-    tie: Sequence[Block],
-    width: int,
-    config: PruneConfig,
-    edits: dict[str, Edit],
-    solutions: dict[str, BlockReport],
-    clock: Clock,
-) -> None:
-    """Select the units of tied blocks from the original model's moments of all, reweight and shrink each."""
-    with clock("calibration"), taken_back(edits):
-        moments = list(calibrated.moments(tie, replace(config, variant="layer"), {}))
-    with clock("selection"):
-        chosen = choose_together(
-            [calibrated.problem(block, own) for block, own in moments],
-            width,
-            shrinkage=config.shrinkage,
-            importance=config.importance,
-            method=config.method,
-            swaps=None if config.swaps < 0 else config.swaps,
-            generator=torch.Generator().manual_seed(config.seed),
-        )
-        for block, own in moments:
-            solutions[block.name], edits[block.name] = _prune_block(calibrated, block, own, width, config, chosen)
+def _lost() -> Solution:
+    raise FileNotFoundError("The solution of a finished block was removed: start the run anew.")
 
 
-def _prune_block(
+def _choose_together(
+    calibrated: Calibrated, together: Sequence[tuple[Block, BlockMoments]], width: int, config: PruneConfig
+) -> tuple[torch.Tensor, str]:
+    """Select the units of tied blocks from the original model's moments of all."""
+    return choose_together(
+        [calibrated.problem(block, moments) for block, moments in together],
+        width,
+        shrinkage=config.shrinkage,
+        importance=config.importance,
+        method=config.method,
+        swaps=None if config.swaps < 0 else config.swaps,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+
+
+def _solve(
     calibrated: Calibrated,
     block: Block,
     moments: BlockMoments,
     width: int,
     config: PruneConfig,
     chosen: tuple[torch.Tensor, str] | None = None,
-) -> tuple[BlockReport, Edit]:
-    """Select (unless units were chosen for all blocks of a tie), reweight and shrink one block."""
+) -> Solution:
+    """Select (unless units were chosen for all blocks of a tie) and reweight one block."""
     start = time.perf_counter()
-    model = calibrated.model
-    consumer: Any = model.get_submodule(block.consumer)
+    consumer: Any = calibrated.model.get_submodule(block.consumer)
     problem = calibrated.problem(block, moments)
     solution: BlockSolution = solve_block(
         problem.folds,
@@ -232,8 +257,7 @@ def _prune_block(
     held_out = moments.of_held_out(problem.W)
     error = relative_error(held_out, solution.kept_columns, solution.V, solution.bias_shift)
     bias = None if consumer.bias is None else consumer.bias.detach() + solution.bias_shift.to(consumer.bias)
-    edit = shrink(model, block, solution.kept_units, weight=solution.V, bias=bias)
-    return BlockReport(
+    report = BlockReport(
         name=block.name,
         kind=block.kind,
         stack=block.stack,
@@ -249,7 +273,8 @@ def _prune_block(
         guarantee=None if solution.certificate is None else solution.certificate.fraction,
         seconds=time.perf_counter() - start,
         **calibrated.predictions(block, width),
-    ), edit
+    )
+    return report, solution.kept_units, solution.V.to(consumer.weight.dtype), bias
 
 
 def _check_alike(configs: Sequence[PruneConfig]) -> None:
@@ -267,8 +292,12 @@ def _check_alike(configs: Sequence[PruneConfig]) -> None:
             )
 
 
-def check_prunable(model: Any) -> None:
+def check_prunable(model: Any, offloaded: bool = False) -> None:
     """Refuse what cannot be pruned, before any work.
+
+    Args:
+        model: Anything.
+        offloaded: Whether accelerate may read weights from elsewhere when they are needed.
 
     Raises:
         TypeError: not a `PreTrainedModel`.
@@ -289,9 +318,11 @@ def check_prunable(model: Any) -> None:
             f"{type(model).__name__} is quantized ({getattr(model, 'quantization_method', 'unknown method')}): prune "
             "the full-precision checkpoint, then quantize the pruned one."
         )
+    if missing := without_values(model):
+        raise ValueError(f"Parameter {missing[0]} is on the meta device and has no values: load the weights first.")
     on_meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if on_meta is not None:
-        raise ValueError(f"Parameter {on_meta} is on the meta device and has no values: load the weights first.")
+    if on_meta is not None and not offloaded:
+        raise ValueError(f"Parameter {on_meta} is offloaded: load the whole model into memory for this.")
 
 
 @contextmanager

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel
 
+    from .evaluation import Latency
+
 REPORT_NAME = "subprune_report.json"
 PAGE_NAME = "subprune_report.md"
 PLOT_FOLDER = "plots"
@@ -99,6 +101,11 @@ class Change:
 
     before: float
     after: float
+
+    @classmethod
+    def of_latency(cls, before: "Latency | None", after: "Latency | None") -> "Change | None":
+        """Seconds of a forward, if both were measured."""
+        return None if before is None or after is None else cls(before.seconds, after.seconds)
 
     @property
     def ratio(self) -> float:
@@ -188,7 +195,7 @@ class PruneReport:
         layout_reason: Why.
         parameters: Number of parameters of the whole model.
         macs: Multiply-accumulates of one forward on one sample of `measured_on`.
-        latency: Median seconds of a forward on `measured_on`.
+        latency: Median seconds of a forward on `measured_on`; `None` where weights were read from elsewhere meanwhile.
         measured_on: Batch size, length, device and threads of the figures above.
         drift: Output of the pruned against the original model, on held-out samples (see `evaluation.Drift`).
         data: Description of the calibration data.
@@ -209,7 +216,7 @@ class PruneReport:
     layout_reason: str
     parameters: Change
     macs: Change
-    latency: Change
+    latency: Change | None
     measured_on: dict[str, Any]
     drift: dict[str, float]
     data: dict[str, Any]
@@ -260,7 +267,7 @@ class PruneReport:
                 for metric in values.get("metrics", ())
             )
             for name in ("parameters", "macs", "latency"):
-                values[name] = Change(**values[name])
+                values[name] = values[name] and Change(**values[name])
             if values.get("allocation"):
                 values["allocation"] = Allocation(**_tuples(values["allocation"]))
         except (TypeError, KeyError) as error:
@@ -380,15 +387,17 @@ class PruneReport:
             table.add_column(name, justify="left" if not name else "right")
         table.add_row("parameters", *change_row(self.parameters, 1e6, "M"))
         table.add_row("MACs a sample", *change_row(self.macs, 1e9, "G"))
-        table.add_row("latency", *change_row(self.latency, 1e-3, "ms"))
+        if self.latency is not None:
+            table.add_row("latency", *change_row(self.latency, 1e-3, "ms"))
         for metric in self.metrics:
             table.add_row(f"{metric.name}, {metric.data}", *metric.cells()[:2], f"{metric.value.ratio:.3f}")
         for name, value in self.drift_figures.items():
             table.add_row(f"held-out {name.replace('_', ' ')}", "", f"{value:.4g}", "")
-        table.caption = (
+        measured = (
             f"Latency: batch {on.get('batch_size')}, length {on.get('length')}, {on.get('device')}, "
-            f"{on.get('threads')} threads. Layout: {self.layout_reason}"
+            f"{on.get('threads')} threads. "
         )
+        table.caption = f"{measured if self.latency else ''}Layout: {self.layout_reason}"
         table.caption_justify = "left"
         return table
 

@@ -1,26 +1,39 @@
 """How much an error at each consumer's output changes the model's output, without labels (ALGORITHM section 4)."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .advance import forward_replaced
 from .blocks import Block, by_stack
 from .calibration import Batch
+from .collection import consumer_shape
 from .evaluation import compared_output
+from .offload import device_of, input_device
 from .padding import token_mask
 from .verification import undisturbed
 
 
 def output_metrics(
-    model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch], *, probes: int = 1, seed: int = 0
-) -> dict[str, torch.Tensor]:
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    batches: Sequence[Batch],
+    *,
+    probes: int = 1,
+    seed: int = 0,
+    recomputed: Sequence[str] = (),
+    folder: Path | None = None,
+) -> "Means":
     """`M = E[g g']` at each consumer's output, `g` the gradient there of a label-free function of the model's output.
 
     For logits `M` is the true Fisher, the expectation over `y` of the model's own distribution of the squared gradient
@@ -42,12 +55,17 @@ def output_metrics(
         batches: Arguments of the model's forward.
         probes: Draws of signs, or of directions, a batch.
         seed: Of the draws.
+        recomputed: Paths of modules that are run once more in the backward, so that it holds no more of them than what
+            they read: neither activations nor weights that are read when they are needed.
+        folder: Where the sums are held, in files; in memory without one.
 
     Returns:
         By block name, `(m, m)` on the consumer's device in float64; zeros where the output does not depend on it. The
         experts of one layer have one matrix, of the tokens of all of them: some get very few.
     """
-    sums = [_GradientSum(model, group) for group in by_stack(blocks)]
+    groups = by_stack(blocks)
+    files = [None if folder is None else folder / f"{index}.bin" for index in range(len(groups))]
+    sums = [_GradientSum(model, group, file) for group, file in zip(groups, files, strict=True)]
     generator = torch.Generator().manual_seed(seed)
     with undisturbed(model), torch.enable_grad(), ExitStack() as stack:
         model.requires_grad_(False)
@@ -55,6 +73,10 @@ def output_metrics(
             for block in total.blocks:
                 hook = partial(total.watch, block.consumer)
                 stack.callback(model.get_submodule(block.consumer).register_forward_hook(hook).remove)
+        for path in recomputed:
+            module = model.get_submodule(path)
+            again = partial(checkpoint, module.forward, use_reentrant=False)
+            stack.enter_context(forward_replaced(module, again))
         for batch in batches:
             arguments = _arguments(model, batch)
             for _ in range(probes):
@@ -63,43 +85,80 @@ def output_metrics(
                 value = _probe(model, batch, model(**arguments), generator)
                 if value is not None and value.requires_grad:
                     value.backward()
-    means: dict[str, torch.Tensor] = {}
-    for total in sums:
-        means |= dict.fromkeys([block.name for block in total.blocks], total.mean())
-    return means
+    return Means({block.name: total.result() for total in sums for block in total.blocks})
+
+
+class Means(Mapping[str, torch.Tensor]):
+    """The matrices by block name; those in files are read when they are asked for.
+
+    Args:
+        parts: By name the sum, or the file that holds it, its size `m`, its rows and its device.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[torch.Tensor | Path, int, int, torch.device]]):
+        self.parts = dict(parts)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        total, m, rows, device = self.parts[name]
+        if isinstance(total, Path):
+            total = mapped(total, m)
+        return (total / max(rows, 1)).to(device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def without(self, names: Sequence[str]) -> "Means":
+        """All but some of the blocks."""
+        return Means({name: part for name, part in self.parts.items() if name not in names})
+
+
+def mapped(path: Path, m: int) -> torch.Tensor:
+    """`(m, m)` float64 in a file, zeros where there is none yet, mapped into memory for as long as it is held."""
+    return torch.from_file(str(path), shared=True, size=m * m, dtype=torch.float64).view(m, m)
 
 
 class _GradientSum:
-    """Sums `g g'` over the rows of a consumer's output, or over those of the experts of one layer."""
+    """Sums `g g'` over rows of a consumer's output, or of those of the experts of one layer; in a file if given."""
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[Block]):
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[Block], file: Path | None):
         consumer: Any = model.get_submodule(blocks[0].consumer)
-        m = consumer.weight.shape[0 if isinstance(consumer, nn.Linear) else 1]
-        self.model, self.blocks, self.rows = model, blocks, 0
+        _, self.m = consumer_shape(consumer)
+        self.model, self.blocks, self.rows, self.file = model, blocks, 0, file
         self.batch: Batch = {}
-        self._sum = torch.zeros(m, m, dtype=torch.float64, device=consumer.weight.device)
+        self.device = device_of(consumer.weight)
+        if file is None:
+            self._sum = torch.zeros(self.m, self.m, dtype=torch.float64, device=self.device)
+        else:
+            with file.open("wb") as opened:  # now: to write into a mapped file on a full disk kills the process
+                os.posix_fallocate(opened.fileno(), 0, self.m * self.m * 8)
 
     def watch(self, consumer: str, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         """Forward hook: the graph starts at the first consumer, gradients are read at every one."""
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # a leaf could not be written into by what follows
         mask = token_mask(self.model, consumer, self.batch, output.shape)
-        self.rows += output[..., 0].numel() if mask is None else int(mask.sum())
 
         def add(gradient: torch.Tensor) -> None:
             g = gradient.reshape(-1, gradient.shape[-1])
             g = (g if mask is None else g[mask.to(g.device)]).float()
-            self._sum += g.T @ g
+            total = self._sum if self.file is None else mapped(self.file, self.m)
+            total += (g.T @ g).to(total.device)
+            self.rows += len(g)
 
         output.register_hook(add)
         return output
 
-    def mean(self) -> torch.Tensor:
-        return self._sum / max(self.rows, 1)
+    def result(self) -> tuple[torch.Tensor | Path, int, int, torch.device]:
+        """As `Means` takes it."""
+        return (self._sum if self.file is None else self.file), self.m, self.rows, self.device
 
 
 def _arguments(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    arguments: dict[str, Any] = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    device = input_device(model)
+    arguments: dict[str, Any] = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     if "use_cache" in signature(model.forward).parameters:
         arguments.setdefault("use_cache", False)
     return arguments

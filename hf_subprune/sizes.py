@@ -84,7 +84,7 @@ def size_table(reports: Sequence[PruneReport]) -> Table:
             size_name(PruneConfig.from_dict(report.config)),
             f"{report.parameters.after / 1e6:.2f} M, {report.parameters.ratio:.0%}",
             f"{report.macs.after / 1e9:.3f} G, {report.macs.ratio:.0%}",
-            f"{report.latency.after * 1e3:.1f} ms, {report.latency.ratio:.0%}",
+            "" if report.latency is None else f"{report.latency.after * 1e3:.1f} ms, {report.latency.ratio:.0%}",
             *(f"{report.drift[q]:.4f}" if q in report.drift else "" for q in qualities),
         )
     return table

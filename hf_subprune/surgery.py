@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .blocks import Block
+from .offload import cut, device_of, put_away, stored
 
 
 @dataclass
@@ -263,7 +264,7 @@ def _without(
     stays = torch.ones(length, dtype=torch.bool)
     stays[index.flatten()] = False
     stays[index[units].flatten()] = True
-    return tensor.detach().index_select(dim, stays.nonzero().flatten().to(tensor.device))
+    return cut(tensor, dim, stays.nonzero().flatten())
 
 
 def _new_consumer_tensor(
@@ -282,16 +283,19 @@ def _new_consumer_tensor(
             f"Block {block.name!r}: the new {name} of {block.consumer!r} must have shape {expected} (inputs by "
             f"outputs), found {tuple(values.shape)}."
         )
-    values = values.detach().to(device=present.device, dtype=present.dtype)
+    values = values.detach().to(device=device_of(present), dtype=present.dtype)
     # A copy in any case: the caller keeps its tensor, the model its own.
     return (values.T if transposed else values).clone(memory_format=torch.contiguous_format)
 
 
 def parameter_like(original: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
     """A parameter of other values and shape, with the flags and marks of the original."""
+    values = put_away(values, original)
     parameter = nn.Parameter(values, requires_grad=original.requires_grad)
     # Marks that transformers leaves on parameters, such as `_is_hf_initialized`.
     parameter.__dict__.update(original.__dict__)
+    if stored(values) is not None:
+        parameter.__dict__["_stored"] = stored(values)
     return parameter
 
 

@@ -13,6 +13,7 @@ from ..allocation import choose_widths, has_row_per_sample, scalar_drift
 from ..blocks import Block
 from ..budgets import interpolate
 from ..calibrated import Calibrated
+from ..calibration import prepare
 from ..collection import consumer_weight
 from ..config import PruneConfig
 from ..evaluation import drift
@@ -68,7 +69,7 @@ def bench_budgets(
         keep=min(keeps), samples=samples, held_out=held_out, max_length=max_length, layout="ragged", round_to=1
     )
     with apart(model):
-        calibrated = Calibrated(model.eval(), data, [base], processing_class)
+        calibrated = Calibrated(model.eval(), prepare(model, data, base, processing_class), [base])
         drifts = _Drifts(calibrated)
         rows = []
         for keep in keeps:

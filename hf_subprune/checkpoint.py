@@ -1,0 +1,227 @@
+"""Prune a checkpoint that does not fit in memory: layer by layer from its files to new ones, and on after a stop."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from .calibrated import Calibrated
+from .calibration import CalibrationSet, prepare
+from .config import PruneConfig
+from .datafiles import load_processing_class
+from .durable import check_space, write_json
+from .experts import apart
+from .offload import taken_over
+from .progress import Clock
+from .pruning import check_prunable, prune_to
+from .report import PruneReport
+from .saving import check_output, save_pruned
+from .skeleton import build_skeleton
+
+logger = logging.get_logger(__name__)
+
+_RUN = "run.json"
+
+
+def prune_checkpoint(
+    name_or_path: str | Path,
+    data: Any,
+    config: PruneConfig | None = None,
+    out: str | Path = "pruned",
+    processing_class: Any = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    max_shard_size: int | str = "50GB",
+    command: str = "",
+) -> PruneReport:
+    """As `prune`, with one layer in memory at a time, from a checkpoint on disk to one on disk.
+
+    The layers' weights are read from the checkpoint's safetensors files when a layer runs and dropped behind it; what
+    the calibration samples make of each layer, the sensitivities and the new weights lie in files beside `out`. In
+    memory are what is outside of the layers (embeddings, the output head), one layer, the moments of its blocks, one
+    batch, and experts that are stacked in one tensor. In float32 on a CPU, the weights are those that `prune` gives,
+    to the last bit.
+
+    After each layer, what was done is on disk. Started again with the same arguments, a run that was stopped, whatever
+    stopped it, goes on behind the last layer that it finished and ends with the same files.
+
+    Args:
+        name_or_path: Folder or Hub id of a checkpoint in safetensors files.
+        data: As for `prune`; the same again when a stopped run is started again.
+        config: As for `prune`; any target but `latency`, which is measured on a model in memory.
+        out: Folder of the pruned model; made, or replaced when it holds an earlier result.
+        processing_class: Of the data; the checkpoint's own when left out.
+        dtype: Of the weights; `"auto"` keeps the saved one.
+        device: Where layers run; an accelerator when there is one, when left out.
+        max_shard_size: Of one file of weights.
+        command: Put into the report.
+
+    Returns:
+        The report, which is saved in `out` as well; without latencies.
+
+    Raises:
+        FileNotFoundError: a file of the checkpoint is missing.
+        ValueError: as `prune`; a file of the checkpoint is cut short; or the run that was stopped had another model,
+            config or data: the message says what differs.
+        OSError: the disk has no room. What is finished stays, and the same call goes on.
+    """
+    config, out = config or PruneConfig(), Path(out).absolute()
+    if PartialState().num_processes > 1:
+        raise ValueError("A checkpoint is pruned layer by layer in one process: start it without `accelerate launch`.")
+    if config.latency is not None:
+        raise ValueError("Latency is measured on a model in memory: choose another target, or use `prune`.")
+    check_output(out)
+    source = _local(name_or_path)
+    shards = check_shards(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_space(out.parent, sum(path.stat().st_size for path in shards), "the pruned model")
+    scratch = out.parent / f".{out.name}.partial"
+    shutil.rmtree(scratch / "new", ignore_errors=True)  # weights of a run that was stopped; they are made again
+    for name in ("new", "blocks"):
+        (scratch / name).mkdir(parents=True, exist_ok=True)
+    processing_class = processing_class or load_processing_class(str(source))
+    clock = Clock()
+    model = _load(source, dtype, device, scratch / "converted")
+    model.name_or_path = str(name_or_path)
+    check_prunable(model, offloaded=True)
+    with taken_over(model, scratch / "new"), apart(model):
+        with clock("data"):
+            calibration = prepare(model, data, config, processing_class)
+        _check_same_run(scratch / _RUN, _run(source, shards, config, calibration, model))
+        with ExitStack() as undo:
+            calibrated = Calibrated(model, calibration, [config], folder=scratch, clock=clock)
+            report = replace(prune_to(calibrated, config, undo), command=command)
+            undo.pop_all()
+    try:
+        save_pruned(out, model, processing_class, report, max_shard_size=max_shard_size)
+    except SafetensorError as error:
+        raise OSError(f"{out} could not be written: {error}. Make room and start the same command again.") from error
+    shutil.rmtree(scratch)
+    return report
+
+
+def check_shards(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, each there and as long as its header says.
+
+    Raises:
+        FileNotFoundError: there is none, or one that the index names is missing.
+        ValueError: one is cut short.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = {SAFE_WEIGHTS_NAME}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    paths = sorted(folder / name for name in names)
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"The checkpoint {folder} lacks {path.name}: put the file back, and start again.")
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            found = path.stat().st_size
+            header = json.loads(file.read(length)) if 8 + length <= found else {}
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        if found != 8 + length + max(ends, default=0):
+            raise ValueError(
+                f"{path} holds {found} bytes where its header asks for {8 + length + max(ends, default=0)}: it was "
+                "cut short. Put the whole file back, and start again."
+            )
+    return paths
+
+
+def _local(name_or_path: str | Path) -> Path:
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    return Path(snapshot_download(str(name_or_path), allow_patterns=patterns))
+
+
+def _load(source: Path, dtype: Any, device: Any, folder: Path) -> PreTrainedModel:
+    """The model with its layers on disk; `folder` takes weights that are stored in another form than they are used."""
+    config = AutoConfig.from_pretrained(source)
+    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    if model_class is None:
+        with torch.device("meta"):
+            model_class = type(AutoModel.from_config(config))
+    device = device or torch.accelerator.current_accelerator() or "cpu"
+    placement = dict(_placement(build_skeleton(model_class, config), "", str(device)))
+    return model_class.from_pretrained(source, dtype=dtype, device_map=placement, offload_folder=folder).eval()
+
+
+def _placement(module: nn.Module, path: str, device: str) -> Iterator[tuple[str, str]]:
+    """A device map: layers, the elements of the outermost containers, on disk, all else on the device."""
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+        yield from ((f"{path}.{name}", "disk") for name, _ in module.named_children())
+    elif any(isinstance(inside, (nn.ModuleList, nn.Sequential)) for inside in module.modules()):
+        prefix = f"{path}." if path else ""
+        yield from ((f"{prefix}{name}", device) for name in (*module._parameters, *module._buffers))
+        for name, child in module.named_children():
+            yield from _placement(child, f"{prefix}{name}", device)
+    else:
+        yield path, device
+
+
+def _run(
+    source: Path, shards: list[Path], config: PruneConfig, calibration: CalibrationSet, model: PreTrainedModel
+) -> dict[str, dict[str, Any]]:
+    """What must be the same for a stopped run to go on."""
+    digest = hashlib.sha256()
+    for batch in (*calibration.fit, *calibration.held_out):
+        for name, value in sorted(batch.items()):
+            digest.update(name.encode())
+            if isinstance(value, torch.Tensor):
+                digest.update(str((value.dtype, tuple(value.shape))).encode())
+                digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in shards}
+    described = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
+    return {
+        "config": config.to_dict(),
+        "data": {**calibration.description, "sha256": digest.hexdigest()},
+        "model": {
+            "folder": str(source.resolve()),
+            "config.json": described,
+            "dtype": str(model.dtype),
+            "device": str(model.device),
+            "files": files,
+        },
+        "versions": {name: version(name) for name in ("hf_subprune", "torch", "transformers")},
+    }
+
+
+def _check_same_run(path: Path, run: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write down what this run is, or compare it with what the run that was stopped here was.
+
+    Raises:
+        ValueError: they differ.
+    """
+    run = json.loads(json.dumps(run))
+    if not path.exists():
+        write_json(path, run)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{part} {name}: {before[part].get(name)!r} then, {value!r} now"
+        for part, entries in run.items()
+        for name, value in entries.items()
+        if before[part].get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"A run that was stopped left {path.parent}, and this one differs from it in {'; '.join(changed)}. Start "
+            "that one again to finish it, or remove the folder to begin this one."
+        )
+    logger.warning(f"Going on with the run that was stopped, from {path.parent}.")

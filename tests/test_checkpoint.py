@@ -1,0 +1,245 @@
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from batches import ready_batches
+from safetensors.torch import load_file
+from test_pruning import QUICK
+from tiny import tiny
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from hf_subprune import PruneConfig, PruneReport, prune, prune_checkpoint
+from hf_subprune.cli import app
+from hf_subprune.saving import save_pruned
+
+CONFIG = PruneConfig(**QUICK, keep=0.5)
+
+
+def saved(family, folder, dtype=torch.float32, **overrides):
+    """A checkpoint in several files, and batches for it."""
+    model = tiny(family, **overrides).to(dtype)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return ready_batches(model)
+
+
+def files(folder):
+    """The bytes of every file that does not depend on the clock."""
+    kept = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and "report" not in path.name)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in kept if p.suffix != ".png"}
+
+
+def expected_files(source, batches, config, folder, **options):
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    report = prune(model, batches, config)
+    save_pruned(folder, model, None, report, **options)
+    return files(folder), report
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"variant": "asym"}),
+        ("llama", {"variant": "seq", "layout": "ragged", "budget": "uniform", "units": ("mlp",)}),
+        ("gpt2", {"layout": "ragged"}),
+        ("qwen2", {"importance": "wanda", "reweight": False}),
+    ],
+)
+def test_the_files_are_those_of_pruning_in_memory(tmp_path, family, settings):
+    batches = saved(family, tmp_path / "model", tie_word_embeddings=True)
+    config = PruneConfig(**QUICK, **settings)
+    expected, in_memory = expected_files(tmp_path / "model", batches, config, tmp_path / "a")
+    report = prune_checkpoint(tmp_path / "model", batches, config, tmp_path / "b")
+    found = files(tmp_path / "b")
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name] == expected[name], name
+    assert [b.held_out_error for b in report.blocks] == [b.held_out_error for b in in_memory.blocks]
+    assert report.drift == in_memory.drift
+    assert report.parameters == in_memory.parameters
+    assert report.latency is None
+    assert PruneReport.load(tmp_path / "b") == report
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "model"]
+
+
+def test_shards_are_no_larger_than_asked_for_and_have_an_index(tmp_path):
+    batches = saved("llama", tmp_path / "model", tie_word_embeddings=True)
+    prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out", max_shard_size="40KB")
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert all(sum(t.nbytes for t in load_file(shard).values()) <= 40_000 for shard in shards)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    prune(model, batches, CONFIG)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+def test_half_precision_checkpoints_give_the_same_files(tmp_path):
+    batches = saved("llama", tmp_path / "model", torch.bfloat16)
+    expected, _ = expected_files(tmp_path / "model", batches, CONFIG, tmp_path / "a")
+    prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "b")
+    assert files(tmp_path / "b") == expected
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("variant", ["layer", "asym"])
+@pytest.mark.parametrize("solved", [0, 1, 4])
+def test_a_stopped_run_goes_on_behind_the_last_finished_layer(tmp_path, monkeypatch, variant, solved):
+    import hf_subprune.pruning as pruning
+
+    batches = saved("llama", tmp_path / "model")
+    config = PruneConfig(**QUICK, variant=variant)
+    prune_checkpoint(tmp_path / "model", batches, config, tmp_path / "a")
+    solve, calls = pruning.solve_block, []
+
+    def stop_late(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == solved + 1:
+            raise StoppedError
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(pruning, "solve_block", stop_late)
+    with pytest.raises(StoppedError):
+        prune_checkpoint(tmp_path / "model", batches, config, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    for name in ("discover", "output_metrics", "model_outputs"):
+        monkeypatch.setattr(f"hf_subprune.calibrated.{name}", None)  # not a second time
+    calls.clear()
+    monkeypatch.setattr(pruning, "solve_block", lambda *args, **kwargs: calls.append(1) or solve(*args, **kwargs))
+    prune_checkpoint(tmp_path / "model", batches, config, tmp_path / "b")
+    assert len(calls) == 6 - solved
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def stopped(tmp_path, monkeypatch):
+    """A run that ended with its first block."""
+    batches = saved("llama", tmp_path / "model")
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_subprune.pruning.solve_block", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    return batches
+
+
+def test_another_config_data_or_model_is_refused(tmp_path, monkeypatch):
+    batches = stopped(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match=r"config keep: 0\.5 then, 0\.25 now"):
+        prune_checkpoint(tmp_path / "model", batches, PruneConfig(**QUICK, keep=0.25), tmp_path / "out")
+    other = [{**batch, "input_ids": batch["input_ids"].flip(0)} for batch in batches]
+    with pytest.raises(ValueError, match=r"data sha256: .* then, .* now"):
+        prune_checkpoint(tmp_path / "model", other, CONFIG, tmp_path / "out")
+    saved("llama", tmp_path / "model", seed=1)
+    with pytest.raises(ValueError, match="model files"):
+        prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["remove", "truncate"])
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_when_it_is_mended(tmp_path, monkeypatch, damage):
+    batches = stopped(tmp_path, monkeypatch)
+    shard = sorted((tmp_path / "model").glob("*.safetensors"))[1]
+    shutil.copy2(shard, tmp_path / "kept")
+    if damage == "remove":
+        shard.unlink()
+    else:
+        os.truncate(shard, 1000)
+    with pytest.raises((FileNotFoundError, ValueError), match=shard.name):
+        prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    shutil.copy2(tmp_path / "kept", shard)
+    prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "again")
+    assert files(tmp_path / "out") == files(tmp_path / "again")
+
+
+@pytest.mark.parametrize("writer", ["save_file", "torch.save"])
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, writer):
+    import hf_subprune.durable as durable
+
+    batches = saved("llama", tmp_path / "model")
+    write, calls = (durable.save_file if writer == "save_file" else torch.save), []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == (4 if writer == "save_file" else 9):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"hf_subprune.durable.{writer}", full)
+        with pytest.raises(OSError, match=r"No space left.*Make room"):
+            prune_checkpoint(tmp_path / "model", batches, PruneConfig(**QUICK, variant="seq"), tmp_path / "out")
+    prune_checkpoint(tmp_path / "model", batches, PruneConfig(**QUICK, variant="seq"), tmp_path / "out")
+    prune_checkpoint(tmp_path / "model", batches, PruneConfig(**QUICK, variant="seq"), tmp_path / "again")
+    assert files(tmp_path / "out") == files(tmp_path / "again")
+
+
+def test_too_little_room_is_said_before_any_work(tmp_path, monkeypatch):
+    batches = saved("llama", tmp_path / "model")
+    monkeypatch.setattr("hf_subprune.durable.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2000, 1000, 1000))
+    monkeypatch.setattr("hf_subprune.checkpoint._load", None)
+    with pytest.raises(OSError, match=r"pruned model can take up to .* are free"):
+        prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+
+
+def test_latency_is_no_target_here(tmp_path):
+    with pytest.raises(ValueError, match="Latency"):
+        prune_checkpoint(tmp_path, [], PruneConfig(latency=0.5), tmp_path / "out")
+
+
+def arguments(tmp_path, out):
+    """The command line, on tokenized text."""
+    texts = tmp_path / "texts.jsonl"
+    if not texts.exists():
+        ids = [ids.tolist() for batch in saved("llama", tmp_path / "model") for ids in batch["input_ids"]]
+        texts.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    data = ["--data", str(texts), "--out", str(out), "--samples", "12", "--held-out", "4", "--batch-size", "4"]
+    return ["prune", str(tmp_path / "model"), *data, "--offload", "--max-shard-size", "40KB"]
+
+
+def test_the_command_prunes_a_checkpoint(tmp_path):
+    done = CliRunner().invoke(app, arguments(tmp_path, tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert PruneReport.load(tmp_path / "out").command.startswith("hf-subprune")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_instant_ends_with_the_same_files(tmp_path):
+    command = [sys.executable, "-m", "hf_subprune.cli", *arguments(tmp_path, tmp_path / "a"), "--variant", "asym"]
+    start = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    whole = time.monotonic() - start
+    expected = files(tmp_path / "a")
+    command[command.index(str(tmp_path / "a"))] = str(tmp_path / "b")
+    kills, runs, random_instants = 0, 0, random.Random(0)
+    startup = 0.6 * whole  # imports; a kill before anything is done proves little
+    while kills < 20:
+        assert runs < 100
+        runs += 1
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            process.wait(random_instants.uniform(startup, 1.05 * whole))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        _, error = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), error.decode()
+        if process.returncode == 0:
+            assert files(tmp_path / "b") == expected
+            shutil.rmtree(tmp_path / "b")
+    subprocess.run(command, check=True, capture_output=True)
+    assert files(tmp_path / "b") == expected
+    assert not (tmp_path / ".b.partial").exists()
