@@ -1,5 +1,6 @@
 """Decoder inputs for encoder-decoder models, without labels: what their decoders are calibrated on."""
 
+import math
 from typing import Any
 
 import torch
@@ -55,8 +56,11 @@ def _generated(model: PreTrainedModel, batch: Batch) -> Batch:
     inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.items()}
     generator: Any = model
     training = model.training
+    config = model.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", math.inf)
+    length = min(1 + _GENERATED, positions)
     try:
-        ids = generator.eval().generate(**inputs, max_new_tokens=_GENERATED, do_sample=False, num_beams=1).cpu()
+        ids = generator.eval().generate(**inputs, max_length=length, do_sample=False, num_beams=1).cpu()
     finally:
         model.train(training)
     end = generator.generation_config.eos_token_id

@@ -364,6 +364,15 @@ def test_speech_models_decode_what_they_generate(whisper_config, monkeypatch):
     assert model.training
 
 
+def test_generation_stays_within_the_decoder_s_positions(whisper_config):
+    config = WhisperConfig.from_dict({**whisper_config.to_dict(), "max_target_positions": 5})
+    clips = list(np.random.default_rng(0).normal(size=(4, 4000)).astype(np.float32))
+    model = WhisperForConditionalGeneration(config).eval()
+    batch = prepare(model, clips, PruneConfig(), WhisperFeatureExtractor(feature_size=8)).fit[0]
+    assert batch["decoder_input_ids"].shape[1] <= 5
+    assert model(**batch).logits.isfinite().all()
+
+
 def test_generated_tokens_behind_the_end_are_padding(whisper_config, monkeypatch):
     model = WhisperForConditionalGeneration(whisper_config).eval()
     generated = torch.tensor([[1, 5, 2, 0, 0], [1, 5, 6, 7, 8]])

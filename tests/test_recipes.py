@@ -1,0 +1,154 @@
+"""Every recipe, on a little of its data."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from hf_subprune import PruneConfig
+from hf_subprune.demo import docstrings
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """Import a recipe by its name, with its folder on the path, as when it is run."""
+    monkeypatch.syspath_prepend(RECIPES)
+    return importlib.import_module
+
+
+@pytest.fixture
+def encoder(recipe, tmp_path):
+    """Folder of a tiny encoder that knows the docstrings' words."""
+    tokenizer = recipe("missing_word").make_tokenizer(docstrings(60))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    return str(tmp_path / "encoder")
+
+
+def test_the_list_of_recipes_is_complete():
+    listed = set(re.findall(r"\(([\w/]+\.(?:py|yaml))\)", (RECIPES / "README.md").read_text(encoding="utf-8")))
+    assert listed == {path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.*") if path.suffix != ".md"}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_valid_and_says_its_command(path):
+    PruneConfig.from_pretrained(path)
+    assert f"--config recipes/{path.name}" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_sentence_encoder_is_pruned_in_three_ways(recipe, encoder, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--model", encoder, "--samples", "16", "--unseen", "12", "--out", str(out)]
+    rows = recipe("sentence_encoder").main(arguments)
+    assert [row["parameters"] < 1 for row in rows] == [True] * 3
+    assert rows[1]["MACs"] < rows[0]["MACs"]
+    assert "embedding_cosine" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"neurons", "neurons-and-heads", "both-each-layer-its-own"}
+
+
+@pytest.mark.slow
+def test_a_classifier_is_scored_by_a_metric_module(recipe):
+    pytest.importorskip("evaluate")
+    arguments = ["--steps", "4", "--samples", "16", "--paragraphs", "60", "--test", "20", "--keep", "0.75", "0.5"]
+    arguments += ["--resamples", "20"]
+    rows = recipe("text_classifier").main(arguments)
+    assert [(row["keep"], row["metric"]) for row in rows] == [(0.75, "accuracy"), (0.5, "accuracy")]
+    assert rows[0]["parameters"] > rows[1]["parameters"]
+
+
+@pytest.mark.slow
+def test_a_language_model_loses_parameters_and_keeps_a_perplexity(recipe, capsys):
+    rows = recipe("causal_lm").main(["--steps", "2", "--samples", "16", "--unseen", "8"])
+    assert [row["chosen by"] for row in rows] == list(recipe("causal_lm").WAYS)
+    assert len({row["parameters"] for row in rows}) == 1
+    assert "95% intervals" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_digits_are_read_by_smaller_transformers(recipe):
+    rows = recipe("vit_digits").main(["--epochs", "1", "--samples", "16", "--keep", "0.5"])
+    assert [row["widths"] for row in rows] == ["alike", "each its own"]
+    assert all(row["MACs"] == pytest.approx(0.5, abs=0.05) for row in rows)
+
+
+def test_tunes_have_their_pitches(recipe):
+    speech = recipe("speech")
+    waves, pitches = speech.make_tunes(3, seed=0)
+    assert pitches.shape == (3, speech.TONES)
+    spectrum = torch.fft.rfft(torch.tensor(waves[0][: len(waves[0]) // speech.TONES])).abs()
+    hertz = float(spectrum.argmax()) * speech.RATE / (len(waves[0]) // speech.TONES)
+    assert hertz == pytest.approx(300 * 2 ** (float(pitches[0, 0]) / 2), rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_speech_model_is_pruned_on_sound_alone(recipe):
+    rows = recipe("speech").main(["--steps", "2", "--samples", "16", "--test", "8"])
+    assert len(rows) == 3 and all(0 <= row["after"] <= 1 and row["MACs"] < 1 for row in rows)
+
+
+def test_a_pruned_model_is_quantized(recipe, encoder):
+    pytest.importorskip("torchao")
+    rows = recipe("quantize").main(["--model", encoder, "--samples", "16", "--unseen", "8"])
+    size = {row["model"]: row["MB"] for row in rows}
+    assert size["pruned, then quantized"] < min(size["pruned"], size["quantized"]) < size["original"]
+
+
+@pytest.mark.slow
+def test_adapters_on_a_pruned_model_are_saved_and_loaded(recipe):
+    pytest.importorskip("peft")
+    arguments = ["--steps", "4", "--lora-steps", "4", "--samples", "16", "--paragraphs", "60", "--test", "20"]
+    pruned, tuned = recipe("lora").main(arguments)
+    assert pruned["parameters"] == tuned["parameters"]
+    assert 0 == pruned["trained"] < tuned["trained"] < tuned["parameters"]
+
+
+@pytest.mark.slow
+def test_onnx_runtime_computes_what_torch_does(recipe, encoder, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    arguments = ["--model", encoder, "--samples", "16", "--out", str(tmp_path / "out")]
+    original, pruned = recipe("export_onnx").main(arguments)
+    assert pruned["MB"] < original["MB"]
+    assert max(row["largest difference from torch"] for row in (original, pruned)) < 1e-4
+
+
+# Gradual pruning
+
+
+def test_gaps_hide_the_word_and_label_it(recipe):
+    task = recipe("missing_word")
+    tokenizer = task.make_tokenizer(["return the value of the key in a mapping", "is it a key or the value"] * 3)
+    (first, *others) = task.gaps(["Return the value of a key"], tokenizer)
+    assert [task.WORDS[gap["labels"]] for gap in (first, *others)] == ["the", "of", "a"]
+    tokens = tokenizer.convert_ids_to_tokens(first["input_ids"])
+    assert tokens[0] == "[CLS]" and tokens[1 + task.CONTEXT] == "[MASK]"
+    assert tokens[task.CONTEXT] == "return" and tokens[2 + task.CONTEXT] == "value"
+    assert len(tokens) == 2 * task.CONTEXT + 2
+    assert first["attention_mask"] == [int(token != "[PAD]") for token in tokens]
+
+
+@pytest.mark.slow
+def test_all_ways_reach_the_same_size(recipe, capsys):
+    gradual = recipe("gradual_pruning")
+    arguments = ["--seeds", "1", "--steps", "4", "--original-steps", "4", "--samples", "16", "--paragraphs", "60"]
+    (results,) = gradual.main(arguments)
+    sizes = {results[way]["parameters"] for way in gradual.WAYS}
+    assert len(sizes) == 1
+    assert sizes.pop() < results["original"]["parameters"]
+    assert all(0 <= row["accuracy"] <= 1 for row in results.values())
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-3:]] == ["seed", "0", "mean"]
