@@ -86,6 +86,8 @@ class Calibrated:
         self.model, self.calibration, self.evaluation, self.folder = model, calibration, evaluation, folder
         self.clock = clock or Clock()
         first = configs[0]
+        if "experts" in first.units:
+            raise ValueError("Whole experts are removed by `prune`, to one size, not in training: leave them out.")
         self.probe = send_to_device(self.calibration.probe, input_device(model))
         self.configs = list(configs)
         found = once(self._file("blocks.pt"), self._find)  # in one file: a block is one object everywhere

@@ -13,7 +13,7 @@ import yaml
 
 CONFIG_NAME = "subprune_config.json"
 
-UNIT_KINDS = ("mlp", "attention")
+UNIT_KINDS = ("mlp", "attention", "experts")
 VARIANTS = ("layer", "seq", "asym")
 LAYOUTS = ("auto", "stock", "ragged")
 IMPORTANCES = ("greedy", "random", "weight_norm", "wanda", "fluctuation")
@@ -126,12 +126,15 @@ class PruneConfig:
     Args:
         keep (`float` or `dict[str, float]`, default `0.5`):
             Fraction, in (0, 1], of the prunable blocks' parameters to keep; or one fraction per unit kind,
-            `{"mlp": 0.5, "attention": 0.75}`, where a kind left out is kept whole. `None` when another target is set:
-            exactly one of `keep`, `params`, `macs`, `latency` and `size` says how small the model is to be, and it is
-            met from below, to within one rounding step.
+            `{"mlp": 0.5, "attention": 0.75}`, where a kind left out is kept whole. Where whole experts go besides
+            other units it is such a dict, whose other fractions are of what is left then. `None` when another target
+            is set: exactly one of `keep`, `params`, `macs`, `latency` and `size` says how small the model is to be,
+            and it is met from below, to within one rounding step.
         units (`tuple[str, ...]`, default `("mlp", "attention")`):
-            Which kinds of units may be removed: `"mlp"` (neurons) and `"attention"` (heads; under grouped-query
-            attention, a key/value head with all of its query heads).
+            Which kinds of units may be removed: `"mlp"` (neurons), `"attention"` (heads; under grouped-query
+            attention, a key/value head with all of its query heads) and `"experts"` (whole experts of
+            mixture-of-experts layers, as many in each layer, before anything else is removed; always chosen on the
+            original model).
         variant (`str`, default `"layer"`):
             The paper's reweighting objective: `"layer"` (LayerInChange), `"seq"` (SeqInChange) or `"asym"`
             (AsymInChange).
@@ -195,7 +198,7 @@ class PruneConfig:
     """
 
     keep: Annotated[float | dict[str, float] | None, _optional(_KEEP)] = None
-    units: Annotated[tuple[str, ...], _UNITS] = UNIT_KINDS
+    units: Annotated[tuple[str, ...], _UNITS] = ("mlp", "attention")
     variant: Annotated[str, _one_of(VARIANTS)] = "layer"
     layout: Annotated[str, _one_of(LAYOUTS)] = "auto"
     budget: Annotated[str, _one_of(BUDGETS)] = "auto"

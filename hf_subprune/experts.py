@@ -67,7 +67,7 @@ class _Form:
     routed: bool
 
 
-class _Apart:
+class Apart:
     """The forward of a module of experts while they are taken apart; it holds what puts them together again."""
 
     def __init__(self, module: nn.Module, form: _Form) -> None:
@@ -106,7 +106,7 @@ class _Apart:
             share = (weights * sent).sum(-1, keepdim=True)
             expert.of = len(hidden)
             expert.tokens = (sent.any(-1) | self.every).nonzero().flatten()
-            part = self._run(expert, hidden[expert.tokens], share[expert.tokens])
+            part = self.run(expert, hidden[expert.tokens], share[expert.tokens])
             output.index_add_(0, expert.tokens, part.to(output.dtype))
         return output
 
@@ -116,12 +116,12 @@ class _Apart:
             expert.of = len(rows)
             # Tokens of other experts come as zeros.
             expert.tokens = (rows.any(-1) | self.every).nonzero().flatten()
-            part = self._run(expert, rows[expert.tokens])
+            part = self.run(expert, rows[expert.tokens])
             outputs.append(torch.zeros_like(rows).index_add(0, expert.tokens, part))
         return torch.cat(outputs)
 
-    def _run(self, expert: Expert, rows: torch.Tensor, share: torch.Tensor | None = None) -> torch.Tensor:
-        inner = self._gated(expert.first(rows))
+    def run(self, expert: Expert, rows: torch.Tensor, share: torch.Tensor | None = None) -> torch.Tensor:
+        inner = self.gated(expert.first(rows))
         if share is None:
             return expert.second(inner)
         if expert.second.bias is None and not self.normed and not self.every:
@@ -130,7 +130,7 @@ class _Apart:
         part = expert.second(inner)
         return (self.module.post_expert_norm(part) if self.normed else part) * share  # type: ignore[operator]
 
-    def _gated(self, inner: torch.Tensor) -> torch.Tensor:
+    def gated(self, inner: torch.Tensor) -> torch.Tensor:
         module: Any = self.module
         if self.form.first != FIRST[0]:
             return module.act_fn(inner)
@@ -192,7 +192,7 @@ def take_apart(model: nn.Module) -> list[nn.Module]:
     """
     modules = []
     for module in model.modules():
-        apart = _understood(module)
+        apart = understood(module)
         if apart is not None:
             modules.append(apart)
     for apart in modules:
@@ -328,9 +328,9 @@ def refuse_stacks(model: nn.Module, blocks: Iterable[Block], layers: Iterable[st
     return refusals
 
 
-def _apart(module: nn.Module) -> _Apart | None:
+def _apart(module: nn.Module) -> Apart | None:
     forward = module.__dict__.get("forward")
-    return forward if isinstance(forward, _Apart) else None
+    return forward if isinstance(forward, Apart) else None
 
 
 def _is_stack(module: nn.Module, parameter: nn.Parameter | None) -> bool:
@@ -340,7 +340,7 @@ def _is_stack(module: nn.Module, parameter: nn.Parameter | None) -> bool:
     return parameter.is_floating_point() and sum(size > 1 for size in parameter.shape) > 2
 
 
-def _understood(module: nn.Module) -> _Apart | None:
+def understood(module: nn.Module) -> Apart | None:
     """The module taken apart, if it computes what its experts do."""
     ranks = {name: parameter.ndim for name, parameter in module._parameters.items() if parameter is not None}
     if "forward" in module.__dict__ or ranks.get(SECOND) != 3:
@@ -348,14 +348,14 @@ def _understood(module: nn.Module) -> _Apart | None:
     for first, routed, transposed in product(FIRST, (True, False), (False, True)):
         if ranks.get(first) == 3:
             form = _Form(first, transposed, routed)
-            apart = _Apart(module, form)
+            apart = Apart(module, form)
             if _computes_the_same(module, apart):
                 return apart
     return None
 
 
 @torch.no_grad()
-def _computes_the_same(module: nn.Module, apart: _Apart) -> bool:
+def _computes_the_same(module: nn.Module, apart: Apart) -> bool:
     """Whether the module and its experts agree on random tokens of which each expert gets some."""
     experts, training = len(apart.experts), module.training
     weight = apart.experts[0].first.weight

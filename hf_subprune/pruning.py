@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -19,10 +20,11 @@ from .calibration import CalibrationSet, prepare
 from .collection import BlockMoments, finished_segments
 from .config import TARGETS, PruneConfig
 from .durable import once
-from .evaluation import drift, measure
+from .evaluation import Costs, Outputs, drift, measure, model_outputs
+from .expert_removal import remove_experts, without_experts
 from .experts import apart, put_together
 from .layout import choose_layout
-from .offload import taken_over, without_values
+from .offload import input_device, taken_over, without_values
 from .progress import Clock, peak_memory, progress, timed
 from .report import BlockReport, Change, PruneReport
 from .reweighting import relative_error
@@ -69,6 +71,9 @@ def prune(
         EquivalenceError: the shrunk model is not the masked model; nothing was changed.
     """
     config = config or PruneConfig()
+    if "experts" in config.units:
+        check_prunable(model)
+        return _prune_experts_first(model, data, config, processing_class, evaluation)
     check_prunable(model, offloaded=True)
     with taken_over(model), _eval_mode(model), apart(model), ExitStack() as undo:
         clock, calibration = _prepared(model, data, config, processing_class)
@@ -178,34 +183,81 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
     with clock("evaluation"):
         reached = calibrated.reached(config, widths, edits)
     undo.callback(put_together(model.modules()))
+    logger.info("Pruned %d blocks.", len(edits))
+    whole = (BlockReport.whole(b, **calibrated.predictions(b, b.units)) for b in calibrated.blocks)
+    return PruneReport(
+        blocks=tuple(solutions.get(report.name, report) for report in whole),
+        refusals=calibrated.found.refusals,
+        allocation=calibrated.allocation(config, widths, reached),
+        **_outcome(model, calibration, calibrated.before, calibrated.reference, config, clock, undo),
+    )
+
+
+def _outcome(
+    model: PreTrainedModel,
+    calibration: CalibrationSet,
+    before: Costs,
+    reference: Sequence[Outputs],
+    config: PruneConfig,
+    clock: Clock,
+    undo: ExitStack,
+) -> dict[str, Any]:
+    """Make a pruned model ready to be saved; what its report says of the whole of it."""
     with clock("layout"):
-        layout = choose_layout(model, config.layout, inputs=calibrated.probe)
+        layout = choose_layout(model, config.layout, inputs=send_to_device(calibration.probe, input_device(model)))
         undo.callback(layout.undo)
     with clock("evaluation"):
         after = measure(model, calibration.held_out[0])
-        change = drift(model, calibration.held_out, calibrated.reference)
-    logger.info("Pruned %d blocks.", len(edits))
-    before = calibrated.before
-    whole = (BlockReport.whole(b, **calibrated.predictions(b, b.units)) for b in calibrated.blocks)
-    return PruneReport(
-        model=getattr(model, "name_or_path", "") or "",
-        architecture=type(model).__name__,
-        config=config.to_dict(),
-        blocks=tuple(solutions.get(report.name, report) for report in whole),
-        refusals=calibrated.found.refusals,
-        layout=layout.kind,
-        layout_reason=layout.reason,
-        parameters=Change(before.parameters, after.parameters),
-        macs=Change(before.macs, after.macs),
-        latency=Change.of_latency(before.latency, after.latency),
-        measured_on=before.measured_on,
-        drift=change.to_dict(),
-        data=calibration.description,
-        seconds=clock.seconds,
-        peak_memory=peak_memory(),
-        versions={name: version(name) for name in ("hf_subprune", "torch", "transformers")},
-        allocation=calibrated.allocation(config, widths, reached),
-    )
+        change = drift(model, calibration.held_out, reference)
+    return {
+        "model": getattr(model, "name_or_path", "") or "",
+        "architecture": type(model).__name__,
+        "config": config.to_dict(),
+        "layout": layout.kind,
+        "layout_reason": layout.reason,
+        "parameters": Change(before.parameters, after.parameters),
+        "macs": Change(before.macs, after.macs),
+        "latency": Change.of_latency(before.latency, after.latency),
+        "measured_on": before.measured_on,
+        "drift": change.to_dict(),
+        "data": calibration.description,
+        "seconds": clock.seconds,
+        "peak_memory": peak_memory(),
+        "versions": {name: version(name) for name in ("hf_subprune", "torch", "transformers")},
+    }
+
+
+def _prune_experts_first(
+    model: PreTrainedModel,
+    data: Any,
+    config: PruneConfig,
+    processing_class: Any,
+    evaluation: Callable[[PreTrainedModel], float] | None,
+) -> PruneReport:
+    """`prune` where whole experts go: they go first, then the model without them is pruned."""
+    fraction, rest = without_experts(config)
+    with _eval_mode(model), ExitStack() as undo:
+        clock, calibration = _prepared(model, data, config, processing_class)
+        with clock("evaluation"):
+            reference = model_outputs(model, calibration.held_out)
+            before = measure(model, calibration.held_out[0])
+        removed, refusals = remove_experts(model, calibration, config, fraction, clock, undo)
+        if rest is None:
+            outcome = _outcome(model, calibration, before, reference, config, clock, undo)
+            report = PruneReport(blocks=removed, refusals=refusals, **outcome)
+        else:
+            with apart(model):
+                calibrated = Calibrated(model, calibration, [rest], evaluation, clock=clock)
+                calibrated.before, calibrated.reference = before, reference
+                report = prune_to(calibrated, rest, undo)
+            report = replace(
+                report,
+                config=config.to_dict(),
+                blocks=(*removed, *report.blocks),
+                refusals=(*refusals, *report.refusals),
+            )
+        undo.pop_all()
+    return report
 
 
 def _lost() -> Solution:

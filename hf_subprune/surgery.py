@@ -140,6 +140,28 @@ def shrink(
     return edit
 
 
+def assign(model: nn.Module, block: str, values: Mapping[str, torch.Tensor]) -> Edit:
+    """Give parameters other values, in place.
+
+    Args:
+        model: The model.
+        block: Name for the edit.
+        values: By dotted path of a parameter, the values; cast to its dtype and device.
+
+    Returns:
+        The edit, in place; `Edit.undo()` takes it back.
+    """
+    edit = Edit(block, torch.empty(0, dtype=torch.long))
+    for path, value in values.items():
+        owner, _, name = path.rpartition(".")
+        entries: dict[str, Any] = model.get_submodule(owner)._parameters  # type: ignore[assignment]
+        before = entries[name]
+        after = parameter_like(before, value.detach().to(before).clone(memory_format=torch.contiguous_format))
+        edit._changes.append(_Change(entries, name, before, after))
+        entries[name] = after
+    return edit
+
+
 def sizes(module: nn.Module) -> dict[str, Any]:
     """Sizes that `module` must remember to agree with its parameters, e.g. `{"in_features": 12, "out_features": 4}`.
 

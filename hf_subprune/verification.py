@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ def verify(
     inputs: Mapping[str, Any],
     tolerance: float = TOLERANCE,
     to_consumer: bool = False,
+    masking: Callable[[nn.Module, Block, torch.Tensor], AbstractContextManager[None]] = masked,
 ) -> float:
     """Check that removing units equals masking them, for all `blocks` at once.
 
@@ -77,6 +78,7 @@ def verify(
         inputs: Keyword arguments of the forward, a small batch.
         tolerance: Largest difference allowed, relative to the largest absolute value of the tensor compared.
         to_consumer: Stop each forward behind the last block's consumer and compare no more than that; faster.
+        masking: What masks the units of a block that are not kept; `surgery.masked` for columns of its consumer.
 
     Returns:
         The largest relative difference found.
@@ -94,7 +96,7 @@ def verify(
                 )
     with undisturbed(model), all_running(model), ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(masked(model, block, kept[block.name]))
+            stack.enter_context(masking(model, block, torch.as_tensor(kept[block.name])))
         expected = _run(model, blocks, inputs, to_consumer)
     edits: list[Edit] = []
     with undisturbed(model), all_running(model):
@@ -113,7 +115,7 @@ def verify(
     if culprit is None and len(by_tie(blocks)) > 1:
         # A failed forward does not say which block broke it: ask each one.
         for group in by_tie(blocks):
-            verify(model, group, kept, inputs, tolerance)
+            verify(model, group, kept, inputs, tolerance, masking=masking)
         reason = f"each of {len(blocks)} blocks can be shrunk alone, but with all of them shrunk: {reason}"
     raise EquivalenceError(culprit or blocks[-1], reason) from cause
 

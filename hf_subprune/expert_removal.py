@@ -1,0 +1,95 @@
+"""Take whole experts out of a model, as its config asks, and report what that did."""
+
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from .blocks import Refusal
+from .calibration import CalibrationSet
+from .config import PruneConfig
+from .progress import Clock, timed
+from .report import BlockReport
+from .routing import (
+    Removal,
+    RoutedLayer,
+    choose_experts,
+    exact_layers,
+    fit_experts,
+    routed_layers,
+    tokens_of,
+    verify_routed,
+)
+from .surgery import assign, shrink
+
+
+def without_experts(config: PruneConfig) -> tuple[float, PruneConfig | None]:
+    """The fraction of the experts to keep, and the config of what comes then, if anything does.
+
+    Raises:
+        ValueError: the config does not say the fraction.
+    """
+    others = tuple(kind for kind in config.units if kind != "experts")
+    if isinstance(config.keep, dict) and "experts" in config.keep:
+        keep = {kind: fraction for kind, fraction in config.keep.items() if kind != "experts"}
+        return config.keep["experts"], replace(config, units=others, keep=keep) if others and keep else None
+    if isinstance(config.keep, float | int) and not others:
+        return config.keep, None
+    raise ValueError(
+        f"Removing whole experts takes `keep`, as a dict with a fraction for them where other units go too, such as "
+        f"keep={{'experts': 0.75, 'mlp': 0.5}}; got {config.target()}={getattr(config, config.target())!r} with "
+        f"units={list(config.units)}."
+    )
+
+
+def remove_experts(
+    model: PreTrainedModel,
+    calibration: CalibrationSet,
+    config: PruneConfig,
+    fraction: float,
+    clock: Clock,
+    undo: ExitStack,
+) -> tuple[tuple[BlockReport, ...], tuple[Refusal, ...]]:
+    """Take the same fraction of the experts out of every layer; `undo` gets what puts them back.
+
+    Raises:
+        ValueError: there is no layer of which experts can be taken.
+    """
+    with clock("discovery"):
+        layers, refusals = routed_layers(model, calibration.probe)
+    layers, inexact = exact_layers(model, layers, calibration.probe)
+    refusals += inexact
+    if not layers:
+        why = "".join(f"\n  {refusal.name}: {refusal.reason}." for refusal in refusals)
+        raise ValueError(f"{type(model).__name__} has no layer of which whole experts can be removed.{why}")
+    removals: list[tuple[RoutedLayer, Removal, float]] = []
+    for tokens in timed(tokens_of(model, layers, calibration), clock, "calibration"):
+        start = time.perf_counter()
+        with clock("selection"):
+            routed = tokens.routed
+            kept = choose_experts(tokens, max(routed.chosen, int(fraction * routed.block.units + 1e-9)))
+            fitted = fit_experts(tokens, kept, shrinkage=config.shrinkage, reweight_kept=config.reweight)
+        removals.append((routed, fitted, time.perf_counter() - start))
+    with clock("verification"):
+        kept_of = {routed.block.name: removal.kept for routed, removal, _ in removals}
+        verify_routed(model, [routed for routed, _, _ in removals], kept_of, calibration.probe)
+    reports = []
+    for routed, removal, seconds in removals:
+        if len(removal.kept) < routed.block.units:
+            undo.callback(shrink(model, routed.block, removal.kept).undo)
+            undo.callback(assign(model, routed.block.name, removal.parameters).undo)
+        reports.append(
+            replace(
+                BlockReport.whole(routed.block),
+                units_after=len(removal.kept),
+                kept_units=tuple(removal.kept.tolist()),
+                kept_columns=tuple(removal.kept.tolist()),
+                fitted_error=removal.fitted_error,
+                held_out_error=removal.held_out_error,
+                method="removal one by one",
+                guarantee=None,
+                seconds=seconds,
+            )
+        )
+    return tuple(reports), tuple(refusals)
