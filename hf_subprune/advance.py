@@ -1,6 +1,7 @@
 """Advance calibration batches through a model one segment at a time, at the cost of one forward a stream in all.
 
-A *segment* is a part of the model that the forward calls exactly once and that holds blocks: as a rule one layer. To
+A *segment* is a part of the model that the forward calls exactly once and that holds blocks: as a rule one layer. A
+block that reaches over several layers is in the part around them, or has its consumer for a segment of its own. To
 run segment `t` on a batch, the whole model is called with every finished segment stubbed to return its stored output
 and with the forward stopped right behind segment `t`. Whatever the model does between its layers (masks, position
 embeddings, a bias shared by all layers, the hand-over from encoder to decoder) runs as its authors wrote it.
@@ -74,7 +75,7 @@ def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
     """
     modules = dict(model.named_modules())
     calls: dict[str, int] = {}
-    paths = {path for block in blocks for path in _ancestors(block.consumer)}
+    paths = {path for block in blocks for module in _modules(block) for path in _ancestors(module)}
 
     def count(path: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -91,7 +92,7 @@ def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
     unreached = tuple(b for b in blocks if b.consumer not in calls)
     members: dict[str, list[Block]] = {}
     for block in reached:
-        members.setdefault(_segment_path(block.consumer, modules, calls), []).append(block)
+        members.setdefault(_segment_path(block, reached, modules, calls), []).append(block)
     for path in list(members):  # a segment inside another one is part of it
         outer = next((p for p in members if p != path and _inside(path, p)), None)
         if outer is not None:
@@ -230,15 +231,40 @@ def _inside(path: str, outer: str) -> bool:
     return outer == "" or path.startswith(outer + ".")
 
 
-def _segment_path(consumer: str, modules: Mapping[str, nn.Module], calls: Mapping[str, int]) -> str:
-    """The outermost container element around a consumer, or the nearest module around that which is called once."""
-    ancestors = _ancestors(consumer)[:-1]
-    depth = next(
-        (i for i in range(1, len(ancestors)) if isinstance(modules[ancestors[i - 1]], _CONTAINERS)), len(ancestors) - 1
-    )
-    while depth > 0 and calls.get(ancestors[depth], 0) != 1:
+def _modules(block: Block) -> set[str]:
+    """Dotted paths of the modules that shrink with a block."""
+    return {block.consumer} | {piece.tensor.rpartition(".")[0] for piece in block.slices if not piece.shared}
+
+
+def _segment_path(
+    block: Block, blocks: Sequence[Block], modules: Mapping[str, nn.Module], calls: Mapping[str, int]
+) -> str:
+    """The outermost container element around a block, or the nearest module around that which is called once.
+
+    A block outside of all containers is run again with every segment behind it: cheap, as its consumer's output is
+    stored, as long as that does not change. So its consumer is enough where it is no other block's producer.
+    """
+    inside = _modules(block)
+    ancestors = _ancestors(block.consumer)[:-1]
+    containers = [path for path in ancestors if isinstance(modules[path], _CONTAINERS)]
+    loose = not any(_container(path, modules) for path in inside)
+    if (
+        loose
+        and calls[block.consumer] == 1
+        and not any(inside & _modules(other) for other in blocks if other != block)
+    ):
+        return block.consumer
+    depth = ancestors.index(containers[0]) + 1 if containers else len(ancestors) - 1
+    depth = min(depth, len(ancestors) - 1)
+    while depth > 0 and (
+        calls.get(ancestors[depth], 0) != 1 or not all(_inside(path, ancestors[depth]) for path in inside)
+    ):
         depth -= 1
     return ancestors[depth]
+
+
+def _container(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    return any(isinstance(modules[above], _CONTAINERS) for above in _ancestors(path)[:-1])
 
 
 def _input_hook(tap: Callable[[torch.Tensor], None]) -> Callable[..., None]:

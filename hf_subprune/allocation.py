@@ -50,7 +50,7 @@ _STACKED_STEP = 8
 
 def multiple(block: Block, config: PruneConfig) -> int:
     """What a block's width is a multiple of."""
-    if block.kind != "mlp":
+    if block.kind == "attention":
         return 1
     if config.round_to is not None:
         step = config.round_to if block.units >= config.round_to else 1

@@ -176,8 +176,9 @@ def attribute_sets(model: nn.Module, block: Block) -> Iterator[tuple[Attribute, 
     """Sets of attributes to try for a block, likeliest first; the equivalence check has the last word.
 
     Candidates are integers on the modules that hold the block's tensors whose value is a whole multiple of the units
-    (head counts) or the number of entries that the units own in one tensor (widths). Head counts come first, so that
-    a module that never reads its head count still states it correctly.
+    (head counts), or at most the number of entries that the units own in one tensor (widths, likeliest where they are
+    that number: others say how a fused projection is split). Head counts come first, so that a module that never
+    reads its head count still states it correctly.
 
     Args:
         model: The model.
@@ -187,7 +188,9 @@ def attribute_sets(model: nn.Module, block: Block) -> Iterator[tuple[Attribute, 
         Tuples of attributes, without repetition, the empty one among them.
     """
     counts, widths, configured = candidates(model, block)
-    choices = [(some, few) for some in ((), widths) for few in _subsets(counts)]
+    owned = {piece.index.numel() for piece in block.slices}
+    likely = tuple(width for width in widths if width.before in owned)
+    choices = [(some, few) for some in ((), likely, widths) for few in _subsets(counts)]
     choices += [(some, few) for some in _subsets(widths) for few in (counts, ())]
     # A forward that reads the config needs a copy of it for its layer: the last resort.
     choices += [(some, few) for some in _subsets(configured) for few in _subsets(counts)]
@@ -203,12 +206,13 @@ def candidates(model: nn.Module, block: Block) -> tuple[tuple[Attribute, ...], .
     """Head counts and widths among the integers of the modules that hold the block; head counts in their config."""
     owned = {piece.index.numel() for piece in block.slices}
     counts, widths, configured = [], [], []
+    heads = block.kind == "attention"
     for path in _holders(block):
         module = model.get_submodule(path)
         for name, value in module.__dict__.items():
             attribute = _attribute(block, path, name, value)
             if attribute is not None and is_width(attribute):
-                if value in owned:
+                if value in owned or (heads and max(block.columns.shape) <= value < max(owned)):
                     widths.append(attribute)
             elif attribute is not None and _counts_heads(block, attribute):
                 counts.append(attribute)
@@ -216,6 +220,7 @@ def candidates(model: nn.Module, block: Block) -> tuple[tuple[Attribute, ...], .
             attribute = _attribute(block, path, f"config.{name}", value)
             if attribute is not None and not is_width(attribute) and _counts_heads(block, attribute):
                 configured.append(attribute)
+    widths.sort(key=lambda attribute: attribute.before not in owned)
     return tuple(counts[:MOST]), tuple(widths[:MOST]), tuple(configured[:MOST])
 
 

@@ -1,7 +1,8 @@
 """A prunable block: one consumer, the producers that feed it, and the units that can be removed from it."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import torch
@@ -49,12 +50,15 @@ class Block:
 
     Args:
         name: Unique dotted name shown to users, e.g. `"encoder.layer.0.attention"`; `include`/`exclude` match it.
-        kind: `"mlp"` or `"attention"`.
-        consumer: Dotted path of the consumer module (`nn.Linear` or `Conv1D`).
-        columns: `(units, c)` int64; row `u` holds the consumer's input columns that unit `u` owns.
+        kind: `"mlp"`, `"attention"`, or `"channels"` where the consumer is a convolution, or a producer is
+            one whose output is flattened.
+        consumer: Dotted path of the consumer module (`nn.Linear`, `Conv1D`, or a convolution).
+        columns: `(units, c)` int64; row `u` holds the consumer's input columns that unit `u` owns. Those of a
+            convolution are the entries of a patch: as many in a row for each channel as its kernel has.
         slices: Every tensor that shrinks with the units: the consumer's own columns, the producers' rows, biases.
         attributes: Integer attributes that must follow the number of units for the forward to stay correct.
-        parameters_per_unit: Parameters that removing one unit frees, over all slices.
+        parameters_per_unit: Parameters that removing one unit frees, over all slices. A tensor that another block
+            slices as well, along its other dimension, counts in equal parts for both: no less than that is freed.
         tie: Blocks of one tie read something of each unit that is made once for all of them, so that they can only
             keep the same units. It is written as a pattern of their names; `None` for a block on its own.
         stack: Blocks of one stack are the experts of one layer, stored in common tensors, so that they keep equally
@@ -113,10 +117,26 @@ def by_width(blocks: Iterable[Block]) -> list[list[Block]]:
     return list(together.values())
 
 
-def parameters_per_unit(model: nn.Module, slices: Iterable[Slice]) -> int:
-    """Parameters that removing one unit frees, over the slices."""
-    tensors = [(model.get_parameter(piece.tensor), piece) for piece in slices]
-    return sum(tensor.numel() // tensor.shape[piece.dim] * piece.index.shape[1] for tensor, piece in tensors)
+def parameters_per_unit(model: nn.Module, slices: Iterable[Slice], blocks: Mapping[str, int] | None = None) -> int:
+    """Parameters that removing one unit frees, over the slices; `blocks` says in how many blocks a tensor counts."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = [(parameters[piece.tensor], piece) for piece in slices if piece.tensor in parameters]
+    return sum(
+        tensor.numel() // tensor.shape[piece.dim] * piece.index.shape[1] // (blocks or {}).get(piece.tensor, 1)
+        for tensor, piece in tensors
+    )
+
+
+def counted_once(model: nn.Module, blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """The blocks, with the parameters of a tensor that several of them slice counted in equal parts."""
+    blocks = tuple(blocks)
+    times = Counter(tensor for block in blocks for tensor in {piece.tensor for piece in block.slices})
+    return tuple(
+        replace(block, parameters_per_unit=parameters_per_unit(model, block.slices, times))
+        if any(times[piece.tensor] > 1 for piece in block.slices)
+        else block
+        for block in blocks
+    )
 
 
 @dataclass(frozen=True)
@@ -125,7 +145,9 @@ class Refusal:
 
     Args:
         name: Dotted path of the consumer, or the name that the block would have had.
-        kind: `"mlp"`, `"attention"`, or `"unknown"` where the input columns do not fall into units.
+        kind: As of a block; `"unknown"` where the input columns do not fall into units, and `"whole"` for what is
+            never pruned: heads and projectors outside of the repeated layers, residual streams, low-rank pairs,
+            attention of a single head.
         reason: What was found.
         advice: What the user can do.
     """

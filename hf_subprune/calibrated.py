@@ -26,11 +26,12 @@ from .allocation import (
 from .blocks import Block, Discovery, Refusal, by_width
 from .budgets import interpolate
 from .calibration import CalibrationSet
-from .collection import FOLDS, BlockMoments, collect, consumer_shape, consumer_weight
+from .collection import FOLDS, BlockMoments, collect
 from .config import PruneConfig
 from .curves import LossCurve, loss_curve
 from .durable import check_space, once
 from .evaluation import Costs, Outputs, measure, model_outputs
+from .linears import matrix_shape, weight_matrix
 from .offload import input_device, is_offloaded
 from .probe import discover
 from .progress import Clock, progress, timed
@@ -138,7 +139,7 @@ class Calibrated:
 
     def _scratch_bytes(self) -> int:
         """At most: what is kept of the calibration samples (twice, while a layer runs), sensitivities, new weights."""
-        shapes = [consumer_shape(self.model.get_submodule(block.consumer)) for block in self.candidates]
+        shapes = [matrix_shape(self.model.get_submodule(block.consumer)) for block in self.candidates]
         itemsize = self.model.dtype.itemsize
         batches = (*self.calibration.fit, *self.calibration.held_out)
         rows = sum(next(iter(batch.values())).numel() for batch in batches)
@@ -274,7 +275,7 @@ class Calibrated:
 
     def problem(self, block: Block, moments: BlockMoments) -> Problem:
         """What selection and reweighting need of one block."""
-        W = consumer_weight(self.model.get_submodule(block.consumer))
+        W = weight_matrix(self.model.get_submodule(block.consumer))
         return Problem(moments.of_folds(W), W, block.columns, self.metrics.get(block.name))
 
     def predictions(self, block: Block, width: int) -> dict[str, Any]:
@@ -354,5 +355,5 @@ def _may_shrink(block: Block, target: Target) -> bool:
 
 
 def _moment_bytes(model: nn.Module, block: Block) -> int:
-    n, _ = consumer_shape(model.get_submodule(block.consumer))
+    n, _ = matrix_shape(model.get_submodule(block.consumer))
     return (FOLDS + 1) * n * n * 8

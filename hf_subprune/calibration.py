@@ -70,19 +70,23 @@ class CalibrationSet:
             "held_out_tokens": _tokens(self.held_out),
         }
 
-    def rows(self, x: torch.Tensor, index: int, consumer: str) -> torch.Tensor:
-        """The real tokens of a consumer's input or output.
+    def mask(self, shape: Sequence[int], index: int, consumer: str) -> torch.Tensor | None:
+        """Which rows of a consumer's input are real tokens.
 
         Args:
-            x: `(batch, length, n)`, `(length, batch, n)` or `(rows, n)`.
+            shape: `(batch, length, n)`, `(length, batch, n)` or `(rows, n)`.
             index: Of the batch that ran, the held-out ones counted behind those to fit on.
             consumer: Dotted path of the consumer.
 
         Returns:
-            `(tokens, n)`, padding left out.
+            `(rows,)` bool, false at padding; `None` when every row counts.
         """
         batch = self.fit[index] if index < len(self.fit) else self.held_out[index - len(self.fit)]
-        mask = token_mask(self.model, consumer, batch, x.shape)
+        return token_mask(self.model, consumer, batch, shape)
+
+    def rows(self, x: torch.Tensor, index: int, consumer: str) -> torch.Tensor:
+        """The real tokens of a consumer's input or output `(..., n)`, as `(tokens, n)`: see `mask`."""
+        mask = self.mask(x.shape, index, consumer)
         flat = x.reshape(-1, x.shape[-1])
         return flat if mask is None else flat[mask.to(flat.device)]
 

@@ -20,7 +20,12 @@ CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
-UNIT_NAMES = {"mlp": "MLP neurons", "attention": "attention heads"}
+UNIT_NAMES = {
+    "mlp": "MLP neurons",
+    "attention": "attention heads",
+    "channels": "convolution channels",
+    "experts": "experts",
+}
 
 # Of the relations the Hub knows (adapter, finetune, merge, quantized), the one that says "the weights were changed".
 RELATION = "finetune"

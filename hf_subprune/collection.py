@@ -1,11 +1,10 @@
 """Collect the moments of every block in forward order, for each of the paper's variants."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +14,9 @@ from .blocks import Block, by_stack
 from .calibration import CalibrationSet
 from .durable import write_json
 from .experts import routed_tokens
+from .linears import feature_axis, input_rows, matrix_shape, output_positions, output_rows
 from .moments import MomentAccumulator, Moments, combine, unseen
-from .offload import device_of, loaded, values
+from .offload import device_of, loaded
 from .surgery import Edit
 
 FOLDS = 2
@@ -68,7 +68,8 @@ def collect(
 ) -> Iterator[tuple[Block, BlockMoments]]:
     """Yield each block with its moments; the caller shrinks the block before it asks for the next one.
 
-    Both `A` and `B` of ALGORITHM section 1 are the consumer's inputs at real tokens (padding excluded):
+    Both `A` and `B` of ALGORITHM section 1 are the consumer's inputs at real tokens (padding excluded), and patches of
+    them for a convolution:
 
     - `layer`: one forward in all, of the original model.
     - `seq`: of the model as pruned so far, one layer forward a segment and one partial one a block.
@@ -176,9 +177,9 @@ class _Tap:
 
     def __init__(self, model: nn.Module, block: Block, calibration: CalibrationSet, with_targets: bool = False):
         consumer = model.get_submodule(block.consumer)
-        n, m = consumer_shape(consumer)
+        n, m = matrix_shape(consumer)
         bias = getattr(consumer, "bias", None)
-        self.block, self.calibration = block, calibration
+        self.block, self.consumer, self.calibration = block, consumer, calibration
         self._bias = bias if with_targets else None
         self._targets: list[tuple[torch.Tensor, torch.Tensor | None]] | None = [] if with_targets else None
         accumulators = [
@@ -200,28 +201,34 @@ class _Tap:
         )
 
     def add_target(self, output: torch.Tensor) -> None:
-        rows = self._rows(output)
+        rows = self._real(output_rows(self.consumer, output), output.movedim(feature_axis(self.consumer), -1).shape)
         rows = rows if self._bias is None else rows - self._bias.detach()
         self._targets.append((rows, self._tokens()))  # type: ignore[union-attr]
 
     def add(self, inputs: torch.Tensor) -> None:
-        rows = self._rows(inputs)
-        target, sent = self._targets.pop(0) if self._targets is not None else (None, None)
-        if not torch.isfinite(rows).all():
-            what = f"calibration batch {self._index}" if self._index < self._fitted else "a held-out batch"
-            raise ValueError(
-                f"Block {self.block.name}: the input of {self.block.consumer} holds NaN or inf in {what}"
-                f"{self._culprits(inputs)}. Check these samples, or load the model in float32 or bfloat16."
-            )
-        if target is not None and sent is not None and (tokens := self._tokens()) is not None:
-            # Routers of the two models may differ: only tokens that both send to this expert tell it what to do.
-            rows, target = rows[torch.isin(tokens, sent)], target[torch.isin(sent, tokens)]
-        self._into.update(rows, target)
+        targets, sent = self._targets.pop(0) if self._targets is not None else (None, None)
+        start = done = 0
+        positions = output_positions(self.consumer, inputs.shape)
+        for part in input_rows(self.consumer, inputs):
+            rows = self._real(part, (*positions, part.shape[1]), start)
+            start += len(part)
+            target = None if targets is None else targets[done : done + len(rows)]
+            done += len(rows)
+            if not torch.isfinite(rows).all():
+                what = f"calibration batch {self._index}" if self._index < self._fitted else "a held-out batch"
+                raise ValueError(
+                    f"Block {self.block.name}: the input of {self.block.consumer} holds NaN or inf in {what}"
+                    f"{self._culprits(inputs)}. Check these samples, or load the model in float32 or bfloat16."
+                )
+            if target is not None and sent is not None and (tokens := self._tokens()) is not None:
+                # Routers of the two models may differ: only tokens that both send to this expert tell it what to do.
+                rows, target = rows[torch.isin(tokens, sent)], targets[torch.isin(sent, tokens)]  # type: ignore[index]
+            self._into.update(rows, target)
 
     def _tokens(self) -> torch.Tensor | None:
         """Which tokens the rows of an expert are, in increasing order; `None` where all tokens pass."""
         routed = routed_tokens(self.calibration.model, self.block.consumer)
-        return None if routed is None else self._rows(routed[1][:, None]).flatten()
+        return None if routed is None else self._real(routed[1], (len(routed[1]), 1))
 
     def _culprits(self, inputs: torch.Tensor) -> str:
         """Which samples of the batch are not finite, where the first dimension counts samples."""
@@ -230,21 +237,10 @@ class _Tap:
         bad = (~torch.isfinite(inputs)).flatten(1).any(1).nonzero().flatten().tolist()
         return f", samples {bad} of the batch"
 
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        return self.calibration.rows(x, self._index, self.block.consumer)
-
-
-def consumer_weight(consumer: nn.Module) -> torch.Tensor:
-    """The consumer's weight as the mathematics has it, `(n inputs, m outputs)`."""
-    weight = values(consumer.weight).detach()  # type: ignore[arg-type]
-    return weight.T if isinstance(consumer, nn.Linear) else weight
-
-
-def consumer_shape(consumer: nn.Module) -> tuple[int, int]:
-    """`(n inputs, m outputs)`, without reading a weight that is offloaded."""
-    weight: Any = consumer.weight
-    rows, columns = weight.shape
-    return (columns, rows) if isinstance(consumer, nn.Linear) else (rows, columns)
+    def _real(self, rows: torch.Tensor, shape: Sequence[int], start: int = 0) -> torch.Tensor:
+        """Those of some rows, the first of which is row `start` of a tensor of `shape`, that are no padding."""
+        mask = self.calibration.mask(shape, self._index, self.block.consumer)
+        return rows if mask is None else rows[mask[start : start + len(rows)].to(rows.device)]
 
 
 @contextmanager

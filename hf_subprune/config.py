@@ -13,7 +13,7 @@ import yaml
 
 CONFIG_NAME = "subprune_config.json"
 
-UNIT_KINDS = ("mlp", "attention", "experts")
+UNIT_KINDS = ("mlp", "attention", "channels", "experts")
 VARIANTS = ("layer", "seq", "asym")
 LAYOUTS = ("auto", "stock", "ragged")
 IMPORTANCES = ("greedy", "random", "weight_norm", "wanda", "fluctuation")
@@ -130,9 +130,9 @@ class PruneConfig:
             other units it is such a dict, whose other fractions are of what is left then. `None` when another target
             is set: exactly one of `keep`, `params`, `macs`, `latency` and `size` says how small the model is to be,
             and it is met from below, to within one rounding step.
-        units (`tuple[str, ...]`, default `("mlp", "attention")`):
+        units (`tuple[str, ...]`, default `("mlp", "attention", "channels")`):
             Which kinds of units may be removed: `"mlp"` (neurons), `"attention"` (heads; under grouped-query
-            attention, a key/value head with all of its query heads) and `"experts"` (whole experts of
+            attention, a key/value head with all of its query heads), `"channels"` (of convolutions) and `"experts"` (whole experts of
             mixture-of-experts layers, as many in each layer, before anything else is removed; always chosen on the
             original model).
         variant (`str`, default `"layer"`):
@@ -198,7 +198,7 @@ class PruneConfig:
     """
 
     keep: Annotated[float | dict[str, float] | None, _optional(_KEEP)] = None
-    units: Annotated[tuple[str, ...], _UNITS] = ("mlp", "attention")
+    units: Annotated[tuple[str, ...], _UNITS] = ("mlp", "attention", "channels")
     variant: Annotated[str, _one_of(VARIANTS)] = "layer"
     layout: Annotated[str, _one_of(LAYOUTS)] = "auto"
     budget: Annotated[str, _one_of(BUDGETS)] = "auto"

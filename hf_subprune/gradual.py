@@ -16,11 +16,12 @@ from .advance import plan
 from .blocks import Block, by_tie
 from .calibrated import Calibrated
 from .calibration import prepare
-from .collection import BlockMoments, collect, consumer_weight
+from .collection import BlockMoments, collect
 from .config import PruneConfig
 from .evaluation import drift, measure, model_outputs
 from .experts import apart, put_together
 from .layout import choose_layout
+from .linears import weight_matrix
 from .masking import Mask, MaskEdit
 from .moments import restrict
 from .progress import peak_memory
@@ -224,7 +225,7 @@ class GradualPruning:
 
     def _problem(self, block: Block, moments: BlockMoments) -> Problem:
         """What there is to choose from: the block's units that are not masked."""
-        W = consumer_weight(self.model.get_submodule(block.consumer))
+        W = weight_matrix(self.model.get_submodule(block.consumer))
         columns = kept_columns(block, self.kept[block.name])
         position = torch.full((len(W),), -1)
         position[columns] = torch.arange(len(columns))
@@ -241,7 +242,7 @@ class GradualPruning:
         """Choose `width` of the block's present units, unless its tie has, and write the weights that read them."""
         start = time.perf_counter()
         consumer: Any = self.model.get_submodule(block.consumer)
-        W, present = consumer_weight(consumer), self.kept[block.name]
+        W, present = weight_matrix(consumer), self.kept[block.name]
         problem = self._problem(block, moments)
         solution = solve_block(
             problem.folds,

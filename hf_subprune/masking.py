@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .blocks import Block
+from .linears import as_matrix
 from .surgery import Edit
 
 
@@ -72,8 +73,7 @@ class MaskEdit(Edit):
         self._before = _copies(touched.values())
         columns = block.columns[kept].flatten().sort().values.to(consumer.weight.device)
         with torch.no_grad():
-            target = consumer.weight.T if isinstance(consumer, nn.Linear) else consumer.weight
-            target[columns] = weight.to(target)
+            as_matrix(consumer, consumer.weight)[columns] = weight.to(consumer.weight)
             if bias is not None:
                 consumer.bias.copy_(bias)
         Mask(model, block, kept).apply()

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .experts import routed_tokens
+from .linears import taps
 
 
 def token_mask(
@@ -39,7 +40,9 @@ def token_mask(
     if mask is None or mask.ndim != 2:
         return None
     rows = tuple(shape[:-1])
-    if len(rows) == 2 and rows[0] == len(mask) and rows[1] < mask.shape[1]:
+    # The layers of a convolutional feature encoder have frames of other lengths than those that it puts out.
+    at_frames = taps(model.get_submodule(consumer)) == 1
+    if len(rows) == 2 and rows[0] == len(mask) and rows[1] < mask.shape[1] and at_frames:
         mask = _frame_mask(model, mask, rows[1])
     if rows in (tuple(mask.shape), (mask.numel(),)):
         mask = mask.bool().flatten()

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .attributes import settle
-from .blocks import Block, Discovery, Refusal, Slice, parameters_per_unit
+from .blocks import Block, Discovery, Refusal, Slice, counted_once, parameters_per_unit
 from .experts import all_running, apart, refuse_stacks, stack_of, whole_stacks
+from .linears import input_dim, is_convolution, is_linear, taps
 from .offload import device_of
 from .probe_inputs import probe_inputs
 from .ties import tie_shared
@@ -40,7 +40,7 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
     returned. The model is left exactly as it was.
 
     Args:
-        model: Any model whose blocks are made of `nn.Linear` or `Conv1D`; it must be in memory, not on meta.
+        model: Any model whose blocks are made of `nn.Linear`, `Conv1D` or convolutions; in memory, not on meta.
         inputs: Keyword arguments of a small forward (two samples, a few tokens); `probe_inputs(model)` if omitted.
 
     Experts that are stacked in one tensor are found one by one; their blocks can be shrunk inside of
@@ -67,7 +67,7 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     with traced(model, inputs) as trace:
         seek = _Seeker(model, trace)
         for consumer in dict.fromkeys(read.reader for read in trace.reads):
-            if consumer != OUTPUT and isinstance(model.get_submodule(consumer), (nn.Linear, Conv1D)):
+            if consumer != OUTPUT:
                 try:
                     candidate = seek.candidate(consumer)
                 except RuntimeError as error:
@@ -90,7 +90,7 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     layers = {layer for name, _ in model.named_modules() if name and (layer := layer_of(model, name)) is not None}
     refusals += refuse_stacks(model, blocks, layers)
     blocks, parts = whole_stacks(model, blocks)
-    return Discovery(tuple(blocks), (*refusals, *clashes, *parts))
+    return Discovery(counted_once(model, blocks), (*refusals, *clashes, *parts))
 
 
 def _own_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -113,7 +113,7 @@ def _unreached(model: nn.Module, readers: Collection[str]) -> list[Refusal]:
     silent = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name not in readers and re.sub(r"\d+", "*", name) in like
+        if is_linear(module) and name not in readers and re.sub(r"\d+", "*", name) in like
     ]
     reason = "the probe batch does not reach it, as it reaches others like it"
     advice = "Pass `inputs` of more tokens (to `prune`: longer or more samples), until some are sent to it."
@@ -121,7 +121,11 @@ def _unreached(model: nn.Module, readers: Collection[str]) -> list[Refusal]:
 
 
 class _RefusedError(Exception):
-    """Why a candidate is refused, before it has a name."""
+    """Why a candidate is refused, before it has a name; and as what, where that is not the kind of its units."""
+
+    def __init__(self, reason: str, kind: str | None = None) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 class _Seeker:
@@ -141,8 +145,11 @@ class _Seeker:
         model = self.model
         read, sources = self.calls[consumer][0]
         own = [source for source in sources if source.axis is not None and _few_readers(source)]
-        if not own or read.tensor.ndim < 2:
+        if read.tensor.ndim < 2:
             return None
+        residual = self._residual(consumer, sources)
+        if residual is not None or not own:
+            return residual
         jacobian = _local_jacobian(read, sources)
         decoded = self._decoded(jacobian)
         if decoded is None or not _owns_rows(jacobian, decoded[1]):
@@ -152,35 +159,60 @@ class _Seeker:
             names = ", ".join(repr(source.name) for source in own)
             reason = f"every input column depends on all rows of {names}: something between them spans the width"
             return Refusal(consumer, "unknown", reason, LEFT_WHOLE)
-        columns, owner = decoded
+        features, owner = decoded
+        module = model.get_submodule(consumer)
+        columns = (features.unsqueeze(2) * taps(module) + torch.arange(taps(module))).flatten(1)
+        kind = _kind(model, module, jacobian, features, owner)
         self.shared[consumer] = _shared(jacobian, owner)
         try:
-            if not self._equal_at_every_call(consumer, columns, owner):
+            if _is_outside(model, consumer) and kind != "channels":
+                kind = "whole"
+            if kind == "attention" and features.shape[1] == 1:
+                raise _RefusedError("attention of a single head, which has to stay", "whole")
+            if not self._equal_at_every_call(consumer, features, owner):
                 raise _RefusedError("it is called several times, with units that are not the same each time")
             lines = _owned_lines(jacobian, owner)
             shared = _shared_parameters(self.trace, read, lines)
-            if columns.shape[1] == 1 and _is_rearrangement(read.tensor):
-                raise _RefusedError("nothing but a product of two linears: a low-rank pair, not a layer with units")
-            slices = [_consumer_slice(model, consumer, columns)]
+            if features.shape[1] == 1 and _is_rearrangement(read.tensor):
+                raise _RefusedError(
+                    "nothing but a product of two linears: a low-rank pair, not a layer with units", "whole"
+                )
+            slices = [Slice(f"{consumer}.weight", input_dim(module), features)]
             for line, owners in lines:
-                pieces = _slices(model, line, owners, len(columns))
+                pieces = _slices(model, line, owners, len(features))
                 slices.extend(replace(piece, shared=piece.tensor in shared) for piece in pieces)
             slices = _without_repeats(slices)
-            _check_layer(model, consumer, slices)
+            if kind != "channels":
+                _check_layer(model, consumer, slices)
             _check_untied(model, slices)
         except _RefusedError as refused:
-            several = columns.shape[1] > 1 or (bool((owner == SHARED).any()) and jacobian.mixes_positions())
-            return Refusal(consumer, "attention" if several else "mlp", str(refused), LEFT_WHOLE)
+            return Refusal(consumer, refused.kind or kind, str(refused), LEFT_WHOLE)
         return Block(
             stack=stack_of(model, consumer),
             name=consumer,
-            kind="mlp" if columns.shape[1] == 1 else "attention",
+            kind=kind,
             consumer=consumer,
             columns=columns,
             slices=tuple(slices),
             attributes=(),
             parameters_per_unit=parameters_per_unit(model, slices),
         )
+
+    def _residual(self, consumer: str, sources: list[Source]) -> Refusal | None:
+        """A refusal for a convolution whose channels are handed from layer to layer: several layers read them."""
+        model = self.model
+        if not is_convolution(model.get_submodule(consumer)):
+            return None
+        made = [one for one in sources if one.axis is not None and is_convolution(model.get_submodule(one.name))]
+        readers = set().union(*(source.readers for source in made)) - {consumer}
+        layers = {None if name == OUTPUT else layer_of(model, name) for name in {one.name for one in made} | readers}
+        if not readers or layers == {layer_of(model, consumer)}:
+            return None
+        reason = (
+            f"its channels are those of a residual stream: they come from {_listed([one.name for one in made])} and "
+            f"also feed {_listed(readers)}"
+        )
+        return Refusal(consumer, "whole", reason, LEFT_WHOLE)
 
     def _decoded(self, jacobian: Jacobian) -> tuple[torch.Tensor, torch.Tensor] | None:
         key = (jacobian.columns, *((line.axis, line.length, line.source.axis) for line in jacobian.lines))
@@ -202,6 +234,20 @@ class _Seeker:
             if not torch.equal(decoded[0], columns) or not torch.equal(decoded[1], owner):
                 return False
         return True
+
+
+def _kind(model: nn.Module, module: nn.Module, jacobian: Jacobian, features: torch.Tensor, owner: torch.Tensor) -> str:
+    """What the units are: heads own several rows of a producer, and with one head all units share queries and keys."""
+    shared = bool(_shared(jacobian, owner))
+    if features.shape[1] > 1:
+        owners = zip(jacobian.lines, jacobian.split(owner), strict=True)
+        rows = [int((own == 0).sum()) for line, own in owners if line.source.axis is not None]
+        # A group of a grouped convolution owns fewer rows than the queries, keys and values of a head make together.
+        group = is_convolution(module) and sum(rows) < 3 * features.shape[1]
+        return "channels" if group or max(rows) == 1 else "attention"
+    if shared and jacobian.mixes_positions():
+        return "attention"
+    return "channels" if is_convolution(module) else "mlp"
 
 
 def _local_jacobian(read: Read, sources: list[Source]) -> Jacobian:
@@ -232,6 +278,12 @@ def _owned_lines(jacobian: Jacobian, owner: torch.Tensor) -> list[tuple[Line, to
             if id(line.source) in lines:
                 raise _RefusedError(f"units own entries of {line.source.name!r} along two of its dimensions")
             lines[id(line.source)] = (line, owners)
+    # The bias of a norm of keys moves all scores of a query alike: its gradient vanishes, or nearly so, at random.
+    scales = {line.source.name: (line, own) for line, own in lines.values() if line.source.axis is None}
+    for key, (line, _) in lines.items():
+        scale = scales.get(f"{line.source.name.removesuffix('.bias')}.weight")
+        if scale is not None and scale[0].length == line.length:
+            lines[key] = (line, scale[1])
     return list(lines.values())
 
 
@@ -245,7 +297,9 @@ def _shared_parameters(trace: Trace, read: Read, lines: list[tuple[Line, torch.T
         parameter = line.source.axis is None
         others = line.source.readers - {read.reader}
         if OUTPUT in others or (len(others) > FEW and not parameter):
-            raise _RefusedError(f"{line.source.name!r} also feeds {_listed(others)}")
+            raise _RefusedError(
+                f"it reads a residual stream: {line.source.name!r} also feeds {_listed(others)}", "whole"
+            )
         for other in trace.reads:
             if other.reader in others and other.tensor.grad_fn is not None and line.source.name not in shared:
                 elsewhere = Jacobian(other.tensor, [line.source])
@@ -289,10 +343,6 @@ def _is_rearrangement(tensor: torch.Tensor) -> bool:
     return leaves == 1
 
 
-def _consumer_slice(model: nn.Module, path: str, columns: torch.Tensor) -> Slice:
-    return Slice(f"{path}.weight", 0 if isinstance(model.get_submodule(path), Conv1D) else 1, columns)
-
-
 def _slices(model: nn.Module, line: Line, owners: torch.Tensor, units: int) -> list[Slice]:
     """Slices of the tensors behind one line: a producer's weight and bias, or the parameter itself."""
     counts = owners[owners >= 0].bincount(minlength=units)
@@ -301,9 +351,13 @@ def _slices(model: nn.Module, line: Line, owners: torch.Tensor, units: int) -> l
     # A stable sort puts owned entries last, unit by unit, each unit's in increasing order.
     index = owners.sort(stable=True).indices[-int(counts.sum()) :].view(units, -1)
     if line.source.axis is None:
-        return [Slice(line.source.name, line.axis, index)]
+        owner, _, name = line.source.name.rpartition(".")
+        module = model.get_submodule(owner)
+        running = isinstance(module, nn.modules.batchnorm._BatchNorm) and name == "weight"
+        names = [name, *(("running_mean", "running_var") if running and module.track_running_stats else ())]
+        return [Slice(f"{owner}.{name}".lstrip("."), line.axis, index) for name in names]
     module = model.get_submodule(line.source.name)
-    slices = [Slice(f"{line.source.name}.weight", 1 if isinstance(module, Conv1D) else 0, index)]
+    slices = [Slice(f"{line.source.name}.weight", 1 - input_dim(module), index)]
     if module.bias is not None:
         slices.append(Slice(f"{line.source.name}.bias", 0, index))
     return slices
@@ -330,6 +384,12 @@ def layer_of(model: nn.Module, path: str) -> str | None:
     return None
 
 
+def _is_outside(model: nn.Module, consumer: str) -> bool:
+    """Whether a consumer is part of a head or a projector: in no list of layers, or in one of single linears."""
+    layer = layer_of(model, consumer)
+    return layer is None or sum(map(is_linear, model.get_submodule(layer).modules())) == 1
+
+
 def _check_layer(model: nn.Module, consumer: str, slices: list[Slice]) -> None:
     """All of a block lies in one repeated layer, so that layers can be run one after another."""
     layer = layer_of(model, consumer)
@@ -344,10 +404,11 @@ def _check_layer(model: nn.Module, consumer: str, slices: list[Slice]) -> None:
 
 def _check_untied(model: nn.Module, slices: list[Slice]) -> None:
     paths: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in named.items():
         paths.setdefault(id(parameter), []).append(name)
     for piece in slices:
-        others = set(paths[id(model.get_parameter(piece.tensor))]) - {piece.tensor}
+        others = set(paths[id(named[piece.tensor])]) - {piece.tensor} if piece.tensor in named else set()
         if others:
             raise _RefusedError(f"{piece.tensor!r} is tied to {_listed(others)}")
 
@@ -360,7 +421,7 @@ def _named(model: nn.Module, blocks: list[Block]) -> list[Block]:
         above = model.get_submodule(path.rpartition(".")[0])
         alone = not any(other is not block and other.consumer.startswith(f"{path}.") for other in blocks)
         layer = isinstance(above, (nn.ModuleList, nn.Sequential))
-        names.append(path if alone and not layer else f"{path}.{block.kind}".lstrip("."))
+        names.append(path if path and alone and not layer else f"{path}.{block.kind}".lstrip("."))
     taken = Counter(names)
     return [
         replace(block, name=name if taken[name] == 1 else block.consumer)

@@ -34,7 +34,7 @@ class BlockReport:
 
     Args:
         name: Of the block, as in `hf-subprune inspect`.
-        kind: `"mlp"` or `"attention"`.
+        kind: `"mlp"`, `"attention"` or `"channels"`.
         consumer: Dotted path of the module that reads the units and got new weights.
         units_before: Number of units before.
         units_after: Number of units after.

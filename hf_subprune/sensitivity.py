@@ -17,8 +17,8 @@ from transformers.utils import ModelOutput
 from .advance import forward_replaced
 from .blocks import Block, by_stack
 from .calibration import Batch
-from .collection import consumer_shape
 from .evaluation import compared_output
+from .linears import feature_axis, matrix_shape
 from .offload import device_of, input_device
 from .padding import token_mask
 from .verification import undisturbed
@@ -125,8 +125,9 @@ class _GradientSum:
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[Block], file: Path | None):
         consumer: Any = model.get_submodule(blocks[0].consumer)
-        _, self.m = consumer_shape(consumer)
+        _, self.m = matrix_shape(consumer)
         self.model, self.blocks, self.rows, self.file = model, blocks, 0, file
+        self._axis = feature_axis(consumer)
         self.batch: Batch = {}
         self.device = device_of(consumer.weight)
         if file is None:
@@ -139,10 +140,11 @@ class _GradientSum:
         """Forward hook: the graph starts at the first consumer, gradients are read at every one."""
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # a leaf could not be written into by what follows
-        mask = token_mask(self.model, consumer, self.batch, output.shape)
+        shape = output.movedim(self._axis, -1).shape
+        mask = token_mask(self.model, consumer, self.batch, shape)
 
         def add(gradient: torch.Tensor) -> None:
-            g = gradient.reshape(-1, gradient.shape[-1])
+            g = gradient.movedim(self._axis, -1).reshape(-1, shape[-1])
             g = (g if mask is None else g[mask.to(g.device)]).float()
             total = self._sum if self.file is None else mapped(self.file, self.m)
             total += (g.T @ g).to(total.device)

@@ -64,7 +64,8 @@ def read_back(config: PreTrainedConfig) -> PreTrainedConfig:
     Raises whatever the config class raises for values that it does not accept.
     """
     config.validate()
-    read = type(config).from_dict(json.loads(config.to_json_string()))
+    decoded = config._decode_special_floats(json.loads(config.to_json_string()))
+    read = type(config).from_dict(decoded)
     for (_, mine), (_, theirs) in zip(nested_configs(config), nested_configs(read), strict=True):
         for name, value in vars(mine).items():
             if name.endswith("_implementation_internal"):  # a choice of kernels, which is not saved

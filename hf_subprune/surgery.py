@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .blocks import Block
+from .linears import as_matrix, as_weight, feature_axis, taps
 from .offload import cut, device_of, put_away, stored
 
 
@@ -124,6 +125,8 @@ def shrink(
         after = parameter_like(entries[name], tensor) if is_parameter else tensor
         changes.append(_Change(entries, name, entries[name], after))
     changes.extend(_attribute_changes(model, block, units.numel()))
+    for owner in owners.values():
+        changes.extend(_Change(owner.__dict__, name, before, {}) for name, before in caches(owner))
     for change in changes:
         if not _same(change.entries.get(change.name), change.before):
             raise ValueError(
@@ -162,6 +165,11 @@ def assign(model: nn.Module, block: str, values: Mapping[str, torch.Tensor]) -> 
     return edit
 
 
+def caches(module: nn.Module) -> list[tuple[str, dict]]:
+    """Plain dictionaries in which `module` keeps what it computed from its parameters, by attribute name."""
+    return [(name, value) for name, value in vars(module).items() if "cache" in name and type(value) is dict]
+
+
 def sizes(module: nn.Module) -> dict[str, Any]:
     """Sizes that `module` must remember to agree with its parameters, e.g. `{"in_features": 12, "out_features": 4}`.
 
@@ -179,9 +187,13 @@ def sizes(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, Conv1D):
         return {"nx": weight.shape[0], "nf": weight.shape[1]}
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        depthwise = module.groups > 1 and module.groups == module.in_channels
-        groups = weight.shape[0] // (module.out_channels // module.groups) if depthwise else module.groups
+        groups = weight.shape[0] // (module.out_channels // module.groups) if module.groups > 1 else 1
         return {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * groups, "groups": groups}
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return {"num_features": weight.shape[0]}
+    if isinstance(module, nn.GroupNorm):
+        channels = module.num_channels // module.num_groups
+        return {"num_channels": weight.shape[0], "num_groups": weight.shape[0] // channels}
     if isinstance(module, nn.Embedding):
         return {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
     return {}
@@ -200,8 +212,10 @@ def masked(model: nn.Module, block: Block, kept: Sequence[int] | torch.Tensor) -
         ValueError: `kept` is empty, unsorted or out of range.
     """
     units = _checked_units(block, kept)
-    removed = torch.ones(block.columns.numel(), dtype=torch.bool)
-    removed[block.columns[units].flatten()] = False
+    consumer = model.get_submodule(block.consumer)
+    removed = torch.ones(block.columns.numel() // taps(consumer), dtype=torch.bool)
+    removed[block.columns[units].flatten() // taps(consumer)] = False
+    removed = removed.view(-1, *[1] * (-1 - feature_axis(consumer)))
 
     def zero_removed(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         # masked_fill, not a product with zeros: inf * 0 is NaN.
@@ -210,7 +224,7 @@ def masked(model: nn.Module, block: Block, kept: Sequence[int] | torch.Tensor) -
         name, value = next(iter(kwargs.items()))
         return args, {**kwargs, name: value.masked_fill(removed.to(value.device), 0)}
 
-    handle = model.get_submodule(block.consumer).register_forward_pre_hook(zero_removed, with_kwargs=True)
+    handle = consumer.register_forward_pre_hook(zero_removed, with_kwargs=True)
     try:
         yield
     finally:
@@ -298,8 +312,7 @@ def _new_consumer_tensor(
         raise ValueError(
             f"Block {block.name!r}: a new {name} was given, but the consumer {block.consumer!r} has none. Pass None."
         )
-    transposed = name == "weight" and not isinstance(consumer, Conv1D)
-    expected = tuple(present.shape[::-1] if transposed else present.shape)
+    expected = tuple(as_matrix(consumer, present).shape if name == "weight" else present.shape)
     if tuple(values.shape) != expected:
         raise ValueError(
             f"Block {block.name!r}: the new {name} of {block.consumer!r} must have shape {expected} (inputs by "
@@ -307,7 +320,8 @@ def _new_consumer_tensor(
         )
     values = values.detach().to(device=device_of(present), dtype=present.dtype)
     # A copy in any case: the caller keeps its tensor, the model its own.
-    return (values.T if transposed else values).clone(memory_format=torch.contiguous_format)
+    values = as_weight(consumer, values) if name == "weight" else values
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 def parameter_like(original: nn.Parameter, values: torch.Tensor) -> nn.Parameter:

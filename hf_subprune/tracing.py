@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,25 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-from transformers.pytorch_utils import Conv1D
 
+from .linears import feature_axis, is_linear
 from .verification import floating_tensors, undisturbed
 
 OUTPUT = "the model's output"
 """Reader name of what the model returns."""
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` maps features position by position: `nn.Linear`, `Conv1D`, or a 1x1 convolution."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return math.prod(module.kernel_size) == 1 and module.groups == 1
-    return isinstance(module, (nn.Linear, Conv1D)) and module.weight.is_floating_point() and module.weight.ndim == 2
-
-
-def feature_axis(module: nn.Module) -> int:
-    """Axis of the features in the inputs and outputs of a linear: 1 for convolutions, -1 otherwise."""
-    return 1 if isinstance(module, (nn.Conv1d, nn.Conv2d)) else -1
 
 
 @dataclass(eq=False)
@@ -37,7 +26,7 @@ class Read:
 
     Args:
         reader: Dotted path of the linear, or `OUTPUT`.
-        tensor: What it reads; its graph ends at the leaves that the linears before it put out.
+        tensor: What it reads, features last; its graph ends at the leaves that the linears before it put out.
     """
 
     reader: str
@@ -49,7 +38,7 @@ class Source:
     """A tensor that a linear's input can depend on: another linear's output, or a parameter outside the linears.
 
     Args:
-        name: Dotted path of the linear, or of the parameter.
+        name: Dotted path of the linear, or of the parameter (or of a buffer of a frozen batch norm).
         tensor: The leaf of the graph.
         axis: Axis of the features for a linear's output; `None` for a parameter, whose axes are all candidates.
         readers: Linears that depend on it (`OUTPUT` among them if the model's output does).
@@ -95,7 +84,8 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
 
     def cut(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         # A clone, as a later in-place operation on the input would change what its graph says.
-        reads.append(Read(name, (args[0] if args else next(iter(kwargs.values()))).clone()))
+        given = (args[0] if args else next(iter(kwargs.values()))).clone()
+        reads.append(Read(name, given.movedim(feature_axis(module), -1)))
         if not isinstance(output, torch.Tensor):
             return output  # a subclass that does more, such as a router
         leaf = _fresh(output, random).requires_grad_()
@@ -110,6 +100,7 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
                 parameters.append(Source(name, parameter, None))
+        parameters += _frozen_norms(model)
         try:
             for name, module in linears.items():
                 handles.append(
@@ -118,12 +109,47 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
                         with_kwargs=True,
                     )
                 )
-            output = model(**inputs)
+            with _SmoothRectifiers():
+                output = model(**inputs)
         finally:
             for handle in handles:
                 handle.remove()
         reads.extend(Read(OUTPUT, tensor) for tensor in floating_tensors(output))
         yield _connected(reads, [*leaves, *parameters])
+
+
+class _SmoothRectifiers(TorchFunctionMode):
+    """Functions with flat pieces are replaced by smooth ones: a unit that is dead in a forward is still connected."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        smooth = _SMOOTH.get(func)
+        return (
+            func(*args, **(kwargs or {})) if smooth is None else smooth(args[0] if args else (kwargs or {})["input"])
+        )
+
+
+_SMOOTH: dict[Any, Any] = {
+    **dict.fromkeys((torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_), functional.softplus),
+    **dict.fromkeys(
+        (functional.relu, functional.relu_, functional.relu6, functional.hardtanh, functional.hardtanh_),
+        functional.softplus,
+    ),
+    functional.hardswish: functional.silu,
+    functional.hardsigmoid: functional.sigmoid,
+}
+
+
+def _frozen_norms(model: nn.Module) -> list[Source]:
+    """Buffers of batch norms that were written out in tensor operations, as fresh leaves in the buffers' places."""
+    sources = []
+    for path, module in model.named_modules():
+        # What PyTorch's own does with its running statistics cannot be differentiated.
+        if "running_mean" in module._buffers and not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = buffer.detach().clone().requires_grad_()
+                    sources.append(Source(f"{path}.{name}", module._buffers[name], None))
+    return sources
 
 
 def _fresh(output: torch.Tensor, random: torch.Generator) -> torch.Tensor:

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .blocks import Block, by_tie
 from .experts import all_running
-from .surgery import Edit, masked, shrink
+from .linears import feature_axis, input_dim
+from .surgery import Edit, caches, masked, shrink
 
 TOLERANCE = 1e-4
 """Largest difference allowed, as a fraction of the largest absolute value of the tensor compared."""
@@ -99,12 +100,17 @@ def verify(
             stack.enter_context(masking(model, block, torch.as_tensor(kept[block.name])))
         expected = _run(model, blocks, inputs, to_consumer)
     edits: list[Edit] = []
+    remaining = [_remaining_outputs(model, block, blocks, kept) for block in blocks]
     with undisturbed(model), all_running(model):
         try:
             for block in blocks:
                 edits.append(shrink(model, block, kept[block.name]))
             found = _run(model, blocks, inputs, to_consumer)
-            return _compare(blocks, expected, found, tolerance)
+            calls = [
+                [output if stays is None else output.index_select(axis, stays.to(output.device)) for output in seen]
+                for seen, (axis, stays) in zip(expected[0], remaining, strict=True)
+            ]
+            return _compare(blocks, (calls, expected[1]), found, tolerance)
         except Exception as error:
             reason = error.reason if isinstance(error, _DifferenceError) else f"it cannot run: {first_line(error)}"
             culprit = error.block if isinstance(error, _DifferenceError) else None
@@ -120,6 +126,26 @@ def verify(
     raise EquivalenceError(culprit or blocks[-1], reason) from cause
 
 
+def _remaining_outputs(
+    model: nn.Module, block: Block, blocks: Sequence[Block], kept: Mapping[str, Any]
+) -> tuple[int, torch.Tensor | None]:
+    """Axis of a consumer's features and the outputs that it still has, where it is a producer of another block.
+
+    Returns:
+        Axis, and `(k,)` int64 or `None` when the consumer has all its outputs.
+    """
+    consumer = model.get_submodule(block.consumer)
+    axis = feature_axis(consumer)
+    for other in blocks:
+        for piece in other.slices:
+            if piece.tensor == f"{block.consumer}.weight" and piece.dim != input_dim(consumer):
+                stays = torch.ones(model.get_parameter(piece.tensor).shape[piece.dim], dtype=torch.bool)
+                stays[piece.index.flatten()] = False
+                stays[piece.index[torch.as_tensor(kept[other.name])].flatten()] = True
+                return axis, stays.nonzero().flatten()
+    return axis, None
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; on exit training flags, buffers, `requires_grad` and the RNG are as before."""
@@ -127,13 +153,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
     values = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    cached = [(module, name, value) for module in model.modules() for name, value in caches(module)]
     with torch.random.fork_rng(), torch.inference_mode(False):
         try:
             model.eval()
+            for module, name, _ in cached:
+                setattr(module, name, {})
             yield
         finally:
             for module, mode in training:
                 module.training = mode
+            for module, name, cache in cached:
+                setattr(module, name, cache)
             for parameter, flag in trainable:
                 parameter.requires_grad_(flag)
             for entries, before in buffers:

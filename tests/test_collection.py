@@ -2,11 +2,13 @@ import pytest
 import torch
 from batches import ready_batches
 from tiny import tiny
+from torch.nn import functional
 
 from hf_subprune.advance import call, plan
 from hf_subprune.calibration import prepare
-from hf_subprune.collection import collect, consumer_weight
+from hf_subprune.collection import collect
 from hf_subprune.config import PruneConfig
+from hf_subprune.linears import is_convolution, weight_matrix
 from hf_subprune.moments import combine
 from hf_subprune.probe import discover
 from hf_subprune.surgery import shrink
@@ -30,12 +32,27 @@ def rows(model, calibration, path, output=False):
         call(model, batch)
     hook.remove()
     calls = len(seen) // len(calibration.fit)  # more than one where layers share the module
-    return torch.cat([calibration.rows(x, i // calls, path) for i, x in enumerate(seen)]).detach().double()
+    parts = []
+    for i, x in enumerate(seen):
+        if is_convolution(module):
+            x = x.flatten(2).mT if output else unfolded(module, x)
+        mask = calibration.mask(x.shape, i // calls, path)
+        x = x.reshape(-1, x.shape[-1])
+        parts.append(x if mask is None else x[mask])
+    return torch.cat(parts).detach().double()
+
+
+def unfolded(module, x):
+    """Every patch that a convolution reads, `(batch, positions, n)`."""
+    sizes = [module.kernel_size, module.dilation, module.padding, module.stride]
+    if x.ndim == 3:
+        x, sizes = x.unsqueeze(2), [(first, *size) for first, size in zip((1, 1, 0, 1), sizes, strict=True)]
+    return functional.unfold(x, *sizes).mT
 
 
 def check(moments, model, block, B, Y=None):
     consumer = model.get_submodule(block.consumer)
-    W = consumer_weight(consumer).double()
+    W = weight_matrix(consumer).double()
     Y = B @ W if Y is None else Y
     if consumer.bias is not None:
         B, Y = B - B.mean(0), Y - Y.mean(0)
@@ -49,7 +66,7 @@ def check(moments, model, block, B, Y=None):
 def changed(model, block):
     """Half of a block, with weights that change the blocks behind it."""
     kept = torch.arange(max(1, block.units // 2))
-    W = consumer_weight(model.get_submodule(block.consumer))
+    W = weight_matrix(model.get_submodule(block.consumer))
     return shrink(model, block, kept, weight=1.5 * W[block.columns[kept].flatten().sort().values])
 
 

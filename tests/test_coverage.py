@@ -127,7 +127,7 @@ def test_summary_counts():
 
 def test_markdown_has_a_line_per_model_and_every_reason():
     text = to_markdown(ROWS)
-    assert "| alpha | AlphaModel | exact (2) | refused | ragged | exact |" in text
+    assert "| alpha | AlphaModel | exact (2) | refused | none | ragged | exact |" in text
     assert "attention: a norm|spans (AlphaModel `layer.0.o`" in text
     assert "- beta (base): needs a library" in text
 
@@ -153,7 +153,11 @@ def test_a_type_without_a_main_head_has_no_row_for_it(monkeypatch):
 def test_examines_one_model():
     row = examine("bert", "base")
     assert row.architecture == "BertModel"
-    assert {kind: outcome.verdict for kind, outcome in row.kinds.items()} == {"mlp": "exact", "attention": "exact"}
+    assert {kind: outcome.verdict for kind, outcome in row.kinds.items()} == {
+        "mlp": "exact",
+        "attention": "exact",
+        "channels": "absent",
+    }
     assert row.reload == "exact"
 
 

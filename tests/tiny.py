@@ -108,6 +108,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "SwinForImageClassification",
         {"image_size": 32, "patch_size": 2, "embed_dim": 24, "depths": [2, 2], "num_heads": [3, 4], "window_size": 4},
     ),
+    "resnet": (
+        "ResNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [2, 1], "layer_type": "bottleneck"},
+    ),
+    "mobilenet_v2": ("MobileNetV2ForImageClassification", {"depth_multiplier": 0.25, "image_size": 32}),
     "clip": ("CLIPModel", {"text_config": ENCODER, "vision_config": VISION, "projection_dim": 40}),
     "siglip": ("SiglipModel", {"text_config": ENCODER, "vision_config": VISION}),
     "wav2vec2": (

@@ -14,10 +14,10 @@ from ..blocks import Block
 from ..budgets import interpolate
 from ..calibrated import Calibrated
 from ..calibration import prepare
-from ..collection import consumer_weight
 from ..config import PruneConfig
 from ..evaluation import drift
 from ..experts import apart
+from ..linears import weight_matrix
 from ..moments import combine
 from ..reweighting import Reweighted, reweight
 from ..selection import columns_of
@@ -151,7 +151,7 @@ class _Drifts:
         consumer: Any = self.calibrated.model.get_submodule(block.consumer)
         kept = self.calibrated.curves[block.name].order[:width].sort().values
         if (block.name, width) not in self._fits:
-            W = consumer_weight(consumer)
+            W = weight_matrix(consumer)
             total = combine(self._stored[block.name].of_folds(W))
             columns = columns_of(kept, block.columns)
             self._fits[block.name, width] = reweight(total, W, columns, PRIOR_SHRINKAGE)

@@ -29,7 +29,7 @@ from .tiny import NO_CLASS, CannotBuildError, first_line, tiny_model
 
 TOLERANCE = 1e-4
 """Largest difference between a shrunk and a masked model, as a fraction of an output's largest value."""
-KINDS = ("mlp", "attention")
+KINDS = ("mlp", "attention", "channels")
 LIKELY = {"mlp": re.compile("MLP|FeedForward|FFN|Intermediate|Expert"), "attention": re.compile("Attention|Attn")}
 """Class names of modules in which one would expect blocks of a kind; used only to count what is missed."""
 
@@ -41,8 +41,8 @@ class KindOutcome:
     Args:
         verdict: `"exact"`: all were found and shrink exactly; `"partly"`: those found do, others were refused;
             `"refused"`: none was found, some were refused; `"missed"`: the model has modules with the name of this
-            kind, and nothing was found or refused; `"absent"`: it has none; `"wrong"`: a block that discovery
-            returned does not shrink exactly.
+            kind in which nothing was found or refused; `"absent"`: it has none; `"wrong"`: a block that discovery
+            returned does not shrink exactly. What is never pruned (refusals of kind `"whole"`) does not count.
         found: Number of blocks.
         refused: Names of what was refused, with the reasons.
         difference: Largest relative difference between the shrunk and the masked model, over the found blocks.
@@ -173,12 +173,32 @@ def judge(model: PreTrainedModel, discovery: Discovery, kind: str, inputs: Mappi
     """What became of one kind of block in a model, after a check of the blocks found."""
     blocks = [block for block in discovery.blocks if block.kind == kind]
     refused = {refusal.name: refusal.reason for refusal in discovery.refusals if refusal.kind == kind}
+    if not blocks and not refused:
+        return _nothing_found(model, discovery, kind)
     if not blocks:
-        likely = any(LIKELY[kind].search(type(module).__name__) for module in model.modules())
-        return KindOutcome("refused" if refused else "missed" if likely else "absent", 0, refused)
+        return KindOutcome("refused", 0, refused)
     difference = shrunk_difference(model, blocks, inputs)
     verdict = "wrong" if not difference <= TOLERANCE else "partly" if refused else "exact"
     return KindOutcome(verdict, len(blocks), refused, difference)
+
+
+def _nothing_found(model: PreTrainedModel, discovery: Discovery, kind: str) -> KindOutcome:
+    """Whether modules that look like this kind were refused as something unknown, missed, or are no such thing."""
+    likely = [
+        f"{path}."
+        for path, module in model.named_modules()
+        if kind in LIKELY and LIKELY[kind].search(type(module).__name__)
+    ]
+    inside = [piece.tensor for block in discovery.blocks for piece in block.slices]
+    inside += [f"{refusal.name}." for refusal in discovery.refusals]
+    if any(not any(name.startswith(path) for name in inside) for path in likely):
+        return KindOutcome("missed")
+    unknown = {
+        refusal.name: refusal.reason
+        for refusal in discovery.refusals
+        if refusal.kind == "unknown" and any(refusal.name.startswith(path) for path in likely)
+    }
+    return KindOutcome("refused" if unknown else "absent", 0, unknown)
 
 
 def half(block: Block, seed: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import transformers
 
-from .survey import KINDS, Row
+from .survey import KINDS, KindOutcome, Row
 
 SYMBOLS = {"exact": "exact", "partly": "exact, some refused", "absent": "none"}
 
@@ -19,7 +19,7 @@ def summary(rows: Sequence[Row]) -> str:
     run = [row for row in rows if row.kinds]
     parts = []
     for kind in KINDS:
-        verdicts = Counter(row.kinds[kind].verdict for row in run)
+        verdicts = Counter(row.kinds[kind].verdict for row in run if kind in row.kinds)
         having = sum(verdicts.values()) - verdicts["absent"]
         parts.append(
             f"of {having} with {kind} blocks, {verdicts['exact']} shrink exactly and {verdicts['partly']} in part"
@@ -40,7 +40,8 @@ def to_json(rows: Sequence[Row]) -> str:
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """The summary, the models that ran as a table, the refusals, and the models that could not be built or run."""
-    lines = [summary(rows), "", "| type | class | MLP | attention | saved as | reload |", "| --- " * 6 + "|"]
+    lines = [summary(rows), "", f"| type | class | {' | '.join(KINDS)} | saved as | reload |"]
+    lines.append("| --- " * (len(KINDS) + 4) + "|")
     for row in rows:
         if row.kinds:
             verdicts = [_cell(row, kind) for kind in KINDS]
@@ -59,7 +60,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def _cell(row: Row, kind: str) -> str:
-    outcome = row.kinds[kind]
+    outcome = row.kinds.get(kind, KindOutcome("absent"))
     count = f" ({outcome.found})" if outcome.found else ""
     return SYMBOLS.get(outcome.verdict, outcome.verdict) + count
 
