@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .factorisation import factorise
-from .selection import check_problem
+from .problem import check_problem
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,38 @@ def certify(
     objective, full = float(v[:split].square().sum()), float(v.square().sum())
     # With the kept columns first, the trailing block of the factor is that of the Schur complement D, and R = L v.
     lower = factor[split:, split:]
-    D, R = lower @ lower.T, lower @ v[split:]
-    del v
-    gains = torch.linalg.solve_triangular(_block_factors(D, c), R.view(units - k, c, C.shape[1]), upper=False)
-    gains = gains.square().sum((1, 2))
-    least = least_eigenvalue(_block_correlation(D, c))
-    ceiling = full
-    if least > 0:
-        ceiling = min(full, objective + float(gains.sort(descending=True).values[:k].sum()) / least)
+    ceiling = min(full, objective + most_to_gain(lower @ lower.T, lower @ v[split:], k, c))
     gamma = least_eigenvalue(_block_correlation(factor @ factor.T, c))
     fraction = min(objective / ceiling, 1.0) if ceiling > 0 else 1.0
     return Certificate(objective, full, ceiling, fraction, gamma, -math.expm1(-gamma))
+
+
+def most_to_gain(D: torch.Tensor, R: torch.Tensor, k: int, c: int = 1, *, rounding: float = 0.0) -> float:
+    """What any `k` units more can add to an objective: their gains, over the least eigenvalue of a correlation form.
+
+    `F(S + T) - F(S) = tr(R_T' D_TT^-1 R_T)`, and by interlacing no `D_TT` has a smaller least eigenvalue than `D`.
+
+    Args:
+        D: `(n, n)`, the Schur complement of `H_SS`; the `c` columns of a unit are neighbours.
+        R: `(n, m)`, `C` less what S explains.
+        k: Number of units.
+        c: Columns a unit.
+        rounding: How far eigenvalues of the correlation form may be off.
+
+    Returns:
+        The bound, at most what all columns of `D` together add; infinity where `D` is not known to be positive.
+    """
+    factor, info = torch.linalg.cholesky_ex(D)
+    if int(info):
+        return math.inf
+    form = _block_correlation(D, c)
+    least = least_eigenvalue(form) - rounding
+    if least <= 0:
+        return math.inf
+    everything = float(torch.linalg.solve_triangular(factor, R, upper=False).square().sum(dtype=torch.float64))
+    gains = torch.linalg.solve_triangular(_block_factors(D, c), R.view(len(D) // c, c, R.shape[1]), upper=False)
+    best = float(gains.square().sum((1, 2), dtype=torch.float64).sort(descending=True).values[:k].sum())
+    return min(best / least, everything * (1 + rounding / least))
 
 
 def least_eigenvalue(A: torch.Tensor) -> float:
@@ -91,9 +112,12 @@ def least_eigenvalue(A: torch.Tensor) -> float:
     if n == 0:
         return 1.0
     X = torch.randn(n, min(n, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(A)
+    bound = math.inf
     for _ in range(24):
         X = torch.linalg.qr(torch.cholesky_solve(X, factor)).Q
-    bound = float(torch.linalg.eigvalsh(X.T @ A @ X)[0])
+        last, bound = bound, float(torch.linalg.eigvalsh(X.T @ A @ X)[0])
+        if bound > 0.99 * last:
+            break
     for _ in range(40):
         bound *= 0.95
         shifted = A.clone()

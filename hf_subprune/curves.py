@@ -8,7 +8,8 @@ import torch
 
 from .moments import Moments, combine
 from .reweighting import reweight
-from .selection import columns_of, greedy, nested
+from .problem import columns_of
+from .selection import greedy, nested
 from .solver import PRIOR_SHRINKAGE, metric_root, regularise
 
 # Fractions of the units at which the loss is computed; in between it is interpolated.

@@ -5,16 +5,23 @@ Given `H` `(n, n)` and `R = C` `(n, m)`, each step takes the pivot p of largest 
 `v = R_p / sqrt(D_pp)` updates `D <- D - l l'` and `R <- R - l v'`. Groups of columns pivot as blocks.
 """
 
+import numpy as np
 import torch
 
 # Columns have a diagonal near one. A Schur complement below this multiple of the rounding error is noise: the column
 # is a combination of those already taken.
 _EXHAUSTED = 64.0
-# Pivots in a panel, and candidates per pivot of the pool from which a panel is speculated.
+# Pivots in a panel.
 _PANEL = 64
-_POOL = 3
+# Size of the pool from which a panel is speculated: at first, and per column that the last panel showed to matter.
+_FIRST_POOL = 192
+_POOL = 2
 # Gains closer than this multiple of the rounding error are ties.
 _TIE = 16.0
+# In float32 a Schur complement below this part of the column is known to some four digits only: float64 from there on.
+_DELICATE = 1e-3
+# Wider problems stay in float32, in which they fit in memory.
+_DOUBLE_BELOW = 4096
 
 
 def eliminate(
@@ -49,24 +56,19 @@ def eliminate(
     Returns:
         `(steps,)` int64 pivots and their `(steps,)` float64 gains.
     """
-    n = len(H)
-    device = H.device
-    scale = torch.ones(n, dtype=dtype, device=device) if scale is None else scale.to(dtype)
-    R = C.to(dtype) * scale[:, None]
-    diagonal = H.diagonal().to(dtype) * scale.square()
-    floor = 0.0 if smallest else _EXHAUSTED * max(torch.finfo(H.dtype).eps, torch.finfo(dtype).eps)
-    tie = _TIE * torch.finfo(dtype).eps
-    L = torch.zeros(steps, n, dtype=dtype, device=device)
+    n, device = len(H), H.device
+    scale = torch.ones(n, dtype=torch.float64, device=device) if scale is None else scale.double()
+    left = _Remainder(H, C, scale, dtype, steps)
     order = torch.empty(steps, dtype=torch.int64, device=device)
     gains = torch.zeros(steps, dtype=torch.float64, device=device)
     free = torch.ones(n, dtype=torch.bool, device=device)
-    worst = torch.tensor(float("inf") if smallest else 0.0, dtype=dtype, device=device)
-    sign = -1.0 if smallest else 1.0
-    done, width = 0, _PANEL * _POOL
+    sign, worst = (-1.0, float("inf")) if smallest else (1.0, 0.0)
+    done, width = 0, _FIRST_POOL
     while done < steps:
         panel = min(_PANEL, steps - done)
-        norms = torch.linalg.vector_norm(R, dim=1).square_()
-        gain = torch.where(free & (diagonal > floor), norms / diagonal, worst)
+        floor = 0.0 if smallest else _EXHAUSTED * max(torch.finfo(H.dtype).eps, torch.finfo(left.R.dtype).eps)
+        norms = torch.linalg.vector_norm(left.R, dim=1).square_()
+        gain = (norms / left.diagonal).masked_fill_(~free | (left.diagonal <= floor), worst)
         picks = None
         if sample is not None:
             picks = _samples(free, panel, sample, generator)
@@ -74,40 +76,75 @@ def eliminate(
         else:
             pool = (sign * gain).topk(min(max(width, panel), n - done)).indices
         chosen, chosen_gains, triangle = _speculate(
-            (
-                H[pool[:, None], pool].to(dtype) * scale[pool, None] * scale[pool] - L[:done, pool].T @ L[:done, pool]
-            ).double(),
-            (R[pool] @ R[pool].T).double(),
-            panel,
-            floor,
-            smallest,
-            None if picks is None else torch.searchsorted(pool, picks),
+            *left.pool(pool), panel, floor, smallest, None if picks is None else torch.searchsorted(pool, picks)
         )
         if len(chosen) == 0:  # nothing left adds anything
             break
         pivots = pool[chosen]
-        # Rows of L and of V for the panel: its own triangle first, then everything else at once.
-        rows = H[pivots].to(dtype) * scale[pivots, None] * scale - L[:done, pivots].T @ L[:done]
-        triangle = triangle.to(dtype)
-        rows = torch.linalg.solve_triangular(triangle, rows, upper=False)
-        v = torch.linalg.solve_triangular(triangle, R[pivots], upper=False)
+        rows, v = left.panel(pivots, triangle)
         accepted = len(pivots)
         shrunk = rows.square().cumsum(0)
         if sample is None and accepted > 1:
-            accepted = _agreed(R, norms, diagonal, gain, rows, v, shrunk, pivots, chosen_gains, floor, tie, sign, free)
-            width = min(2 * width, n) if accepted < panel // 2 else max(_PANEL * _POOL, width * 3 // 4)
-        rows, v = rows[:accepted], v[:accepted]
-        L[done : done + accepted] = rows
-        R.addmm_(rows.T, v, alpha=-1)
-        diagonal = diagonal - shrunk[accepted - 1]
-        order[done : done + accepted] = pivots[:accepted]
+            outside = free.index_fill(0, pool, False)
+            accepted = _agreed(left, norms, rows, v, shrunk, chosen_gains, floor, sign, outside)
+            # The next panel must look at what begins above the gain at which this one ends.
+            width = max(_POOL * _PANEL, _POOL * int((sign * gain > sign * chosen_gains[-1]).sum()))
+        pivots = pivots[:accepted]
+        order[done : done + accepted] = pivots
         gains[done : done + accepted] = chosen_gains[:accepted]
-        free[pivots[:accepted]] = False
+        free[pivots] = False
         done += accepted
+        left.take(rows[:accepted], v[:accepted], shrunk[accepted - 1])
+        delicate = float(triangle.diagonal()[:accepted].min()) ** 2 < _DELICATE
+        if delicate and left.R.dtype != torch.float64 and n <= _DOUBLE_BELOW:
+            left = _Remainder(H, C, scale, torch.float64, steps)
+            left.take_all(order[:done])
     if done < steps:
         rest = free.nonzero()[:, 0]
-        order[done:] = rest[diagonal[rest].sort(descending=True, stable=True).indices[: steps - done]]
+        order[done:] = rest[left.diagonal[rest].sort(descending=True, stable=True).indices[: steps - done]]
     return order, gains
+
+
+class _Remainder:
+    """What the pivots taken so far leave: `R` `(n, m)` and the diagonal of `D = H - L'L` in full, the rest on demand."""
+
+    def __init__(self, H: torch.Tensor, C: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, steps: int):
+        self.H, self.scale = H.to(dtype), scale.to(dtype)
+        self.R = C.to(dtype) * self.scale[:, None]
+        self.diagonal = self.H.diagonal() * self.scale.square()
+        self._L = torch.zeros(steps, len(H), dtype=dtype, device=H.device)
+        self._done = 0
+
+    def _scaled(self, rows: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
+        part = self.H[rows] if at is None else self.H[rows[:, None], at]
+        return part.mul_(self.scale[rows, None]).mul_(self.scale if at is None else self.scale[at])
+
+    def pool(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`D` and `R R'` on some columns, `(q, q)`."""
+        L, R = self._L[: self._done, columns], self.R[columns]
+        return self._scaled(columns, columns).addmm_(L.T, L, alpha=-1), R @ R.T
+
+    def panel(self, pivots: torch.Tensor, triangle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pivots' rows of `L` `(p, n)` and `v` `(p, m)`, given the triangular factor of `D` on them."""
+        L, triangle = self._L[: self._done], triangle.to(self.R)
+        rows = self._scaled(pivots).addmm_(L[:, pivots].T, L, alpha=-1)
+        return (
+            torch.linalg.solve_triangular(triangle, rows, upper=False),
+            torch.linalg.solve_triangular(triangle, self.R[pivots], upper=False),
+        )
+
+    def take(self, rows: torch.Tensor, v: torch.Tensor, shrunk: torch.Tensor) -> None:
+        """Eliminate the pivots of a panel; `shrunk` `(n,)` is what their rows take from the diagonal."""
+        self._L[self._done : self._done + len(rows)] = rows
+        self.R.addmm_(rows.T, v, alpha=-1)
+        self.diagonal = self.diagonal - shrunk
+        self._done += len(rows)
+
+    def take_all(self, pivots: torch.Tensor) -> None:
+        """Eliminate pivots that were chosen before, at once."""
+        factor = torch.linalg.cholesky(self._scaled(pivots, pivots))
+        rows, v = self.panel(pivots, factor)
+        self.take(rows, v, rows.square().sum(0))
 
 
 def _samples(free: torch.Tensor, panel: int, sample: int, generator: torch.Generator | None) -> torch.Tensor:
@@ -121,62 +158,58 @@ def _samples(free: torch.Tensor, panel: int, sample: int, generator: torch.Gener
 def _speculate(D, T, panel, floor, smallest, picks):
     """Up to `panel` greedy pivots within a pool, from `D` and `T = R R'` `(q, q)`.
 
-    Returns their positions, gains, and the triangular factor of `D` on them.
+    Returns their positions, gains, and the triangular factor of `D` on them. In NumPy and on the CPU: it is a long
+    chain of operations on a few hundred numbers each, of which the calls would cost more than the arithmetic.
     """
-    q = len(D)
-    rows, w_rows = D.new_zeros(panel, q), D.new_zeros(panel, q)
-    d, norms = D.diagonal().clone(), T.diagonal().clone()
-    worst = float("inf") if smallest else -1.0
-    taken = torch.zeros(q, dtype=torch.bool, device=D.device)
-    chosen, gains = [], D.new_zeros(panel)
+    device = D.device
+    D, T = D.double().cpu().numpy(), T.double().cpu().numpy()
+    picks = None if picks is None else picks.cpu().numpy()
+    pairs = np.zeros((panel, 2, len(D)))  # a step's row of L, and w with T <- T - row w' - w row'
+    d, norms = D.diagonal().copy(), T.diagonal().copy()
+    best_of, worst = (np.argmin, np.inf) if smallest else (np.argmax, 0.0)
+    spent = np.zeros(len(D), dtype=bool)
+    chosen: list[int] = []
+    gains = np.zeros(panel)
     for step in range(panel):
-        value = (norms / d).masked_fill_(taken | (d <= floor), worst)
-        if picks is not None:
-            candidates = picks[step]
-            best = candidates[value[candidates].argmin() if smallest else value[candidates].argmax()]
+        spent |= d <= floor
+        norms[spent], d[spent] = worst, 1.0
+        value = norms / d
+        if picks is None:
+            p = int(best_of(value))
         else:
-            best = value.argmin() if smallest else value.argmax()
-        p = int(best)
+            p = int(picks[step][best_of(value[picks[step]])])
         if not smallest and value[p] <= 0:
             break
-        root = d[p].sqrt()
-        gains[step] = value[p]
-        row, u = D[p].clone(), T[p].clone()
-        if step:
-            row_p, w_p = rows[:step, p], w_rows[:step, p]
-            row -= row_p @ rows[:step]
-            u -= row_p @ w_rows[:step]
-            u -= w_p @ rows[:step]
-        row /= root
-        u /= root
-        w = u - (0.5 * value[p]) * row  # ||v||^2 is the gain, so that T <- T - row w' - w row'
-        rows[step], w_rows[step] = row, w
-        d = d - row.square()
-        norms = (norms - 2 * row * w).clamp_min_(0.0)
-        taken[p] = True
+        root, gains[step] = np.sqrt(d[p]), value[p]
+        before = pairs[:step].reshape(2 * step, len(D))
+        row = (D[p] - pairs[:step, 0, p] @ pairs[:step, 0]) / root
+        u = (T[p] - pairs[:step, ::-1, p].reshape(-1) @ before) / root
+        w = u - (0.5 * value[p]) * row  # ||v||^2 is the gain
+        pairs[step, 0], pairs[step, 1] = row, w
+        d -= row * row
+        norms -= 2 * row * w
+        np.maximum(norms, 0.0, out=norms)
+        spent[p] = True
         chosen.append(p)
     count = len(chosen)
-    pivots = torch.tensor(chosen, dtype=torch.int64, device=D.device)
-    return pivots, gains[:count], rows[:count, pivots].T.tril()
+    triangle = np.tril(pairs[:count, 0][:, chosen].T)
+    return (torch.from_numpy(x).to(device) for x in (np.array(chosen, dtype=np.int64), gains[:count], triangle))
 
 
-def _agreed(R, norms, diagonal, gain, rows, v, shrunk, pivots, chosen_gains, floor, tie, sign, free):
-    """Number of leading pivots of a speculated panel that are the best of all columns at their step."""
+def _agreed(left, norms, rows, v, shrunk, chosen_gains, floor, sign, outside):
+    """Number of leading pivots of a speculated panel that no column outside of the pool beats at its step."""
     inner = v @ v.T
-    projected = v @ R.T - inner.tril(-1) @ rows  # R.v as of each step
-    lost = (2 * projected * rows - rows.square() * inner.diagonal()[:, None]).cumsum(0)
-    d = diagonal - shrunk[:-1]
-    value = (norms - lost[:-1]).clamp_min_(0.0) / d
+    # R.v as of each step, then what the step takes from ||R||^2
+    lost = v @ left.R.T - inner.tril(-1) @ rows
+    lost = lost.mul_(2).addcmul_(rows, inner.diagonal()[:, None], value=-1).mul_(rows).cumsum_(0)
+    d = left.diagonal - shrunk[:-1]
     worst = float("inf") if sign < 0 else 0.0
-    value.masked_fill_(~free | (d <= floor), worst)
-    # A pivot is out of the race at all later steps.
-    step = torch.arange(len(pivots), device=R.device)
-    value[:, pivots] = torch.where(step[1:, None] > step, torch.full_like(value[:, pivots], worst), value[:, pivots])
+    value = (norms - lost[:-1]).clamp_min_(0.0).div_(d).masked_fill_(~outside | (d <= floor), worst)
     best = value.amin(1) if sign < 0 else value.amax(1)
-    taken = chosen_gains[1:].to(best)
+    taken, tie = chosen_gains[1:].to(best), _TIE * torch.finfo(best.dtype).eps
     beaten = (best < taken * (1 - tie)) if sign < 0 else (best > taken * (1 + tie))
     first = beaten.nonzero()
-    return len(pivots) if len(first) == 0 else int(first[0]) + 1
+    return len(rows) if len(first) == 0 else int(first[0]) + 1
 
 
 def eliminate_groups(

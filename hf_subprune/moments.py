@@ -225,12 +225,19 @@ def unseen(W: torch.Tensor, parts: Sequence[Moments], intercept: bool) -> Moment
     return Moments(H, scale * W, t, rows, W.new_zeros(len(W)), W.new_zeros(W.shape[1]), intercept)
 
 
-def restrict(moments: Moments, columns: torch.Tensor) -> Moments:
+def restrict(moments: Moments, columns: torch.Tensor, dtype: torch.dtype | None = None) -> Moments:
     """The moments of some of the inputs and of all targets.
 
     Args:
         moments: Of all inputs.
         columns: `(k,)` int64, the inputs.
+        dtype: Of the result; that of the moments when `None`.
     """
     at = columns.to(moments.H.device)
-    return replace(moments, H=moments.H[at][:, at], C=moments.C[at], input_mean=moments.input_mean[at])
+    return replace(
+        moments,
+        H=moments.H[at[:, None], at].to(dtype),
+        C=moments.C[at].to(dtype),
+        input_mean=moments.input_mean[at].to(dtype),
+        target_mean=moments.target_mean.to(dtype),
+    )

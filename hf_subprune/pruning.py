@@ -322,7 +322,7 @@ def _solve(
         held_out_error=error,
         shrinkage=solution.shrinkage if config.reweight else None,
         method=solution.method,
-        guarantee=None if solution.certificate is None else solution.certificate.fraction,
+        guarantee=solution.guarantee,
         seconds=time.perf_counter() - start,
         **calibrated.predictions(block, width),
     )

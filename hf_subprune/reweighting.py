@@ -14,14 +14,18 @@ from .moments import Moments, combine, restrict
 
 # Multiples of mean(diag H) tried by cross-fitting. At infinity the weights stay as they are.
 SHRINKAGE_GRID = (1e-4, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0, math.inf)
+_FIRST_TRIED = (1e-1, 1.0, math.inf)
+# Up to this many kept columns cross-fitting is in float64.
+_DOUBLE_BELOW = 256
 
 
-def solve(H: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """`H^-1 C` by Cholesky in float64, with as little added to the diagonal as makes it succeed.
+def solve(H: torch.Tensor, C: torch.Tensor, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, float]:
+    """`H^-1 C` by Cholesky, with as little added to the diagonal as makes it succeed.
 
     Args:
         H: `(k, k)` symmetric positive semi-definite.
         C: `(k, m)`.
+        dtype: Of the computation.
 
     Returns:
         The `(k, m)` solution, in the dtype of `H`, and the jitter: the multiple of the diagonal that had to be added
@@ -32,8 +36,8 @@ def solve(H: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, float]:
     """
     if not torch.isfinite(C).all():
         raise RuntimeError("The moments are not finite: check the calibration activations.")
-    factor, scale, jitter = factorise(H)
-    return (torch.cholesky_solve(C.double() * scale[:, None], factor) * scale[:, None]).to(H), jitter
+    factor, scale, jitter = factorise(H, dtype=dtype)
+    return (torch.cholesky_solve(C.to(dtype) * scale[:, None], factor) * scale[:, None]).to(H), jitter
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +73,16 @@ def reweight(moments: Moments, W: torch.Tensor, columns: torch.Tensor, shrinkage
     return _reweight(kept, W.to(moments.H)[columns], shrinkage, float(moments.H.diagonal().mean()))
 
 
-def _reweight(kept: Moments, W: torch.Tensor, shrinkage: float, energy: float) -> Reweighted:
+def _reweight(
+    kept: Moments, W: torch.Tensor, shrinkage: float, energy: float, dtype: torch.dtype = torch.float64
+) -> Reweighted:
     """`reweight` for moments and weights of the kept columns; `energy` is the mean over all columns of `diag H`."""
     V, jitter = W, 0.0
     if not math.isinf(shrinkage):
         ridge = shrinkage * energy
         H = kept.H.clone()
         H.diagonal().add_(ridge)
-        V, jitter = solve(H, kept.C + ridge * W)
+        V, jitter = solve(H, kept.C + ridge * W, dtype)
     shift = torch.zeros_like(kept.target_mean)
     if kept.intercept:
         shift = kept.target_mean - kept.input_mean @ V.to(kept.input_mean)
@@ -114,8 +120,8 @@ class CrossFit:
 
     Args:
         shrinkage: The lambda to fit all rows with.
-        held_out: Relative error at each lambda of the grid on the rows left out.
-        grid: The lambdas.
+        held_out: Relative error on the rows left out, at each lambda of the grid that was tried.
+        grid: These lambdas, ascending.
     """
 
     shrinkage: float
@@ -131,29 +137,50 @@ def cross_fit(
 ) -> CrossFit:
     """Choose the shrinkage that does best on rows not fitted on, from the folds' moments alone.
 
+    The values of `_FIRST_TRIED` are tried, then the neighbours of the best until none is better: the error falls and
+    then rises with lambda. Wide problems in float32, since errors are compared to three digits at most.
+
     Args:
         folds: Moments of two or more disjoint parts of the calibration rows.
         W: `(n, m)`, the original weight.
         columns: `(k,)` int64, the kept columns.
-        grid: Values of lambda to try.
+        grid: Values of lambda to choose from, ascending.
 
     Raises:
         ValueError: fewer than two folds, or an empty grid.
     """
     if len(folds) < 2 or not grid:
         raise ValueError(f"Cross-fitting takes two or more folds and a grid, got {len(folds)} and {len(grid)}.")
-    held_out = [0.0] * len(grid)
-    total = sum(fold.t for fold in folds)
-    W_kept = W.to(folds[0].H)[columns]
-    for index, left_out in enumerate(folds):
+    parts = [_LeftOut(folds, index, W, columns) for index in range(len(folds))]
+    held_out = {value: sum(part.error(value) for part in parts) for value in grid if value in _FIRST_TRIED}
+    held_out = held_out or {value: sum(part.error(value) for part in parts) for value in grid[:1]}
+    while True:
+        best = grid.index(min(held_out, key=held_out.__getitem__))
+        untried = [value for value in grid[max(best - 1, 0) : best + 2] if value not in held_out]
+        if not untried:
+            break
+        held_out |= {value: sum(part.error(value) for part in parts) for value in untried}
+    tried = tuple(sorted(held_out))
+    errors = tuple(held_out[value] for value in tried)
+    return CrossFit(_refined(tried, errors, len(folds)), errors, tried)
+
+
+class _LeftOut:
+    """Fits on all folds but one, scored on that one, on the kept columns."""
+
+    def __init__(self, folds: Sequence[Moments], index: int, W: torch.Tensor, columns: torch.Tensor):
         rest = combine([fold for other, fold in enumerate(folds) if other != index])
-        energy = float(rest.H.diagonal().mean())
-        rest, unseen = restrict(rest, columns), restrict(left_out, columns)
-        share = left_out.t / total if total > 0 else 0.0
-        for position, shrinkage in enumerate(grid):
-            new = _reweight(rest, W_kept, shrinkage, energy)
-            held_out[position] += share * _relative_error(unseen, new.V, new.bias_shift)
-    return CrossFit(_refined(grid, held_out, len(folds)), tuple(held_out), tuple(grid))
+        dtype = torch.float32 if len(columns) > _DOUBLE_BELOW else torch.float64
+        total = sum(fold.t for fold in folds)
+        self.share = folds[index].t / total if total > 0 else 0.0
+        self.energy = float(rest.H.diagonal().mean())
+        self.rest, self.unseen = restrict(rest, columns, dtype), restrict(folds[index], columns, dtype)
+        self.W = W.to(self.rest.H)[columns]
+
+    def error(self, shrinkage: float) -> float:
+        """This fold's part of the relative error."""
+        new = _reweight(self.rest, self.W, shrinkage, self.energy, self.W.dtype)
+        return self.share * _relative_error(self.unseen, new.V, new.bias_shift)
 
 
 def _refined(grid: Sequence[float], held_out: Sequence[float], folds: int) -> float:

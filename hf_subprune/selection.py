@@ -10,16 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
+from .certificates import most_to_gain
 from .elimination import eliminate, eliminate_groups
 from .factorisation import factorise, rounding, unit_scale
+from .problem import check_problem, columns_of
 from .reweighting import solve
 from .swaps import refine
 
 METHODS = ("auto", "greedy", "backward", "stochastic")
 
-# Up to this many columns the computation is in float64 whatever the dtype of the moments: it takes the time of a few
-# Cholesky factorisations there, and leaves the order of float64 moments to the input's own rounding.
-_DOUBLE_BELOW = 4096
+# Up to this many columns all of the computation is in float64; beyond, in float32 until that would not do.
+_DOUBLE_BELOW = 1024
 # Added to a unit diagonal before it is inverted.
 _LIFT = 1e-10
 
@@ -64,32 +65,6 @@ class Path:
         """`(k * c, m)`, the least squares weights `H_SS^-1 C_S` of the set of size `k`, in the order of `kept(k)`."""
         columns = columns_of(self.kept(k), groups).to(H.device)
         return solve(H[columns][:, columns], C[columns])[0]
-
-
-def columns_of(units: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
-    """Sorted columns of units: `units` themselves without groups, else the sorted entries of `groups[units]`."""
-    return units if groups is None else groups.to(units.device)[units].reshape(-1).sort().values
-
-
-def check_problem(H: torch.Tensor, C: torch.Tensor, groups: torch.Tensor | None = None) -> torch.Tensor:
-    """The groups `(units, c)` of a selection problem, after checking that its tensors fit together.
-
-    Raises:
-        ValueError: a shape does not fit, an entry is not finite, or groups overlap or point outside of `H`.
-    """
-    n = H.shape[0]
-    if H.ndim != 2 or H.shape[1] != n or C.ndim != 2 or C.shape[0] != n:
-        raise ValueError(f"Moments must be H (n, n) and C (n, m), got {tuple(H.shape)} and {tuple(C.shape)}.")
-    # Extremes pass on missing values, and unlike isfinite(H) they need no memory of the size of H.
-    if not all(torch.isfinite(torch.stack(x.aminmax())).all() for x in (H, C) if x.numel()):
-        raise ValueError("The moments hold infinite or missing values: check the calibration activations.")
-    if groups is None:
-        return torch.arange(n, device=H.device)[:, None]
-    if groups.ndim != 2 or groups.numel() > n or groups.min() < 0 or groups.max() >= n:
-        raise ValueError(f"Groups must be (units, c) columns below {n}, got shape {tuple(groups.shape)}.")
-    if len(groups.unique()) != groups.numel():
-        raise ValueError("Groups must not share columns.")
-    return groups.to(H.device)
 
 
 def greedy(
@@ -199,7 +174,7 @@ def objective(H: torch.Tensor, C: torch.Tensor, columns: torch.Tensor) -> float:
 
 
 def _working(H: torch.Tensor) -> torch.dtype:
-    return torch.float64 if len(H) <= _DOUBLE_BELOW else torch.promote_types(H.dtype, torch.float32)
+    return torch.float64 if len(H) <= _DOUBLE_BELOW else torch.float32
 
 
 def _rows(H, C, scale, groups):
@@ -219,6 +194,7 @@ class Selection:
         objective: `F(kept)`.
         method: The method that ran: `"greedy"`, `"backward"` or `"stochastic"`.
         path: Nested sets that the choice started from.
+        ceiling: What no choice of `k` units can exceed (ALGORITHM section 6).
         swaps: Number of exchanges made by swap refinement.
         swap_gain: What they added to the objective.
     """
@@ -227,8 +203,14 @@ class Selection:
     objective: float
     method: str
     path: Path
+    ceiling: float
     swaps: int = 0
     swap_gain: float = 0.0
+
+    @property
+    def guarantee(self) -> float:
+        """Part of what any choice of as many units could reach that this one reaches at least."""
+        return min(self.objective / self.ceiling, 1.0) if self.ceiling > 0 else 1.0
 
 
 def select(
@@ -273,11 +255,16 @@ def select(
         )
     kept = path.kept(k)
     reached = objective(H, C, columns_of(kept, groups))
-    if swaps == 0 or not 0 < k < units:
-        return Selection(kept, reached, method, path)
+    if not 0 < k < units:
+        return Selection(kept, reached, method, path, reached)
     scale = unit_scale(H.diagonal())
-    refined, made = refine(H, C, kept, groups=groups_, scale=scale, dtype=_working(H), budget=swaps)
-    better = objective(H, C, columns_of(refined, groups))
-    if better <= reached:
-        return Selection(kept, reached, method, path)
-    return Selection(refined, better, method, path, made, better - reached)
+    refined = refine(H, C, kept, groups=groups_, scale=scale, dtype=_working(H), budget=swaps)
+    made, gain = refined.swaps, 0.0
+    if made:
+        gain = objective(H, C, columns_of(refined.kept, groups)) - reached
+        if gain > 0:
+            kept = refined.kept
+        else:
+            made, gain = 0, 0.0
+    ceiling = reached + gain + most_to_gain(refined.D, refined.R, k, groups_.shape[1], rounding=refined.rounding)
+    return Selection(kept, reached + gain, method, path, ceiling, made, gain)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .certificates import Certificate, certify
+from .certificates import certify
 from .importance import scores
 from .moments import Moments, combine
 from .reweighting import SHRINKAGE_GRID, cross_fit, relative_error, reweight
-from .selection import columns_of, greedy, select
+from .problem import columns_of
+from .selection import greedy, select
 
 # What selection uses before cross-fitting has chosen, and what is used when there are no two folds to cross-fit on.
 PRIOR_SHRINKAGE = 0.1
@@ -51,7 +52,8 @@ class BlockSolution:
         swaps: Number of exchanges made by swap refinement.
         swap_gain: What they added to the objective, as a fraction of the objective.
         jitter: Relative amount added to the diagonal for the factorisation to succeed.
-        certificate: Bounds on the selection; `None` for importances that do not maximise the objective.
+        guarantee: Part of what any choice of as many units could capture that the kept ones capture at least (ALGORITHM
+            section 6); `None` for importances that do not maximise the objective.
     """
 
     kept_units: torch.Tensor
@@ -65,7 +67,7 @@ class BlockSolution:
     swaps: int
     swap_gain: float
     jitter: float
-    certificate: Certificate | None
+    guarantee: float | None
 
 
 def regularise(
@@ -139,7 +141,6 @@ def solve_block(
     reweight_kept: bool = True,
     output_metric: torch.Tensor | None = None,
     gradient: torch.Tensor | None = None,
-    certificates: bool = True,
     generator: torch.Generator | None = None,
     chosen: tuple[torch.Tensor, str] | None = None,
 ) -> BlockSolution:
@@ -158,7 +159,6 @@ def solve_block(
         reweight_kept: Whether weights on the kept units are solved for; `False` keeps them, bias included.
         output_metric: `(m, m)`, `M` of ALGORITHM section 4, which weighs outputs in selection.
         gradient: `(n,)`, for importance `"activation_gradient"`.
-        certificates: Whether to bound what the best selection could reach (one eigenvalue problem of size n).
         generator: Of random choices.
         chosen: Units to keep, `(k,)` int64, sorted, and the method that chose them: for a block that must keep what
             others keep (`tied.choose_together`). Selection is left out.
@@ -176,10 +176,10 @@ def solve_block(
         error = 0.0 if len(folds) > 1 else None
         columns = columns_of(every, groups)
         zero = torch.zeros_like(total.target_mean)
-        return BlockSolution(every, columns, W[columns], zero, math.inf, 0.0, error, "all", 0, 0.0, 0.0, None)
+        return BlockSolution(every, columns, W[columns], zero, math.inf, 0.0, error, "all", 0, 0.0, 0.0, 1.0)
 
     prior = PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
-    certificate, count, gain = None, 0, 0.0
+    guarantee, count, gain = None, 0, 0.0
     if chosen is not None:
         kept, used = chosen[0].to(W.device), chosen[1]
     if importance == "greedy":
@@ -189,8 +189,9 @@ def solve_block(
             best = select(H, C, k, groups=groups, t=t, method=method, swaps=swaps, generator=generator)
             kept, used, count = best.kept, best.method, best.swaps
             gain = best.swap_gain / best.objective if best.objective > 0 else 0.0
-        if certificates:
-            certificate = certify(H, C, kept, groups=groups)
+            guarantee = best.guarantee
+        else:
+            guarantee = certify(H, C, kept, groups=groups).fraction
     elif chosen is None:
         ranked = scores(importance, total, W, groups=groups, gradient=gradient, generator=generator)
         kept, used = ranked.topk(k).indices.sort().values, importance
@@ -200,7 +201,7 @@ def solve_block(
         V, zero = W.to(total.H)[columns], torch.zeros_like(total.target_mean)
         fitted = relative_error(total, columns, V, zero)
         error = relative_error(combine(folds), columns, V, zero) if len(folds) > 1 else None
-        return BlockSolution(kept, columns, V, zero, math.inf, fitted, error, used, count, gain, 0.0, certificate)
+        return BlockSolution(kept, columns, V, zero, math.inf, fitted, error, used, count, gain, 0.0, guarantee)
     lam, held_out = prior, None
     if len(folds) > 1:
         fit = cross_fit(folds, W, columns, SHRINKAGE_GRID if shrinkage == "auto" else (prior,))
@@ -208,5 +209,5 @@ def solve_block(
     new = reweight(total, W, columns, lam)
     fitted = relative_error(total, columns, new.V, new.bias_shift)
     return BlockSolution(
-        kept, columns, new.V, new.bias_shift, lam, fitted, held_out, used, count, gain, new.jitter, certificate
+        kept, columns, new.V, new.bias_shift, lam, fitted, held_out, used, count, gain, new.jitter, guarantee
     )

@@ -9,18 +9,41 @@ Moving columns E between S and U is a principal pivot: `G <- G - G_:E G_EE^-1 G_
 `||X_j||^2 / D_jj`, and the cost of removing i is `||X_i||^2 / P_ii`.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from .factorisation import rounding
 
 # Columns on either side of the pool within which exchanges are made before the whole tableau follows.
 _POOL = 64
-# Exchanges that add less than this part of the objective are left alone.
-_LEAST_GAIN = 1e-9
+# Exchanges that add less than this part of the objective are left alone, by dtype of the tableau.
+_LEAST_GAIN = {torch.float64: 1e-9, torch.float32: 1e-7}
 # Multiple of the rounding error of eigenvalues that is added to the unit diagonal.
 _LIFT = 16.0
+# Columns that enter the tableau in one pivot: what that needs beside the tableau is this many of its rows, thrice.
+_AT_ONCE = 1024
 # Numbers in one piece of the table of all exchanges.
 _CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
+    """A set that no single exchange improves, unless the budget ended first, and what it leaves of the problem.
+
+    Args:
+        kept: `(k,)` int64, sorted.
+        swaps: Number of exchanges made.
+        D: `(u, u)`, Schur complement on the columns of the units left out, unit by unit; scaled by `scale`.
+        R: `(u, m)`, what the set leaves of `C` there, likewise.
+        rounding: How far eigenvalues of `D` may be off.
+    """
+
+    kept: torch.Tensor
+    swaps: int
+    D: torch.Tensor
+    R: torch.Tensor
+    rounding: float
 
 
 def refine(
@@ -32,7 +55,7 @@ def refine(
     scale: torch.Tensor,
     dtype: torch.dtype,
     budget: int | None = None,
-) -> tuple[torch.Tensor, int]:
+) -> Refined:
     """Exchange units until no single exchange adds to the objective, or the budget is spent.
 
     Args:
@@ -44,9 +67,7 @@ def refine(
         dtype: Of the tableau, `(n, n)`.
         budget: Largest number of exchanges; `None` for no limit.
 
-    Returns:
-        `(k,)` int64 sorted units, and the number of exchanges made. Each exchange looks at all pairs:
-        O(n^2 (n + m)) for the tableau and for each round of up to 64 exchanges.
+    O(n^2 (n + m)) for the tableau and for each round of up to 64 exchanges, which looks at all pairs.
     """
     tableau = _Tableau(H, C, kept, groups, scale.to(dtype))
     limit = len(kept) * 10 if budget is None else budget
@@ -54,7 +75,9 @@ def refine(
     made = 0
     while made < limit and (count := exchange(limit - made)):
         made += count
-    return tableau.inside.nonzero()[:, 0], made
+    outside = tableau.columns((~tableau.inside).nonzero()[:, 0])
+    D, R = tableau.G[outside[:, None], outside], tableau.X[outside]
+    return Refined(tableau.inside.nonzero()[:, 0], made, D, R, tableau.lift)
 
 
 class _Tableau:
@@ -64,12 +87,14 @@ class _Tableau:
         self.c = groups.shape[1]
         self.inside = torch.zeros(len(groups), dtype=torch.bool, device=H.device)
         rows = groups.reshape(-1)
-        self.G = H[rows][:, rows].to(scale.dtype).mul_(scale[rows, None]).mul_(scale[rows])
+        self.G = H[rows[:, None], rows].to(scale.dtype).mul_(scale[rows, None]).mul_(scale[rows])
         # Dead and duplicate columns have no finite inverse: lift the unit diagonal by rounding errors.
-        self.G.diagonal().add_(_LIFT * rounding(H, scale.dtype))
+        self.lift = _LIFT * rounding(H, scale.dtype)
+        self.G.diagonal().add_(self.lift)
         self.X = C[rows].to(scale.dtype) * scale[rows, None]
-        self.least = _LEAST_GAIN
-        self.move(kept, add=True)
+        self.least = _LEAST_GAIN[scale.dtype]
+        for part in kept.split(max(1, _AT_ONCE // self.c)):
+            self.move(part, add=True)
         columns = self.columns(kept)
         self.objective = float((self.X[columns] * (C[rows[columns]].to(scale) * scale[rows[columns], None])).sum())
 

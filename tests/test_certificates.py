@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hf_subprune.certificates import certify, least_eigenvalue
-from hf_subprune.selection import columns_of, greedy, objective, select
+from hf_subprune.problem import columns_of
+from hf_subprune.selection import greedy, objective, select
 
 
 def problem(seed, n=8, rows=40, correlation=1.0, ridge=0.0):

@@ -59,7 +59,7 @@ def test_a_block_is_solved_with_errors_that_hold(intercept, c, importance):
     assert not plain.bias_shift.any()
     assert solution.fitted_error < plain.fitted_error
     assert solution.held_out_error < plain.held_out_error
-    assert (solution.certificate is not None) == (importance == "greedy")
+    assert (solution.guarantee is not None) == (importance == "greedy")
 
 
 def test_selection_by_the_objective_beats_every_baseline():

@@ -14,7 +14,8 @@ from hf_subprune.blocks import by_tie
 from hf_subprune.moments import MomentAccumulator, combine
 from hf_subprune.probe import discover, probe_inputs
 from hf_subprune.pruning import prune_sizes
-from hf_subprune.selection import columns_of, nested, objective
+from hf_subprune.problem import columns_of
+from hf_subprune.selection import nested, objective
 from hf_subprune.solver import regularise
 from hf_subprune.tied import Problem, choose_together, order_together
 from hf_subprune.verification import floating_tensors, verify

@@ -20,7 +20,7 @@ from ..experts import apart
 from ..linears import weight_matrix
 from ..moments import combine
 from ..reweighting import Reweighted, reweight
-from ..selection import columns_of
+from ..problem import columns_of
 from ..solver import PRIOR_SHRINKAGE
 from ..surgery import shrink
 from ..targets import keep_target
