@@ -162,10 +162,10 @@ def _speculate(D, T, panel, floor, smallest, picks):
     chain of operations on a few hundred numbers each, of which the calls would cost more than the arithmetic.
     """
     device = D.device
-    D, T = D.double().cpu().numpy(), T.double().cpu().numpy()
+    D, T = D.cpu().numpy(), T.cpu().numpy()
     picks = None if picks is None else picks.cpu().numpy()
     pairs = np.zeros((panel, 2, len(D)))  # a step's row of L, and w with T <- T - row w' - w row'
-    d, norms = D.diagonal().copy(), T.diagonal().copy()
+    d, norms = D.diagonal().astype(np.float64), T.diagonal().astype(np.float64)
     best_of, worst = (np.argmin, np.inf) if smallest else (np.argmax, 0.0)
     spent = np.zeros(len(D), dtype=bool)
     chosen: list[int] = []

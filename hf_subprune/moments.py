@@ -96,10 +96,8 @@ class MomentAccumulator:
             x = x - self.shift.to(x)
         self.rows += len(x)
         self._sum += x.sum(0, dtype=torch.float64)
-        width = -(-self.n // _PANELS)
-        for start in range(0, self.n, width):
-            panel = slice(start, start + width)
-            self._gram[panel, start:] += x[:, panel].T @ x[:, start:]
+        for start, stop in self._panels():
+            self._gram[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
         if targets is not None:
             if targets.shape != (len(x), self.m):
                 raise ValueError(f"Targets must have shape {(len(x), self.m)}, got {tuple(targets.shape)}.")
@@ -123,6 +121,10 @@ class MomentAccumulator:
             getattr(self, name).add_(getattr(other, name))
         return self
 
+    def _panels(self) -> list[tuple[int, int]]:
+        width = -(-self.n // _PANELS)
+        return [(start, min(start + width, self.n)) for start in range(0, self.n, width)]
+
     def moments(self, weight: torch.Tensor | None = None) -> Moments:
         """The moments of everything added so far.
 
@@ -135,14 +137,20 @@ class MomentAccumulator:
         """
         if self.rows == 0:
             raise ValueError("No row was added: there are no moments to compute.")
-        H = self._gram.triu()
-        H += H.triu(1).T
         mean = self._sum / self.rows
-        input_mean = mean
+        input_mean, root = mean, None
         if self.intercept:
-            root = (self._sum / self.rows**0.5).to(H)
-            H -= torch.outer(root, root)  # unlike addr_, symmetric to the last bit
+            root = (self._sum / self.rows**0.5).to(self.dtype)
             input_mean = mean + self.shift.to(mean)  # type: ignore[union-attr]
+        H = torch.empty_like(self._gram)
+        for start, stop in self._panels():
+            rows = self._gram[start:stop, start:]
+            if root is not None:
+                rows = torch.addr(rows, root[start:stop], root[start:], alpha=-1)
+            H[start:stop, start:] = rows
+            H[start:, start:stop] = rows.T
+            corner = H[start:stop, start:stop]
+            corner.copy_(corner.triu() + corner.triu(1).T)
         input_mean = input_mean.to(H)
         if self.m is None:
             if weight is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .certificates import certify
+from .factorisation import factorise
 from .importance import scores
 from .moments import Moments, combine
 from .reweighting import SHRINKAGE_GRID, cross_fit, relative_error, reweight
@@ -97,10 +98,12 @@ def regularise(
 
 
 def metric_root(M: torch.Tensor) -> torch.Tensor:
-    """`(m, r)` root of a symmetric positive semi-definite `M` `(m, m)`: `M = root root'`, null directions dropped."""
-    values, vectors = torch.linalg.eigh(M.double())
-    live = values > values[-1].clamp_min(0.0) * len(M) * torch.finfo(M.dtype).eps
-    return vectors[:, live] * values[live].sqrt()
+    """`(m, m)` float64 root of a symmetric positive semi-definite `M` `(m, m)`: `M = root root'` to float32 precision.
+
+    That is as much as sums of float32 gradients hold.
+    """
+    factor, scale, _ = factorise(M.float())
+    return torch.where(scale > 0, 1 / scale, 0.0)[:, None] * factor
 
 
 def block_curve(

@@ -21,8 +21,6 @@ _POOL = 64
 _LEAST_GAIN = {torch.float64: 1e-9, torch.float32: 1e-7}
 # Multiple of the rounding error of eigenvalues that is added to the unit diagonal.
 _LIFT = 16.0
-# Columns that enter the tableau in one pivot: what that needs beside the tableau is this many of its rows, thrice.
-_AT_ONCE = 1024
 # Numbers in one piece of the table of all exchanges.
 _CHUNK = 1 << 22
 
@@ -34,7 +32,7 @@ class Refined:
     Args:
         kept: `(k,)` int64, sorted.
         swaps: Number of exchanges made.
-        D: `(u, u)`, Schur complement on the columns of the units left out, unit by unit; scaled by `scale`.
+        D: `(u, u)`, Schur complement on the columns of the units left out, a unit's next to each other; scaled by `scale`.
         R: `(u, m)`, what the set leaves of `C` there, likewise.
         rounding: How far eigenvalues of `D` may be off.
     """
@@ -77,26 +75,36 @@ def refine(
         made += count
     outside = tableau.columns((~tableau.inside).nonzero()[:, 0])
     D, R = tableau.G[outside[:, None], outside], tableau.X[outside]
-    return Refined(tableau.inside.nonzero()[:, 0], made, D, R, tableau.lift)
+    return Refined(tableau.order[tableau.inside].sort().values, made, D, R, tableau.lift)
 
 
 class _Tableau:
-    """`G` and `X` of the module's docstring in the order of `groups`, and which units are inside S."""
+    """`G` and `X` of the module's docstring, the units of `order` one after the other; which of them are inside S.
+
+    `order` begins with the kept units. Units are known by their position in it.
+    """
 
     def __init__(self, H, C, kept, groups, scale):
-        self.c = groups.shape[1]
-        self.inside = torch.zeros(len(groups), dtype=torch.bool, device=H.device)
-        rows = groups.reshape(-1)
-        self.G = H[rows[:, None], rows].to(scale.dtype).mul_(scale[rows, None]).mul_(scale[rows])
+        self.c, k = groups.shape[1], len(kept)
+        self.inside = torch.arange(len(groups), device=H.device) < k
+        self.order = torch.cat([kept, self.inside.new_ones(len(groups)).index_fill(0, kept, False).nonzero()[:, 0]])
+        rows, s = groups[self.order].reshape(-1), k * self.c
+        G = H[rows[:, None], rows].to(scale.dtype).mul_(scale[rows, None]).mul_(scale[rows])
+        X = C[rows].to(scale.dtype).mul_(scale[rows, None])
         # Dead and duplicate columns have no finite inverse: lift the unit diagonal by rounding errors.
         self.lift = _LIFT * rounding(H, scale.dtype)
-        self.G.diagonal().add_(self.lift)
-        self.X = C[rows].to(scale.dtype) * scale[rows, None]
-        self.least = _LEAST_GAIN[scale.dtype]
-        for part in kept.split(max(1, _AT_ONCE // self.c)):
-            self.move(part, add=True)
-        columns = self.columns(kept)
-        self.objective = float((self.X[columns] * (C[rows[columns]].to(scale) * scale[rows[columns], None])).sum())
+        G.diagonal().add_(self.lift)
+        factor = torch.linalg.cholesky(G[:s, :s])
+        half, x = (torch.linalg.solve_triangular(factor, part, upper=False) for part in (G[:s, s:], X[:s]))
+        G[s:, s:].addmm_(half.T, half, alpha=-1)
+        X[s:].addmm_(half.T, x, alpha=-1)
+        self.objective = float(x.square().sum(dtype=torch.float64))
+        torch.linalg.solve_triangular(factor.T, half, upper=True, out=half)
+        G[:s, s:], G[s:, :s] = half, half.T
+        del half
+        G[:s, :s] = torch.cholesky_inverse(factor).neg_()
+        X[:s] = torch.linalg.solve_triangular(factor.T, x, upper=True)
+        self.G, self.X, self.least = G, X, _LEAST_GAIN[scale.dtype]
 
     def columns(self, units):
         return (units[:, None] * self.c + torch.arange(self.c, device=units.device)).reshape(-1)
