@@ -160,14 +160,20 @@ def inspect(
     every: Annotated[
         bool, typer.Option("--all", help="Survey a tiny model of every architecture in the installed Transformers.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="With --all: folder for coverage.json and coverage.md.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="With --all: folder for coverage.json and coverage.md; a survey cut short goes on there."),
+    ] = None,
+    head: Annotated[
+        list[str] | None, typer.Option(help="With --all: base or main, the models to build; both when left out.")
+    ] = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Show what can be pruned: blocks, their units and parameters; what is refused, and why."""
     if every == (model is not None):
         raise typer.BadParameter("Give a MODEL, or --all for every architecture.")
     if every:
-        _survey(out)
+        _survey(out, tuple(head or ("base", "main")))
         return
     from .blocks import by_stack
     from .datafiles import load_model
@@ -191,16 +197,27 @@ def inspect(
     console.print(refusal_table(found.refusals))
 
 
-def _survey(out: Path | None) -> None:
-    from .coverage.survey import architectures_of, survey
-    from .coverage.table import summary, to_json, to_markdown
+def _survey(out: Path | None, heads: Sequence[str]) -> None:
+    from .coverage.survey import Row, architectures_of, survey
+    from .coverage.table import append_row, stored_rows, summary, to_json, to_markdown
 
-    with logging.tqdm(total=2 * len(architectures_of(None)), desc="Architectures", disable=None) as bar:
-        rows = survey(progress=lambda _row: bar.update())
+    unfinished = None if out is None else out / "coverage.unfinished.jsonl"
+    done = [] if unfinished is None else stored_rows(unfinished)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
+    with logging.tqdm(total=len(heads) * len(architectures_of(None)), desc="Architectures", disable=None) as bar:
+        bar.update(len(done))
+
+        def keep(row: Row) -> None:
+            bar.update()
+            if unfinished is not None:
+                append_row(unfinished, row)
+
+        rows = survey(heads=heads, done=done, progress=keep)
+    if out is not None and unfinished is not None:
         (out / "coverage.json").write_text(to_json(rows), encoding="utf-8")
         (out / "coverage.md").write_text(to_markdown(rows), encoding="utf-8")
+        unfinished.unlink(missing_ok=True)
     console.print(summary(rows))
 
 

@@ -324,7 +324,7 @@ def refuse_stacks(model: nn.Module, blocks: Iterable[Block], layers: Iterable[st
         else:
             reason = f"{type(module).__name__} stacks {shapes}, and what it computes with them is not understood"
             advice = "Nothing is needed: it is left whole and the other blocks can be pruned."
-        refusals.append(Refusal(path, "mlp" if len(stacks) > 1 else "unknown", reason, advice))
+        refusals.append(Refusal(path, "mlp" if SECOND in stacks else "unknown", reason, advice))
     return refusals
 
 

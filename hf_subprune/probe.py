@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,10 @@ LOCAL = 64
 FEW = 2
 """Readers that a producer of a block can have: the consumer, and one that reads other rows (a fused projection)."""
 LEFT_WHOLE = "Nothing is needed: it is left whole and the other blocks can be pruned."
+NO_ATTRIBUTE = (
+    "It is left whole and the other blocks can be pruned: its forward computes with all of its units, in a norm over "
+    "them or with a number of heads or a width that no attribute of its modules says."
+)
 
 
 def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Discovery:
@@ -84,8 +88,9 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     for block, reason in inexact:
         if seek.shared[block.consumer]:
             reason = f"its units share rows of {_listed(seek.shared[block.consumer])}, and {reason}"
-        refusals.append(Refusal(block.name, block.kind, reason, LEFT_WHOLE))
+        refusals.append(Refusal(block.name, seek.presumed[block.consumer], reason, NO_ATTRIBUTE))
     refusals += [Refusal(block.name, block.kind, reason, LEFT_WHOLE) for block, reason in unequal]
+    refusals += _functional(model, readers, blocks)
     refusals += _unreached(model, {read.reader for read in trace.reads})
     layers = {layer for name, _ in model.named_modules() if name and (layer := layer_of(model, name)) is not None}
     refusals += refuse_stacks(model, blocks, layers)
@@ -105,6 +110,32 @@ def _own_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
             f"`inputs`, a small batch of your own."
         ) from error
     return inputs
+
+
+def _functional(model: nn.Module, readers: Mapping[str, set[str]], blocks: Sequence[Block]) -> list[Refusal]:
+    """Refuse what multiplies by matrices otherwise than through linears, such as `nn.MultiheadAttention`.
+
+    Args:
+        model: The model.
+        readers: By source, what depends on it: the weight of a linear that is called is no source.
+        blocks: That were found; a router beside them is not worth a refusal.
+    """
+    found = {piece.tensor for block in blocks for piece in block.slices}
+    refusals = {}
+    for name in readers:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path) if leaf.endswith("weight") else None
+        if module is None or isinstance(module, nn.Embedding) or layer_of(model, path) is None:
+            continue
+        parameter = module._parameters.get(leaf)
+        if parameter is not None and parameter.ndim == 2:
+            around = path.rpartition(".")[0]
+            if any(tensor.startswith(f"{around}.") for tensor in found):
+                continue
+            owner = around if is_linear(module) else path
+            reason = f"{type(module).__name__} {name!r} is multiplied by other code than the forward of a linear"
+            refusals[owner] = Refusal(owner, "unknown", reason, LEFT_WHOLE)
+    return list(refusals.values())
 
 
 def _unreached(model: nn.Module, readers: Collection[str]) -> list[Refusal]:
@@ -138,6 +169,8 @@ class _Seeker:
         for read, sources in zip(trace.reads, trace.sources, strict=True):
             self.calls.setdefault(read.reader, []).append((read, sources))
         self.shared: dict[str, list[str]] = {}
+        self.presumed: dict[str, str] = {}
+        """By consumer, the kind as which it is refused: single units that read other positions may be of any."""
         self._maps: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def candidate(self, consumer: str) -> Block | Refusal | None:
@@ -167,6 +200,7 @@ class _Seeker:
         try:
             if _is_outside(model, consumer) and kind != "channels":
                 kind = "whole"
+            self.presumed[consumer] = "unknown" if kind == "mlp" and jacobian.mixes_positions() else kind
             if kind == "attention" and features.shape[1] == 1:
                 raise _RefusedError("attention of a single head, which has to stay", "whole")
             if not self._equal_at_every_call(consumer, features, owner):
@@ -186,7 +220,7 @@ class _Seeker:
                 _check_layer(model, consumer, slices)
             _check_untied(model, slices)
         except _RefusedError as refused:
-            return Refusal(consumer, refused.kind or kind, str(refused), LEFT_WHOLE)
+            return Refusal(consumer, refused.kind or self.presumed[consumer], str(refused), LEFT_WHOLE)
         return Block(
             stack=stack_of(model, consumer),
             name=consumer,

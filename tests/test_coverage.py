@@ -22,7 +22,7 @@ from hf_subprune.coverage.survey import (
     shrunk_difference,
     survey,
 )
-from hf_subprune.coverage.table import summary, to_json, to_markdown
+from hf_subprune.coverage.table import append_row, stored_rows, summary, to_json, to_markdown
 from hf_subprune.coverage.tiny import tiny_model
 from hf_subprune.probe import discover
 from hf_subprune.probe_inputs import probe_inputs
@@ -195,3 +195,18 @@ def test_nothing_is_silently_wrong_in_a_sample():
             assert all(reason.strip() for reason in outcome.refused.values())
             assert bool(outcome.found) == (outcome.verdict in ("exact", "partly"))
             assert bool(outcome.refused) or outcome.verdict != "refused"
+
+
+def test_an_interrupted_survey_goes_on(monkeypatch, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    assert stored_rows(file) == []
+    for row in ROWS:
+        append_row(file, row)
+    file.write_text(file.read_text() + '{"transformers": "0.1", "row": {}}\n')
+    assert stored_rows(file) == ROWS
+    module = importlib.import_module("hf_subprune.coverage.survey")
+    asked = []
+    monkeypatch.setattr(module, "isolated", lambda _, items, *rest, **options: asked.extend(items) or [])
+    done = [Row("bert", "base"), Row("vit", "base")]
+    assert survey(["bert", "gpt2", "vit"], ("base",), done=done) == done
+    assert asked == [("gpt2", "base")]

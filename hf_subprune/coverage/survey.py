@@ -80,6 +80,12 @@ class Row:
     reload: str = ""
     seconds: float = 0.0
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Row:
+        """The reverse of `dataclasses.asdict`, also after JSON."""
+        kinds = {kind: KindOutcome(**outcome) for kind, outcome in values["kinds"].items()}
+        return cls(**{**values, "kinds": kinds, "inputs": tuple(values["inputs"])})
+
     @property
     def silently_wrong(self) -> bool:
         """Whether a user would get a wrong model without an error."""
@@ -92,6 +98,7 @@ def survey(
     *,
     seconds: float = 120.0,
     workers: int = 2,
+    done: Sequence[Row] = (),
     progress: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Discover, shrink by half, verify, save, reload and compare a tiny model of every type.
@@ -103,21 +110,22 @@ def survey(
         heads: `"base"`, `"main"` or both.
         seconds: Time for one model; more counts as a problem.
         workers: Processes at a time.
-        progress: Called with each row, in order, as soon as it is there.
+        done: Rows of an earlier survey that was interrupted: they are taken as they are.
+        progress: Called with each new row, in order, as soon as it is there.
 
     Returns:
         One row per type and head that exists, in the order asked for.
     """
-    wanted = architectures_of(model_types)
-    rows = []
-    items = [(model_type, head) for model_type in wanted for head in heads]
+    wanted = [(model_type, head) for model_type in architectures_of(model_types) for head in heads]
+    rows = {(row.model_type, row.head): row for row in done}
+    items = [item for item in wanted if item not in rows]
     for row in isolated(examine_item, items, _lost, seconds=seconds, workers=workers):
         if row.head == "main" and f"{NO_CLASS} main class" in row.problem:
             continue
-        rows.append(row)
+        rows[row.model_type, row.head] = row
         if progress is not None:
             progress(row)
-    return rows
+    return [rows[item] for item in wanted if item in rows]
 
 
 def architectures_of(names: Sequence[str] | None) -> list[str]:
@@ -196,7 +204,7 @@ def _nothing_found(model: PreTrainedModel, discovery: Discovery, kind: str) -> K
     unknown = {
         refusal.name: refusal.reason
         for refusal in discovery.refusals
-        if refusal.kind == "unknown" and any(refusal.name.startswith(path) for path in likely)
+        if refusal.kind == "unknown" and any(f"{refusal.name}.".startswith(path) for path in likely)
     }
     return KindOutcome("refused" if unknown else "absent", 0, unknown)
 

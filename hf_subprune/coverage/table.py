@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import transformers
 
@@ -31,6 +32,19 @@ def summary(rows: Sequence[Row]) -> str:
         f"types, {len(run)} built and run; {'; '.join(parts)}; {reloaded} of {len(saved)} pruned models reload "
         f"exactly; silently wrong: {sum(row.silently_wrong for row in rows)}."
     )
+
+
+def stored_rows(path: Path) -> list[Row]:
+    """Rows that an earlier survey with the same Transformers appended to `path` before it was interrupted, if any."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    entries = map(json.loads, lines)
+    return [Row.from_dict(entry["row"]) for entry in entries if entry["transformers"] == transformers.__version__]
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Append a row to a file of JSON lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"transformers": transformers.__version__, "row": asdict(row)}) + "\n")
 
 
 def to_json(rows: Sequence[Row]) -> str:
