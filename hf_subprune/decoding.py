@@ -1,6 +1,5 @@
 """Decoder inputs for encoder-decoder models, without labels: what their decoders are calibrated on."""
 
-import math
 from typing import Any
 
 import torch
@@ -57,8 +56,8 @@ def _generated(model: PreTrainedModel, batch: Batch) -> Batch:
     generator: Any = model
     training = model.training
     config = model.config.get_text_config(decoder=True)
-    positions = getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", math.inf)
-    length = min(1 + _GENERATED, positions)
+    limits = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
+    length = min(limit for limit in (1 + _GENERATED, *limits) if limit)
     try:
         ids = generator.eval().generate(**inputs, max_length=length, do_sample=False, num_beams=1).cpu()
     finally:

@@ -1,6 +1,7 @@
 """A Hub on loopback: what the `huggingface_hub` client calls to make a repo, commit to it and download from it.
 
 `HubServer` keeps repos in memory. Failures are ordered by `fail_next`; `requests` records what was asked.
+`python tests/hub_server.py` serves until it is stopped, to try a push without an account.
 """
 
 import base64
@@ -41,14 +42,14 @@ class Repo:
 
 
 class HubServer:
-    """Serve on a free port until the `with` block ends."""
+    """Serve on a port, a free one if 0, until the `with` block ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.failures: list[tuple[str, str, str]] = []
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
@@ -315,3 +316,9 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("PUT", "/large/([0-9a-f]+)", _Handler.upload_large),
     ("GET HEAD", f"/{_NAME}/resolve/([^/]+)/(.+)", _Handler.download),
 ]
+
+
+if __name__ == "__main__":
+    server = HubServer(port=8765)
+    print(f"export HF_ENDPOINT={server.url} HF_TOKEN={WRITER} HF_HUB_DISABLE_XET=1", flush=True)
+    server.http.serve_forever()

@@ -174,3 +174,13 @@ def test_bench_quality_on_a_model_of_one_s_own(folder, texts, tmp_path):
 def test_bench_solver_compares_every_method():
     printed = run("bench", "solver", "--size", "48x12")
     assert all(method in printed for method in ("greedy + swaps", "backward", "stochastic", "rank-one"))
+
+
+def test_bench_latency_compares_the_speed_with_what_the_macs_promise(folder, tmp_path):
+    words = ["--batch-size", 2, "--length", 16, "--rounds", 2, "--out", tmp_path]
+    printed = run("bench", "latency", folder, *words)
+    assert "MACs promise" in printed
+    rows = json.loads((tmp_path / "latency.json").read_text())
+    assert [(row["layout"], row["round_to"]) for row in rows] == [("auto", None), ("ragged", None), ("ragged", 32)]
+    assert all(row["promised"] > 1.2 and row["speedup"] > 0 for row in rows)
+    assert rows[0]["share"] == pytest.approx(rows[0]["speedup"] / rows[0]["promised"])

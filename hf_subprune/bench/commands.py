@@ -74,6 +74,35 @@ def quality(
 
 
 @bench_app.command()
+def latency(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id; the demo model when left out.")] = None,
+    keep: Annotated[float, typer.Option(help="Fraction of neurons and heads kept.")] = 0.5,
+    batch_size: Annotated[int, typer.Option(help="Samples in the batch that is timed.", min=1)] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of a sample.", min=2)] = 128,
+    rounds: Annotated[int, typer.Option(help="Forwards of each model.", min=1)] = 10,
+    out: Out = None,
+) -> None:
+    """Whether a pruned text model is as much faster as its MACs promise: widths alike, and each layer its own."""
+    from ..config import PruneConfig
+    from ..datafiles import load_model
+    from ..demo import demo_model_folder, docstrings
+    from .latency import bench_latency, table
+
+    loaded, processing_class = load_model(str(demo_model_folder()) if model is None else model)
+    common: dict[str, Any] = {"keep": keep, "samples": 32, "held_out": 8}
+    configs = [
+        PruneConfig(**common),
+        PruneConfig(**common, layout="ragged"),
+        PruneConfig(**common, layout="ragged", round_to=32),
+    ]
+    rows = bench_latency(
+        loaded, docstrings(40), configs, processing_class, batch_size=batch_size, length=length, rounds=rounds
+    )
+    _save(rows, out, "latency.json")
+    console.print(table(rows))
+
+
+@bench_app.command()
 def budgets(
     model: Annotated[str | None, typer.Argument(help="Folder or Hub id; the demo model when left out.")] = None,
     data: Annotated[str | None, typer.Option(help="As for `prune`; docstrings when left out.")] = None,
