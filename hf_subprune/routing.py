@@ -71,7 +71,8 @@ def routed_layers(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Rou
     The rows of a router are those tensors of the module that routes, and of its children, that have one entry for
     each expert. Whether that is all that there is to it, `verification.verify` says.
     """
-    found, refusals = [], []
+    found: list[RoutedLayer] = []
+    refusals = []
     for path, module in model.named_modules():
         experts = understood(module)
         if experts is None:
@@ -84,6 +85,8 @@ def routed_layers(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Rou
             reason = f"{layer!r} is not called once with hidden states alone"
         else:
             block = _block(model, path, layer, len(experts.experts))
+            if not found:
+                block = replace(block, attributes=(*block.attributes, *_attributes_above(model, block, layer)))
             found.append(RoutedLayer(block, layer, calls[1][1].shape[-1]))
             continue
         refusals.append(Refusal(path, "experts", reason, "Nothing is needed: all of its experts are kept."))
@@ -115,12 +118,20 @@ def exact_layers(
     model: nn.Module, layers: Sequence[RoutedLayer], inputs: Mapping[str, Any]
 ) -> tuple[list[RoutedLayer], list[Refusal]]:
     """The layers that compute exactly what they should with as few experts as can be, and refusals of the others."""
-    exact, refusals = [], []
+    fewest = {}
     for number, routed in enumerate(layers):
         random = torch.Generator().manual_seed(number)
-        fewest = torch.randperm(routed.block.units, generator=random)[: routed.chosen].sort().values
+        some = torch.randperm(routed.block.units, generator=random)[: routed.chosen]
+        fewest[routed.block.name] = some.sort().values
+    try:
+        verify_routed(model, layers, fewest, inputs)
+        return list(layers), []
+    except EquivalenceError:
+        pass  # which of them it is that is wrong is found one by one
+    exact, refusals = [], []
+    for routed in layers:
         try:
-            verify_routed(model, [routed], {routed.block.name: fewest}, inputs)
+            verify_routed(model, [routed], fewest, inputs)
             exact.append(routed)
         except EquivalenceError as error:
             advice = "Nothing is needed: all of its experts are kept."
@@ -156,11 +167,7 @@ def _block(model: nn.Module, path: str, layer: str, experts: int) -> Block:
                 slices.append(Slice(f"{name}.{leaf}", 0, index))
             elif tensor.shape == (1, experts):
                 slices.append(Slice(f"{name}.{leaf}", 1, index))
-        attributes += [
-            Attribute(name, attribute, experts, 1)
-            for attribute, value in vars(module).items()
-            if type(value) is int and value == experts and "expert" in attribute
-        ]
+        attributes += _counts(name, module, experts)
     parameters = dict(model.named_parameters())
     return Block(
         name=path,
@@ -171,6 +178,24 @@ def _block(model: nn.Module, path: str, layer: str, experts: int) -> Block:
         attributes=tuple(attributes),
         parameters_per_unit=parameters_per_unit(model, [one for one in slices if one.tensor in parameters]),
     )
+
+
+def _attributes_above(model: nn.Module, block: Block, layer: str) -> list[Attribute]:
+    """Numbers of experts that the modules around a layer hold, the model among them: all layers keep equally many."""
+    parts = layer.split(".")
+    return [
+        attribute
+        for end in range(len(parts))
+        for attribute in _counts(".".join(parts[:end]), model.get_submodule(".".join(parts[:end])), block.units)
+    ]
+
+
+def _counts(path: str, module: nn.Module, experts: int) -> list[Attribute]:
+    return [
+        Attribute(path, name, experts, 1)
+        for name, value in vars(module).items()
+        if type(value) is int and value == experts and "expert" in name
+    ]
 
 
 class RoutedTokens:

@@ -21,6 +21,9 @@ TOLERANCE = 1e-4
 HALVES = (torch.float16, torch.bfloat16)
 
 
+_SHRINKING = ("past_key_values", "attentions", "router_logits", "aux_loss")
+
+
 class EquivalenceError(RuntimeError):
     """A shrunk block does not compute what the original does with the removed units masked.
 
@@ -223,14 +226,15 @@ def _run(
 def floating_tensors(output: Any) -> Iterator[torch.Tensor]:
     """Every floating tensor in a model's output, through tuples, lists and mappings, but not in caches.
 
-    Key/value caches and attention maps have one entry per head: they shrink with the model.
+    Key/value caches and attention maps have one entry per head, and what routers say one per expert: they shrink with
+    the model.
     """
     if isinstance(output, torch.Tensor):
         if output.is_floating_point():
             yield output
     elif isinstance(output, Mapping):
         for key, value in output.items():
-            if "past_key_values" not in key and "attentions" not in key:
+            if not any(name in key for name in _SHRINKING):
                 yield from floating_tensors(value)
     elif isinstance(output, (tuple, list)):
         for value in output:

@@ -80,6 +80,16 @@ def test_a_language_model_loses_parameters_and_keeps_a_perplexity(recipe, capsys
 
 
 @pytest.mark.slow
+def test_a_mixture_of_experts_loses_neurons_and_experts(recipe, capsys):
+    rows = recipe("moe").main(["--steps", "2", "--samples", "16", "--unseen", "8"])
+    ways = list(recipe("moe").WAYS)
+    assert [(row["removed"], row["weights"]) for row in rows] == [(way, w) for way in ways for w in ("new", "old")]
+    assert all(row["parameters"] < 1 and row["layout"] == "stock" for row in rows)
+    assert all(one["parameters"] == other["parameters"] for one, other in zip(rows[::2], rows[1::2], strict=True))
+    assert "95% intervals" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_digits_are_read_by_smaller_transformers(recipe):
     rows = recipe("vit_digits").main(["--epochs", "1", "--samples", "16", "--keep", "0.5"])
     assert [row["widths"] for row in rows] == ["alike", "each its own"]

@@ -215,3 +215,15 @@ def test_a_failure_puts_the_experts_back(stage, monkeypatch):
     after = dict(model.named_parameters())
     assert all(after[name] is kept and torch.equal(kept, value) for name, (kept, value) in before.items())
     assert model.model.layers[0].mlp.gate.num_experts == 4 and model.config.to_dict() == config
+
+
+def test_a_model_that_returns_its_routers_logits_trains_on():
+    model = tiny_model("mixtral", "main")
+    model.config.output_router_logits = True
+    prune(model, batches(model), CONFIG)
+    assert model.num_experts == model.config.num_local_experts == 2
+    batch = batches(model)[0]
+    output = model(**batch, labels=batch["input_ids"])
+    output.loss.backward()
+    assert output.router_logits[0].shape[-1] == 2 and output.aux_loss.isfinite()
+    assert model.model.layers[1].mlp.gate.weight.grad.any()

@@ -1,0 +1,94 @@
+"""Prune a mixture-of-experts language model: neurons inside its experts, whole experts, and one after the other.
+
+A small Qwen3-MoE, eight experts a layer of which each token gets two, learns the docstrings of the standard library
+for a minute or two; with `--model`, any mixture-of-experts language model of yours is pruned instead. Every way is
+compared with the same removal without new weights.
+
+    pip install 'hf_subprune[evaluate]'
+    python recipes/moe.py
+    python recipes/moe.py --model FOLDER_OR_HUB_ID --steps 0
+"""
+
+import argparse
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from causal_lm import train
+from missing_word import make_tokenizer
+from tables import print_table
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
+from transformers.utils import logging
+
+from hf_subprune import PruneConfig, prune
+from hf_subprune.datafiles import load_model
+from hf_subprune.demo import docstrings
+from hf_subprune.tasks import Perplexity, Trial
+
+WAYS = {
+    "neurons of all experts": {"units": ("mlp",), "keep": 0.5},
+    "whole experts": {"units": ("experts",), "keep": 0.5},
+    "experts, then neurons": {"units": ("experts", "mlp"), "keep": {"experts": 0.75, "mlp": 0.67}},
+}
+
+
+def make_model(vocabulary: int) -> Qwen3MoeForCausalLM:
+    """Two layers of eight experts with 64 neurons each, at random."""
+    set_seed(0)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            moe_intermediate_size=64,
+            num_experts=8,
+            num_experts_per_tok=2,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=64,
+            router_aux_loss_coef=0.01,
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Train if asked to, prune in every way and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hub id; a small mixture of experts made here when left out")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of the original")
+    parser.add_argument("--samples", type=int, default=256, help="paragraphs to calibrate on")
+    parser.add_argument("--unseen", type=int, default=256, help="other paragraphs, to test on")
+    options = parser.parse_args(arguments)
+    logging.disable_progress_bar()
+    unseen, texts = docstrings(options.unseen), docstrings(2800, offset=options.unseen)
+    if options.model:
+        original, tokenizer = load_model(options.model)
+    else:
+        tokenizer = make_tokenizer(texts)
+        original = make_model(len(tokenizer))
+    if options.steps:
+        original.config.output_router_logits = True  # the loss then asks for experts that share the work
+        train(original, texts, tokenizer, options.steps)
+        original.config.output_router_logits = False
+    original.eval()
+
+    task = Perplexity([{"text": text} for text in unseen], tokenizer, dataset="docstrings", max_length=64)
+    trial = Trial(task, original)
+    common = {"samples": options.samples, "held_out": max(2, options.samples // 4), "max_length": 64}
+    rows = []
+    for name, way in WAYS.items():
+        for reweight in (True, False):
+            model = copy.deepcopy(original)
+            report = prune(model, texts, PruneConfig(**common, **way, reweight=reweight), tokenizer)
+            (metric,) = trial.score(model)
+            before, after, change = metric.cells()
+            row = {"removed": name, "weights": "new" if reweight else "old", "layout": report.layout}
+            row |= {"parameters": report.parameters.ratio, "MACs": report.macs.ratio}
+            rows.append(row | {"perplexity before": before, "after": after, "change": change})
+    print_table("Perplexity of unseen docstrings, with 95% intervals of the paired bootstrap", rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
