@@ -26,9 +26,9 @@ from hf_subprune.demo import docstrings
 from hf_subprune.tasks import Perplexity, Trial
 
 WAYS = {
-    "neurons of all experts": {"units": ("mlp",), "keep": 0.5},
-    "whole experts": {"units": ("experts",), "keep": 0.5},
-    "experts, then neurons": {"units": ("experts", "mlp"), "keep": {"experts": 0.75, "mlp": 0.67}},
+    "neurons of all experts": {"units": ("mlp",), "keep": 0.25},
+    "whole experts": {"units": ("experts",), "keep": 0.375},
+    "experts, then neurons": {"units": ("experts", "mlp"), "keep": {"experts": 0.5, "mlp": 0.5}},
 }
 
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Train if asked to, prune in every way and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id; a small mixture of experts made here when left out")
-    parser.add_argument("--steps", type=int, default=500, help="training steps of the original")
+    parser.add_argument("--steps", type=int, default=700, help="training steps of the original")
     parser.add_argument("--samples", type=int, default=256, help="paragraphs to calibrate on")
     parser.add_argument("--unseen", type=int, default=256, help="other paragraphs, to test on")
     options = parser.parse_args(arguments)
