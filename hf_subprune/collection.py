@@ -1,15 +1,16 @@
 """Collect the moments of every block in forward order, for each of the paper's variants."""
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from .advance import Plan, Segment, Stream
+from .advance import Plan, Stream
 from .blocks import Block, by_stack
 from .calibration import CalibrationSet
 from .durable import write_json
@@ -17,7 +18,7 @@ from .experts import routed_tokens
 from .linears import feature_axis, input_rows, matrix_shape, output_positions, output_rows
 from .moments import MomentAccumulator, Moments, combine, unseen
 from .offload import device_of, loaded
-from .surgery import Edit
+from .surgery import Edit, taken_back
 
 FOLDS = 2
 
@@ -52,9 +53,14 @@ class BlockMoments:
         return seen + [unseen(W, seen, self.held_out.intercept)] * (len(self.folds) - len(seen))
 
     def of_held_out(self, W: torch.Tensor) -> Moments:
-        """The moments of the held-out rows; of those fitted on for an expert that gets none of the held-out ones."""
+        """The moments of the held-out rows; of those fitted on for an expert that gets none of the held-out ones.
+
+        In float32: they are reported on, in a few digits.
+        """
         held_out = self.held_out
-        return held_out.moments(W) if held_out.rows > held_out.intercept else combine(self.of_folds(W))
+        if held_out.rows > held_out.intercept:
+            return held_out.moments(W, torch.float32)
+        return combine(self.of_folds(W))
 
 
 def collect(
@@ -73,7 +79,8 @@ def collect(
 
     - `layer`: one forward in all, of the original model.
     - `seq`: of the model as pruned so far, one layer forward a segment and one partial one a block.
-    - `asym`: targets from the original model, inputs from the model as pruned so far; two streams.
+    - `asym`: targets from the original model, inputs from the model as pruned so far; two streams. The targets of a
+      segment's blocks are held while it is pruned.
 
     Args:
         model: In eval mode; original weights at the start.
@@ -94,44 +101,40 @@ def collect(
     streams = {name: Stream(model, plan, batches, _made(folder, name)) for name in names}
     start = 0 if folder is None else _resume(folder, streams)
     current, original = streams["current"], streams.get("original")
-    beforehand = {name for name in edits if name not in {b.name for s in plan.segments[:start] for b in s.blocks}}
+    finished = {b.name for s in plan.segments[:start] for b in s.blocks}
+    beforehand = {name: edit for name, edit in edits.items() if name not in finished}
     for segment in plan.segments[start:]:
         layer = model.get_submodule(segment.path)
+        taps = {b.name: _Tap(model, b, calibration, with_targets=original is not None) for b in segment.blocks}
         if variant == "layer":
-            taps = [_Tap(model, block, calibration) for block in segment.blocks]
             with loaded(layer):
                 for index in range(len(batches)):
-                    for tap in taps:
+                    for tap in taps.values():
                         tap.start(index)
-                    current.run(index, inputs={tap.block.consumer: tap.add for tap in taps})
+                    current.run(index, inputs={tap.block.consumer: tap.add for tap in taps.values()})
             current.step()
-            while taps:  # dropped one by one, so that a block's moments are gone when the next one is solved
-                tap = taps.pop(0)
-                yield tap.block, tap.moments
+            for block in segment.blocks:  # a block's moments are gone when the next one is solved
+                yield block, taps.pop(block.name).moments
         else:
+            if original is not None:
+                # None of the segment's blocks is shrunk yet: one pass gives the targets of all.
+                with taken_back(beforehand), loaded(layer):
+                    for index in range(len(batches)):
+                        for tap in taps.values():
+                            tap.start(index)
+                        original.run(index, outputs={tap.block.consumer: tap.add_target for tap in taps.values()})
+                original.step()
             for group in by_stack(segment.blocks):  # experts of one layer do not read one another
-                taps = [_Tap(model, block, calibration, with_targets=original is not None) for block in group]
-                last = group[-1].consumer
                 for index in range(len(batches)):
-                    for tap in taps:
-                        tap.start(index)
-                    if original is not None:
-                        targets = {tap.block.consumer: tap.add_target for tap in taps}
-                        with _undone(segment, edits, beforehand):
-                            original.run(index, outputs=targets, stop_at=last)
-                    current.run(index, inputs={tap.block.consumer: tap.add for tap in taps}, stop_at=last)
-                while taps:
-                    tap = taps.pop(0)
-                    yield tap.block, tap.moments
-                    del tap
+                    for block in group:
+                        taps[block.name].start(index)
+                    inputs = {block.consumer: taps[block.name].add for block in group}
+                    current.run(index, inputs=inputs, stop_at=group[-1].consumer)
+                for block in group:
+                    yield block, taps.pop(block.name).moments
             for index in range(len(batches)):
                 current.run(index)
-                if original is not None:
-                    with _undone(segment, edits, beforehand):
-                        original.run(index)
             current.step()
-            if original is not None:
-                original.step()
         if folder is not None:
             _commit(folder, streams)
         advanced()
@@ -176,37 +179,44 @@ class _Tap:
     """Feeds the rows that reach one consumer into the accumulators of the batch's fold."""
 
     def __init__(self, model: nn.Module, block: Block, calibration: CalibrationSet, with_targets: bool = False):
-        consumer = model.get_submodule(block.consumer)
-        n, m = matrix_shape(consumer)
-        bias = getattr(consumer, "bias", None)
-        self.block, self.consumer, self.calibration = block, consumer, calibration
-        self._bias = bias if with_targets else None
-        self._targets: list[tuple[torch.Tensor, torch.Tensor | None]] | None = [] if with_targets else None
-        accumulators = [
-            MomentAccumulator(
-                n,
-                m if with_targets else None,
-                intercept=bias is not None,
-                device=device_of(consumer.weight),  # type: ignore[arg-type]
-            )
-            for _ in range(min(FOLDS, len(calibration.fit)) + 1)
-        ]
-        self.moments = BlockMoments(tuple(accumulators[:-1]), accumulators[-1])
+        self.block, self.calibration = block, calibration
+        self.consumer: Any = model.get_submodule(block.consumer)
+        self._bias = getattr(self.consumer, "bias", None) if with_targets else None
+        self._targets: dict[int, list[tuple[torch.Tensor, torch.Tensor | None]]] | None = (
+            defaultdict(list) if with_targets else None
+        )
+        self._accumulators: BlockMoments | None = None
+
+    @property
+    def moments(self) -> BlockMoments:
+        """Of the rows seen so far; memory is taken when they are first asked for."""
+        if self._accumulators is None:
+            n, m = matrix_shape(self.consumer)
+            made = [
+                MomentAccumulator(
+                    n,
+                    None if self._targets is None else m,
+                    intercept=getattr(self.consumer, "bias", None) is not None,
+                    device=device_of(self.consumer.weight),
+                )
+                for _ in range(min(FOLDS, len(self.calibration.fit)) + 1)
+            ]
+            self._accumulators = BlockMoments(tuple(made[:-1]), made[-1])
+        return self._accumulators
 
     def start(self, index: int) -> None:
         """The rows to come belong to batch `index` (calibration batches first, held-out ones behind)."""
         self._index, self._fitted = index, len(self.calibration.fit)
-        self._into = (
-            self.moments.folds[index % len(self.moments.folds)] if index < self._fitted else self.moments.held_out
-        )
 
     def add_target(self, output: torch.Tensor) -> None:
         rows = self._real(output_rows(self.consumer, output), output.movedim(feature_axis(self.consumer), -1).shape)
         rows = rows if self._bias is None else rows - self._bias.detach()
-        self._targets.append((rows, self._tokens()))  # type: ignore[union-attr]
+        self._targets[self._index].append((rows, self._tokens()))  # type: ignore[index]
 
     def add(self, inputs: torch.Tensor) -> None:
-        targets, sent = self._targets.pop(0) if self._targets is not None else (None, None)
+        targets, sent = (None, None) if self._targets is None else self._targets[self._index].pop(0)
+        fitted = self._index < self._fitted
+        into = self.moments.folds[self._index % len(self.moments.folds)] if fitted else self.moments.held_out
         start = done = 0
         positions = output_positions(self.consumer, inputs.shape)
         for part in input_rows(self.consumer, inputs):
@@ -214,8 +224,8 @@ class _Tap:
             start += len(part)
             target = None if targets is None else targets[done : done + len(rows)]
             done += len(rows)
-            if not torch.isfinite(rows).all():
-                what = f"calibration batch {self._index}" if self._index < self._fitted else "a held-out batch"
+            if not torch.isfinite(rows.sum(dtype=torch.float64)):  # what is not finite stays so in a sum
+                what = f"calibration batch {self._index}" if fitted else "a held-out batch"
                 raise ValueError(
                     f"Block {self.block.name}: the input of {self.block.consumer} holds NaN or inf in {what}"
                     f"{self._culprits(inputs)}. Check these samples, or load the model in float32 or bfloat16."
@@ -223,7 +233,7 @@ class _Tap:
             if target is not None and sent is not None and (tokens := self._tokens()) is not None:
                 # Routers of the two models may differ: only tokens that both send to this expert tell it what to do.
                 rows, target = rows[torch.isin(tokens, sent)], targets[torch.isin(sent, tokens)]  # type: ignore[index]
-            self._into.update(rows, target)
+            into.update(rows, target)
 
     def _tokens(self) -> torch.Tensor | None:
         """Which tokens the rows of an expert are, in increasing order; `None` where all tokens pass."""
@@ -241,17 +251,3 @@ class _Tap:
         """Those of some rows, the first of which is row `start` of a tensor of `shape`, that are no padding."""
         mask = self.calibration.mask(shape, self._index, self.block.consumer)
         return rows if mask is None else rows[mask[start : start + len(rows)].to(rows.device)]
-
-
-@contextmanager
-def _undone(segment: Segment, edits: Mapping[str, Edit], beforehand: set[str]) -> Iterator[None]:
-    """The segment's blocks, and those shrunk before the walk, as they were before pruning."""
-    inside = beforehand | {block.name for block in segment.blocks}
-    made = [edit for name, edit in edits.items() if name in inside]
-    for edit in reversed(made):
-        edit.undo()
-    try:
-        yield
-    finally:
-        for edit in made:
-            edit.redo()

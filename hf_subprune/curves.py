@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from .moments import Moments, combine
-from .reweighting import reweight
 from .problem import columns_of
+from .reweighting import reweight
 from .selection import greedy, nested
 from .solver import PRIOR_SHRINKAGE, metric_root, regularise
 

@@ -88,7 +88,8 @@ def eliminate(
             outside = free.index_fill(0, pool, False)
             accepted = _agreed(left, norms, rows, v, shrunk, chosen_gains, floor, sign, outside)
             # The next panel must look at what begins above the gain at which this one ends.
-            width = max(_POOL * _PANEL, _POOL * int((sign * gain > sign * chosen_gains[-1]).sum()))
+            needed = _POOL * int((sign * gain > sign * chosen_gains[-1]).sum())
+            width = min(max(_POOL * _PANEL, needed), 2 * width)
         pivots = pivots[:accepted]
         order[done : done + accepted] = pivots
         gains[done : done + accepted] = chosen_gains[:accepted]
@@ -106,7 +107,7 @@ def eliminate(
 
 
 class _Remainder:
-    """What the pivots taken so far leave: `R` `(n, m)` and the diagonal of `D = H - L'L` in full, the rest on demand."""
+    """What the pivots taken leave: `R` `(n, m)` and the diagonal of `D = H - L'L` in full, the rest on demand."""
 
     def __init__(self, H: torch.Tensor, C: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, steps: int):
         self.H, self.scale = H.to(dtype), scale.to(dtype)
@@ -174,10 +175,7 @@ def _speculate(D, T, panel, floor, smallest, picks):
         spent |= d <= floor
         norms[spent], d[spent] = worst, 1.0
         value = norms / d
-        if picks is None:
-            p = int(best_of(value))
-        else:
-            p = int(picks[step][best_of(value[picks[step]])])
+        p = int(best_of(value)) if picks is None else int(picks[step][best_of(value[picks[step]])])
         if not smallest and value[p] <= 0:
             break
         root, gains[step] = np.sqrt(d[p]), value[p]

@@ -129,7 +129,7 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: An
     return 2 * batch * heads * length * key[-2] * (width + value[-1])
 
 
-def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 0.5) -> Latency:
+def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 0.2) -> Latency:
     """Median wall time of a forward on one batch, after a warm-up.
 
     Args:

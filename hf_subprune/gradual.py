@@ -252,7 +252,6 @@ class GradualPruning:
             width,
             reweight_kept=self.config.reweight,
             output_metric=problem.output_metric,
-            certificates=False,
             chosen=chosen,
             **self._selection(),
         )

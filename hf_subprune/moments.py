@@ -125,12 +125,13 @@ class MomentAccumulator:
         width = -(-self.n // _PANELS)
         return [(start, min(start + width, self.n)) for start in range(0, self.n, width)]
 
-    def moments(self, weight: torch.Tensor | None = None) -> Moments:
+    def moments(self, weight: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> Moments:
         """The moments of everything added so far.
 
         Args:
             weight: `(n, m)`, the consumer's weight, inputs by outputs; required when no targets were added, for
                 which the target is `B @ weight`.
+            dtype: Of the result; that of the sums when `None`.
 
         Raises:
             ValueError: no row was added, or the weight is missing.
@@ -142,7 +143,7 @@ class MomentAccumulator:
         if self.intercept:
             root = (self._sum / self.rows**0.5).to(self.dtype)
             input_mean = mean + self.shift.to(mean)  # type: ignore[union-attr]
-        H = torch.empty_like(self._gram)
+        H = torch.empty_like(self._gram, dtype=dtype)
         for start, stop in self._panels():
             rows = self._gram[start:stop, start:]
             if root is not None:
@@ -159,7 +160,7 @@ class MomentAccumulator:
             C = H @ W
             t = float((W * C).sum(dtype=torch.float64))
             return Moments(H, C, t, self.rows, input_mean, input_mean @ W, self.intercept)
-        C, t = self._cross.clone(), float(self._target_square)
+        C, t = self._cross.to(H, copy=True), float(self._target_square)
         target_mean = self._target_sum / self.rows
         if self.intercept:
             C.addr_(self._sum.to(C), target_mean.to(C), alpha=-1)

@@ -14,7 +14,7 @@ from .moments import Moments, combine, restrict
 
 # Multiples of mean(diag H) tried by cross-fitting. At infinity the weights stay as they are.
 SHRINKAGE_GRID = (1e-4, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0, math.inf)
-_FIRST_TRIED = (1e-1, 1.0)
+_FIRST_TRIED = (1e-1, 3e-1)
 # Up to this many kept columns cross-fitting is in float64.
 _DOUBLE_BELOW = 256
 

@@ -16,12 +16,16 @@ from transformers.utils import ModelOutput
 
 from .advance import forward_replaced
 from .blocks import Block, by_stack
-from .calibration import Batch
+from .calibration import Batch, is_divisible
 from .evaluation import compared_output
 from .linears import feature_axis, matrix_shape
 from .offload import device_of, input_device
 from .padding import token_mask
 from .verification import undisturbed
+
+# Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output.
+_ROUNDS = 4
+_ROWS_AN_OUTPUT = 2
 
 
 def output_metrics(
@@ -46,8 +50,9 @@ def output_metrics(
     Either is summed over the output's tokens and
     averaged over those of the consumer; padding counts on neither side.
 
-    One forward and one backward a batch and probe. No parameter gets a gradient, and the activations of one batch are
-    held at a time. Weights, flags, gradients and the random state of the model stay as they are.
+    One forward and one backward a batch and probe, on every fourth sample where this gives twice as many rows as a
+    consumer has outputs, on more or all of them otherwise. No parameter gets a gradient, and the activations of one
+    batch are held at a time. Weights, flags, gradients and the random state of the model stay as they are.
 
     Args:
         model: Whose output is looked at.
@@ -77,15 +82,29 @@ def output_metrics(
             module = model.get_submodule(path)
             again = partial(checkpoint, module.forward, use_reentrant=False)
             stack.enter_context(forward_replaced(module, again))
-        for batch in batches:
-            arguments = _arguments(model, batch)
-            for _ in range(probes):
-                for total in sums:
-                    total.batch = batch
-                value = _probe(model, batch, model(**arguments), generator)
-                if value is not None and value.requires_grad:
-                    value.backward()
+        for part in range(_ROUNDS):
+            for batch in _parts(batches, part):
+                arguments = _arguments(model, batch)
+                for _ in range(probes):
+                    for total in sums:
+                        total.batch = batch
+                    value = _probe(model, batch, model(**arguments), generator)
+                    if value is not None and value.requires_grad:
+                        value.backward()
+            if all(total.rows >= _ROWS_AN_OUTPUT * total.m for total in sums):
+                break
     return Means({block.name: total.result() for total in sums for block in total.blocks})
+
+
+def _parts(batches: Sequence[Batch], part: int) -> Iterator[Batch]:
+    """Every fourth sample of each batch, from `part` on; of batches that cannot be cut, every fourth batch."""
+    for index, batch in enumerate(batches):
+        if is_divisible(batch):
+            cut = {name: value[part::_ROUNDS] for name, value in batch.items()}
+            if len(next(iter(cut.values()))):
+                yield cut
+        elif index % _ROUNDS == part:
+            yield batch
 
 
 class Means(Mapping[str, torch.Tensor]):

@@ -13,8 +13,8 @@ from .certificates import certify
 from .factorisation import factorise
 from .importance import scores
 from .moments import Moments, combine
-from .reweighting import SHRINKAGE_GRID, cross_fit, relative_error, reweight
 from .problem import columns_of
+from .reweighting import SHRINKAGE_GRID, cross_fit, relative_error, reweight
 from .selection import greedy, select
 
 # What selection uses before cross-fitting has chosen, and what is used when there are no two folds to cross-fit on.
@@ -53,8 +53,8 @@ class BlockSolution:
         swaps: Number of exchanges made by swap refinement.
         swap_gain: What they added to the objective, as a fraction of the objective.
         jitter: Relative amount added to the diagonal for the factorisation to succeed.
-        guarantee: Part of what any choice of as many units could capture that the kept ones capture at least (ALGORITHM
-            section 6); `None` for importances that do not maximise the objective.
+        guarantee: Part of what any choice of as many units could capture that the kept ones capture at least
+            (ALGORITHM section 6); `None` for importances that do not maximise the objective.
     """
 
     kept_units: torch.Tensor

@@ -18,7 +18,7 @@ from .factorisation import rounding
 # Columns on either side of the pool within which exchanges are made before the whole tableau follows.
 _POOL = 64
 # Exchanges that add less than this part of the objective are left alone, by dtype of the tableau.
-_LEAST_GAIN = {torch.float64: 1e-9, torch.float32: 1e-7}
+_LEAST_GAIN = {torch.float64: 1e-9, torch.float32: 1e-6}
 # Multiple of the rounding error of eigenvalues that is added to the unit diagonal.
 _LIFT = 16.0
 # Numbers in one piece of the table of all exchanges.
@@ -32,7 +32,7 @@ class Refined:
     Args:
         kept: `(k,)` int64, sorted.
         swaps: Number of exchanges made.
-        D: `(u, u)`, Schur complement on the columns of the units left out, a unit's next to each other; scaled by `scale`.
+        D: `(u, u)`, Schur complement on the columns of the units left out, unit by unit; scaled by `scale`.
         R: `(u, m)`, what the set leaves of `C` there, likewise.
         rounding: How far eigenvalues of `D` may be off.
     """
@@ -165,7 +165,7 @@ class _Tableau:
         partners, deltas = [], []
         for part in U.split(max(1, _CHUNK // len(S))):
             value = _exchange_values(
-                self.G[part][:, S].T,
+                self.G[S[:, None], part],
                 self.X[S] @ self.X[part].T,
                 norms[S],
                 -diagonal[S],

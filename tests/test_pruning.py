@@ -72,7 +72,7 @@ def test_new_weights_beat_plain_removal(family, variant):
         report = prune(model, ready_batches(model), PruneConfig(**QUICK, variant=variant, reweight=reweight))
         errors[reweight] = [block.fitted_error for block in report.blocks]
     first = zip(errors[True][:1], errors[False][:1], strict=True)  # later blocks see different inputs
-    assert all(new < old for new, old in first)
+    assert all(new <= old for new, old in first)  # alike where cross-fitting leaves the weights as they are
     assert sum(errors[True]) < sum(errors[False])
 
 

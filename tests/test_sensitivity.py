@@ -7,6 +7,7 @@ from batches import ready_batches
 from tiny import tiny
 from transformers.pytorch_utils import Conv1D
 
+from hf_subprune import sensitivity
 from hf_subprune.padding import token_mask
 from hf_subprune.probe import discover
 from hf_subprune.sensitivity import output_metrics
@@ -76,12 +77,17 @@ def hidden_rows(model):
     return rows
 
 
+@pytest.fixture
+def all_samples(monkeypatch):
+    monkeypatch.setattr(sensitivity, "_ROWS_AN_OUTPUT", 10**9)
+
+
 def centred_rows(output, _batch):
     return output.logits - output.logits.mean(1, keepdim=True)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_logits_give_the_metric_of_full_jacobians(family):
+def test_logits_give_the_metric_of_full_jacobians(family, all_samples):
     model = tiny(family).eval()
     batches = padded_batches(model)
     block = discover(model, batches[0]).blocks[1]
@@ -91,13 +97,27 @@ def test_logits_give_the_metric_of_full_jacobians(family):
     assert (found - expected).norm() < 0.25 * expected.norm()
 
 
-def test_hidden_states_give_gauss_newton_of_full_jacobians():
+def test_hidden_states_give_gauss_newton_of_full_jacobians(all_samples):
     model = tiny("bert").eval().base_model
     batches = padded_batches(model)
     block = discover(model, batches[0]).blocks[1]
     expected = exact_metric(model, block, batches, hidden_rows(model))
     found = output_metrics(model, [block], batches, probes=200)[block.name]
     assert (found - expected).norm() < 0.25 * expected.norm()
+
+
+@pytest.mark.parametrize(("wanted", "rounds"), [(0, 1), (10**9, 4)])
+def test_more_samples_are_looked_at_until_there_are_rows_enough(monkeypatch, wanted, rounds):
+    monkeypatch.setattr(sensitivity, "_ROWS_AN_OUTPUT", wanted)
+    model = tiny("llama").eval()
+    batch = {"input_ids": torch.randint(0, 50, (8, 6))}
+    seen = []
+    model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    output_metrics(model, discover(model, batch).blocks[:1], [batch])
+    looked_at = torch.cat(seen[-rounds:])
+    assert [len(part) for part in seen[-rounds:]] == [2] * rounds
+    assert all(any(torch.equal(row, sample) for sample in batch["input_ids"]) for row in looked_at)
+    assert len(looked_at.unique(dim=0)) == 2 * rounds
 
 
 def test_padding_counts_for_nothing():

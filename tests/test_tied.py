@@ -13,8 +13,8 @@ from hf_subprune import PruneConfig, prune
 from hf_subprune.blocks import by_tie
 from hf_subprune.moments import MomentAccumulator, combine
 from hf_subprune.probe import discover, probe_inputs
-from hf_subprune.pruning import prune_sizes
 from hf_subprune.problem import columns_of
+from hf_subprune.pruning import prune_sizes
 from hf_subprune.selection import nested, objective
 from hf_subprune.solver import regularise
 from hf_subprune.tied import Problem, choose_together, order_together
@@ -142,13 +142,14 @@ def test_all_layers_of_a_stack_keep_the_same_heads(family, variant):
 
 
 @pytest.mark.parametrize("family", TIES)
-def test_new_weights_beat_plain_removal_in_every_layer(family):
+def test_new_weights_beat_plain_removal(family):
     errors = {}
     for reweight in (True, False):
         model = tiny(family)
         config = PruneConfig(**QUICK, reweight=reweight, units=("attention",))
         errors[reweight] = [block.fitted_error for block in prune(model, ready_batches(model), config).blocks]
-    assert all(new < old for new, old in zip(errors[True], errors[False], strict=True))
+    assert all(new <= old for new, old in zip(errors[True], errors[False], strict=True))  # alike where they stay
+    assert sum(errors[True]) < 0.8 * sum(errors[False])
 
 
 @pytest.mark.parametrize("settings", [{"layout": "ragged", "budget": "global"}, {"macs": 0.7}, {"params": 36_000}])

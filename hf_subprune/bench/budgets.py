@@ -19,8 +19,8 @@ from ..evaluation import drift
 from ..experts import apart
 from ..linears import weight_matrix
 from ..moments import combine
-from ..reweighting import Reweighted, reweight
 from ..problem import columns_of
+from ..reweighting import Reweighted, reweight
 from ..solver import PRIOR_SHRINKAGE
 from ..surgery import shrink
 from ..targets import keep_target
