@@ -10,12 +10,13 @@ from .report import PruneReport
 
 if TYPE_CHECKING:
     from .callback import SubpruneCallback
+    from .checkpoint import prune_checkpoint
     from .recovery import recover
 
-# Imported when they are first asked for: they bring in Trainer and its dependencies.
-_LAZY = {"SubpruneCallback": "callback", "recover": "recovery"}
+# Imported when they are first asked for: they bring in Trainer, or what reads models and data by name.
+_LAZY = {"SubpruneCallback": "callback", "prune_checkpoint": "checkpoint", "recover": "recovery"}
 
-__all__ = ["PruneConfig", "PruneReport", "SubpruneCallback", "prune", "prune_sizes", "recover"]
+__all__ = ["PruneConfig", "PruneReport", "SubpruneCallback", "prune", "prune_checkpoint", "prune_sizes", "recover"]
 
 
 def __getattr__(name: str) -> Any:

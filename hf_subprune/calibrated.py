@@ -23,7 +23,7 @@ from .allocation import (
     fill_in,
     measured_blocks,
 )
-from .blocks import Block, Discovery, Refusal, by_width
+from .blocks import Block, Discovery, Refusal, by_tie, by_width
 from .budgets import interpolate
 from .calibration import CalibrationSet
 from .collection import FOLDS, BlockMoments, collect
@@ -34,6 +34,7 @@ from .evaluation import Costs, Outputs, measure, model_outputs
 from .linears import matrix_shape, weight_matrix
 from .offload import input_device, is_offloaded
 from .probe import discover
+from .processes import from_all, from_process, is_mine, processes
 from .progress import Clock, progress, timed
 from .report import Allocation
 from .sensitivity import Means, output_metrics
@@ -70,7 +71,8 @@ class Calibrated:
         curves: By block name, what the points were made from.
         metrics: By block name, the output metric `M` of ALGORITHM section 4; blocks left out weigh outputs equally.
         stored: By block name, the moments of the original model; `None` where they are collected again for each size.
-        reference: The original's outputs on the held-out batches.
+        owners: By block name, the process that solves the block.
+        reference: The original's outputs on `calibration.own_held_out`.
         before: What the original costs.
         clock: Of the stages so far.
     """
@@ -93,7 +95,11 @@ class Calibrated:
         self.configs = list(configs)
         found = once(self._file("blocks.pt"), self._find)  # in one file: a block is one object everywhere
         self.found, self.blocks, self.targets, self.candidates, self.plan = found
-        needs_curves = any(config.allocation() != "uniform" for config in configs) and bool(self.candidates)
+        self.targets = from_process(0, self.targets)  # latencies differ from process to process
+        # Processes take turns; what a curve or a selection needs of several blocks goes to one of them.
+        groups = enumerate(by_width(self.blocks) if self._needs_curves() else by_tie(self.blocks))
+        self.owners = {block.name: turn % processes() for turn, group in groups for block in group}
+        needs_curves = self._needs_curves()
         needs_metrics = first.loss_aware and bool(self.candidates) and (needs_curves or first.importance == "greedy")
         if evaluation is not None and not any(c.allocation() == "equal_loss" for c in configs):
             raise ValueError("`evaluation` is read by budget='equal_loss' only: choose that budget, or leave it out.")
@@ -113,6 +119,9 @@ class Calibrated:
             self.stored = {}
         if needs_curves or self.stored is not None:
             self.curves, self.losses = once(self._file("curves.pt"), lambda: self._survey(first, needs_curves))
+
+    def _needs_curves(self) -> bool:
+        return any(config.allocation() != "uniform" for config in self.configs) and bool(self.candidates)
 
     def _file(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name
@@ -147,8 +156,8 @@ class Calibrated:
         return states + sum(8 * m * m + 2 * n * m * itemsize for n, m in shapes)
 
     def _measure(self) -> tuple[list[Outputs], Costs]:
-        held_out = self.calibration.held_out
-        return model_outputs(self.model, held_out), measure(self.model, held_out[0])
+        calibration = self.calibration
+        return model_outputs(self.model, calibration.own_held_out), measure(self.model, calibration.held_out[0])
 
     def sensitivities(self, config: PruneConfig) -> Mapping[str, torch.Tensor]:
         """`metrics` of the model as it is now."""
@@ -178,8 +187,10 @@ class Calibrated:
         waiting: dict[str, list[tuple[Block, Problem, int]]] = {}
         members = {block: len(group) for group in by_width(self.candidates) for block in group}
         with progress(len(self.plan.segments), "Calibrating") as bar:
-            steps = collect(self.model, self.plan, self.calibration, "layer", {}, bar.update)
+            steps = collect(self.model, self.plan, self.calibration, "layer", {}, bar.update, owners=self.owners)
             for block, moments in timed(steps, self.clock, "calibration"):
+                if not is_mine(self.owners[block.name]):
+                    continue
                 if self.stored is not None:
                     self.stored[block.name] = moments
                 if propagation is None:
@@ -217,6 +228,9 @@ class Calibrated:
                         curve.trials.clear()
                         curves[name] = curve
                 del together, problems
+        for theirs in from_all((curves, factors, points)):
+            for mine, others in zip((curves, factors, points), theirs, strict=True):
+                mine.update(others)  # type: ignore[attr-defined]
         filled = fill_in(self.candidates, factors)
         predicted = {name: tuple((w, filled[name] * e) for w, e in curve.points) for name, curve in curves.items()}
         return curves, {name: points.get(name) or losses for name, losses in predicted.items()}
@@ -227,7 +241,7 @@ class Calibrated:
         losses = {b.name: self.losses.get(b.name, ((b.units, 0.0),)) for b in self.blocks}
         widths = choose_widths(self.blocks, target, config, losses)
         if target.name != "latency":
-            return widths
+            return from_process(0, widths)
         # What blocks save together is not quite the sum of what was timed: aim again at what was missed.
         aimed = target
         for _ in range(_LATENCY_TRIES):
@@ -243,7 +257,7 @@ class Calibrated:
                 widths = choose_widths(self.blocks, aimed, config, losses)
             except ValueError:
                 break
-        return widths
+        return from_process(0, widths)
 
     def target(self, config: PruneConfig) -> Target:
         """What one of the configs asks for on this model."""
@@ -262,12 +276,14 @@ class Calibrated:
 
     def moments(
         self, to_prune: Sequence[Block], config: PruneConfig, edits: dict[str, Edit], folder: Path | None = None
-    ) -> Iterator[tuple[Block, BlockMoments]]:
-        """Blocks with their moments for the config's variant, in forward order (see `collect`)."""
+    ) -> Iterator[tuple[Block, BlockMoments | None]]:
+        """Blocks in forward order, with their moments for the config's variant in the process that owns the block."""
         if self.stored is not None:
-            return ((block, self.stored[block.name]) for block in to_prune)
+            return ((block, self.stored.get(block.name)) for block in to_prune)
         segments = self.segments(to_prune)
-        return collect(self.model, segments, self.calibration, config.variant, edits, folder=folder)
+        return collect(
+            self.model, segments, self.calibration, config.variant, edits, folder=folder, owners=self.owners
+        )
 
     def segments(self, blocks: Sequence[Block]) -> Plan:
         """The plan to walk some of the blocks by."""
@@ -275,8 +291,9 @@ class Calibrated:
 
     def problem(self, block: Block, moments: BlockMoments) -> Problem:
         """What selection and reweighting need of one block."""
-        W = weight_matrix(self.model.get_submodule(block.consumer))
-        return Problem(moments.of_folds(W), W, block.columns, self.metrics.get(block.name))
+        W = weight_matrix(self.model.get_submodule(block.consumer)).to(moments.device)
+        metric = self.metrics.get(block.name)
+        return Problem(moments.of_folds(W), W, block.columns, None if metric is None else metric.to(moments.device))
 
     def predictions(self, block: Block, width: int) -> dict[str, Any]:
         """The block's curves, for the report."""

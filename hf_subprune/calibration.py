@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .config import PruneConfig
 from .decoding import add_decoder_inputs
 from .features import Features, example_columns, is_label, make_encoder, text_config
 from .padding import token_mask
+from .processes import own_share
 
 logger = logging.get_logger(__name__)
 
@@ -58,6 +59,21 @@ class CalibrationSet:
         """Two samples to fit on (all of the first batch where its tensors cannot be cut)."""
         first = self.fit[0]
         return {name: value[:2] for name, value in first.items()} if is_divisible(first) else first
+
+    def in_batches_of(self, size: int) -> "CalibrationSet":
+        """The same samples, batches cut into ones of at most `size` samples; the folds stay as they are, or nearly.
+
+        Batches whose tensors cannot be cut stay whole.
+        """
+        even, odd = ([piece for batch in self.fit[fold::2] for piece in _pieces(batch, size)] for fold in range(2))
+        pairs = itertools.zip_longest(even, odd)
+        fit = [batch for pair in pairs for batch in pair if batch is not None]
+        return replace(self, fit=fit, held_out=[piece for batch in self.held_out for piece in _pieces(batch, size)])
+
+    @property
+    def own_held_out(self) -> list[Batch]:
+        """The held-out batches that fall to this process, when several share them."""
+        return [self.held_out[number] for number in own_share(len(self.held_out))]
 
     @property
     def description(self) -> dict[str, Any]:
@@ -354,6 +370,10 @@ def _split_ready(batches: list[Batch], config: PruneConfig) -> tuple[list[Batch]
     fit, _ = _counts(len(batches), config)
     counts = sum(map(_rows, batches[:fit])), sum(map(_rows, batches[fit:]))
     return batches[:fit], batches[fit:], counts
+
+
+def _pieces(batch: Batch, size: int) -> list[Batch]:
+    return _cut([batch], 0, _rows(batch), size) if is_divisible(batch) else [batch]
 
 
 def _cut(batches: list[Batch], start: int, stop: int, largest: int) -> list[Batch]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
@@ -24,8 +23,10 @@ from .calibration import CalibrationSet, prepare
 from .config import PruneConfig
 from .datafiles import load_processing_class
 from .durable import check_space, write_json
+from .execution import full_precision, with_fitting_batches
 from .experts import apart
 from .offload import taken_over
+from .processes import processes
 from .progress import Clock
 from .pruning import check_prunable, prune_to
 from .report import PruneReport
@@ -81,7 +82,7 @@ def prune_checkpoint(
         OSError: the disk has no room. What is finished stays, and the same call goes on.
     """
     config, out = config or PruneConfig(), Path(out).absolute()
-    if PartialState().num_processes > 1:
+    if processes() > 1:
         raise ValueError("A checkpoint is pruned layer by layer in one process: start it without `accelerate launch`.")
     if config.latency is not None:
         raise ValueError("Latency is measured on a model in memory: choose another target, or use `prune`.")
@@ -92,21 +93,27 @@ def prune_checkpoint(
     check_space(out.parent, sum(path.stat().st_size for path in shards), "the pruned model")
     scratch = out.parent / f".{out.name}.partial"
     shutil.rmtree(scratch / "new", ignore_errors=True)  # weights of a run that was stopped; they are made again
-    for name in ("new", "blocks"):
-        (scratch / name).mkdir(parents=True, exist_ok=True)
+    (scratch / "new").mkdir(parents=True)
     processing_class = processing_class or load_processing_class(str(source))
     clock = Clock()
     model = _load(source, dtype, device, scratch / "converted")
     model.name_or_path = str(name_or_path)
     check_prunable(model, offloaded=True)
-    with taken_over(model, scratch / "new"), apart(model):
+
+    def run(calibration: CalibrationSet, size: int) -> PruneReport:
+        folder = scratch / f"batches-of-{size}"  # sums of other batches are others in the last bits
+        (folder / "blocks").mkdir(parents=True, exist_ok=True)
+        with ExitStack() as undo:
+            calibrated = Calibrated(model, calibration, [config], folder=folder, clock=clock)
+            report = prune_to(calibrated, config, undo)
+            undo.pop_all()
+        return replace(report, command=command)
+
+    with full_precision(), taken_over(model, scratch / "new"), apart(model):
         with clock("data"):
             calibration = prepare(model, data, config, processing_class)
         _check_same_run(scratch / _RUN, _run(source, shards, config, calibration, model))
-        with ExitStack() as undo:
-            calibrated = Calibrated(model, calibration, [config], folder=scratch, clock=clock)
-            report = replace(prune_to(calibrated, config, undo), command=command)
-            undo.pop_all()
+        report = with_fitting_batches(calibration, run)
     try:
         save_pruned(out, model, processing_class, report, max_shard_size=max_shard_size)
     except SafetensorError as error:

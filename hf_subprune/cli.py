@@ -2,6 +2,7 @@
 
 import functools
 import inspect as introspection
+import os
 import re
 import shlex
 import sys
@@ -49,7 +50,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)  # of several processes, one speaks
 
 app.add_typer(bench_app, name="bench")
 
@@ -241,6 +242,7 @@ def prune(
     """Prune a model on unlabeled samples and save it; with several values of --keep, each size in a folder of OUT."""
     from .checkpoint import prune_checkpoint
     from .datafiles import load_data, load_model
+    from .processes import processes, state
     from .pruning import prune as prune_model
     from .saving import check_output, save_pruned
     from .sizes import save_sizes, size_table
@@ -253,6 +255,8 @@ def prune(
             raise ValueError("--push takes one size: push the folder of the one you want with `hf-subprune push`.")
         loaded, processing_class = load_model(model, dtype=dtype)
         samples = load_data(data, split=split, column=column)
+        if processes() > 1:
+            raise ValueError("Several processes prune to one size at a time: give one value of --keep.")
         reports = save_sizes(out, loaded, samples, configs, processing_class, command=command_line())
         console.print(size_table(list(reports.values())))
         console.print("Saved to " + ", ".join(map(str, reports)) + ".", soft_wrap=True)
@@ -266,10 +270,11 @@ def prune(
     else:
         loaded, processing_class = load_model(model, dtype=dtype)
         report = replace(prune_model(loaded, samples, config, processing_class), command=command_line())
-        save_pruned(out, loaded, processing_class, report, max_shard_size=max_shard_size)
+        if state().is_main_process:
+            save_pruned(out, loaded, processing_class, report, max_shard_size=max_shard_size)
     console.print(report.summary(), report.block_table())
     console.print(f"Saved to {out}.", soft_wrap=True)
-    if push is not None:
+    if push is not None and state().is_main_process:
         from .hub import push_folder
 
         console.print(f"Pushed: {push_folder(out, push).commit_url}", soft_wrap=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from .advance import Plan, Stream
@@ -18,6 +19,7 @@ from .experts import routed_tokens
 from .linears import feature_axis, input_rows, matrix_shape, output_positions, output_rows
 from .moments import MomentAccumulator, Moments, combine, unseen
 from .offload import device_of, loaded
+from .processes import add_up, own_share
 from .surgery import Edit, taken_back
 
 FOLDS = 2
@@ -41,6 +43,15 @@ class BlockMoments:
     def rows(self) -> int:
         """Rows of the calibration batches."""
         return sum(fold.rows for fold in self.folds)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are."""
+        return self.held_out.device
+
+    def to(self, device: torch.device | str) -> "BlockMoments":
+        """The same sums on a device."""
+        return BlockMoments(tuple(fold.to(device) for fold in self.folds), self.held_out.to(device))
 
     def of_folds(self, W: torch.Tensor) -> list[Moments]:
         """The moments of each fold; a fold that sends no token to an expert knows nothing but its weights.
@@ -71,6 +82,7 @@ def collect(
     edits: Mapping[str, Edit],
     advanced: Callable[[], None] = lambda: None,
     folder: Path | None = None,
+    owners: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[Block, BlockMoments]]:
     """Yield each block with its moments; the caller shrinks the block before it asks for the next one.
 
@@ -92,6 +104,8 @@ def collect(
         advanced: Called after each segment (for a progress bar).
         folder: Where the state after each segment is made durable; the walk goes on behind the last one that is
             (`finished_segments`), whose blocks the caller has shrunk. Nothing is written without one.
+        owners: By block name, the process that gets the block's moments, when several run their shares of the batches;
+            without, each process runs all batches.
 
     Raises:
         ValueError: a block's inputs hold NaN or inf; the message names the block and the samples.
@@ -103,36 +117,40 @@ def collect(
     current, original = streams["current"], streams.get("original")
     finished = {b.name for s in plan.segments[:start] for b in s.blocks}
     beforehand = {name: edit for name, edit in edits.items() if name not in finished}
+    indices: Sequence[int] = range(len(batches))
+    if owners is not None:
+        fitted = len(calibration.fit)
+        indices = [*own_share(fitted), *(fitted + index for index in own_share(len(calibration.held_out)))]
     for segment in plan.segments[start:]:
         layer = model.get_submodule(segment.path)
         taps = {b.name: _Tap(model, b, calibration, with_targets=original is not None) for b in segment.blocks}
         if variant == "layer":
             with loaded(layer):
-                for index in range(len(batches)):
+                for index in indices:
                     for tap in taps.values():
                         tap.start(index)
                     current.run(index, inputs={tap.block.consumer: tap.add for tap in taps.values()})
             current.step()
             for block in segment.blocks:  # a block's moments are gone when the next one is solved
-                yield block, taps.pop(block.name).moments
+                yield block, _added_up(taps.pop(block.name), owners)
         else:
             if original is not None:
                 # None of the segment's blocks is shrunk yet: one pass gives the targets of all.
                 with taken_back(beforehand), loaded(layer):
-                    for index in range(len(batches)):
+                    for index in indices:
                         for tap in taps.values():
                             tap.start(index)
                         original.run(index, outputs={tap.block.consumer: tap.add_target for tap in taps.values()})
                 original.step()
             for group in by_stack(segment.blocks):  # experts of one layer do not read one another
-                for index in range(len(batches)):
+                for index in indices:
                     for block in group:
                         taps[block.name].start(index)
                     inputs = {block.consumer: taps[block.name].add for block in group}
                     current.run(index, inputs=inputs, stop_at=group[-1].consumer)
                 for block in group:
-                    yield block, taps.pop(block.name).moments
-            for index in range(len(batches)):
+                    yield block, _added_up(taps.pop(block.name), owners)
+            for index in indices:
                 current.run(index)
             current.step()
         if folder is not None:
@@ -192,15 +210,15 @@ class _Tap:
         """Of the rows seen so far; memory is taken when they are first asked for."""
         if self._accumulators is None:
             n, m = matrix_shape(self.consumer)
-            made = [
-                MomentAccumulator(
-                    n,
-                    None if self._targets is None else m,
-                    intercept=getattr(self.consumer, "bias", None) is not None,
-                    device=device_of(self.consumer.weight),
-                )
-                for _ in range(min(FOLDS, len(self.calibration.fit)) + 1)
-            ]
+            targets = None if self._targets is None else m
+            intercept = getattr(self.consumer, "bias", None) is not None
+            count, device = min(FOLDS, len(self.calibration.fit)) + 1, device_of(self.consumer.weight)
+            try:
+                made = [_accumulator(n, targets, intercept, device) for _ in range(count)]
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                made = [_accumulator(n, targets, intercept, torch.device("cpu")) for _ in range(count)]
             self._accumulators = BlockMoments(tuple(made[:-1]), made[-1])
         return self._accumulators
 
@@ -251,3 +269,14 @@ class _Tap:
         """Those of some rows, the first of which is row `start` of a tensor of `shape`, that are no padding."""
         mask = self.calibration.mask(shape, self._index, self.block.consumer)
         return rows if mask is None else rows[mask[start : start + len(rows)].to(rows.device)]
+
+
+def _accumulator(n: int, m: int | None, intercept: bool, device: torch.device) -> MomentAccumulator:
+    return MomentAccumulator(n, m, intercept=intercept, device=device)
+
+
+def _added_up(tap: _Tap, owners: Mapping[str, int] | None) -> BlockMoments:
+    if owners is not None:
+        for accumulator in (*tap.moments.folds, tap.moments.held_out):
+            add_up(accumulator, owners[tap.block.name])
+    return tap.moments

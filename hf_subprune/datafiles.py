@@ -9,6 +9,8 @@ from datasets import IterableDataset, load_dataset
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from .processes import state
+
 # The reader of `datasets` for each kind of file.
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -113,7 +115,7 @@ def load_model(
     architecture = (config.architectures or [None])[0]
     loader = auto_class or getattr(transformers, architecture or "", AutoModel)
     if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
+        device = state().device  # of several processes, each has its own
     model = loader.from_pretrained(name_or_path, dtype=dtype).to(device).eval()
     return model, load_processing_class(name_or_path)
 

@@ -17,6 +17,7 @@ from .calibration import Batch, is_divisible
 from .experts import apart, together
 from .offload import input_device, is_offloaded
 from .padding import token_mask
+from .processes import from_all
 from .verification import floating_tensors, undisturbed
 
 # Bytes of reference outputs that are held for one batch list; beyond that, evenly spaced tokens stand for all.
@@ -182,13 +183,16 @@ def iter_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> Iterator[O
         yield _outputs(model, batch, _STORED_BYTES // len(batches))
 
 
-def drift(model: PreTrainedModel, batches: Sequence[Batch], reference: Iterable[Outputs]) -> Drift:
+def drift(
+    model: PreTrainedModel, batches: Sequence[Batch], reference: Iterable[Outputs], *, shared: bool = False
+) -> Drift:
     """How far the model's outputs are from the reference ones.
 
     Args:
         model: The changed model.
         batches: Those that the reference was computed on.
         reference: `model_outputs(original, batches)`, or `iter_outputs` of it.
+        shared: Whether other processes have further batches, for one figure over all.
 
     Raises:
         ValueError: there is no batch.
@@ -211,6 +215,10 @@ def drift(model: PreTrainedModel, batches: Sequence[Batch], reference: Iterable[
         if old.pooled is not None and new.pooled is not None:
             samples += len(old.pooled)
             sums["pooled"] += float(cosine_similarity(old.pooled.double(), new.pooled.double()).sum())
+    if shared:
+        parts = from_all((sums, rows, samples, logits))
+        sums = {name: sum(part[0][name] for part in parts) for name in sums}
+        rows, samples, logits = sum(p[1] for p in parts), sum(p[2] for p in parts), any(p[3] for p in parts)
     if rows == 0:
         raise ValueError("Drift needs at least one batch to compare on.")
     return Drift(

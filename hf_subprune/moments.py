@@ -4,6 +4,7 @@ Tensors only. Rows (tokens) stream through a `MomentAccumulator`; memory does no
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,6 +74,19 @@ class MomentAccumulator:
             self._target_sum = torch.zeros(m, dtype=torch.float64, device=device)
             self._target_square = torch.zeros((), dtype=torch.float64, device=device)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are."""
+        return self._sum.device
+
+    def to(self, device: torch.device | str) -> "MomentAccumulator":
+        """The same sums on a device."""
+        moved = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(moved, name, value.to(device))
+        return moved
+
     def update(self, inputs: torch.Tensor, targets: torch.Tensor | None = None) -> None:
         """Add a batch of rows.
 
@@ -95,16 +109,16 @@ class MomentAccumulator:
                 self.shift = x.mean(0)
             x = x - self.shift.to(x)
         self.rows += len(x)
-        self._sum += x.sum(0, dtype=torch.float64)
+        self._sum += x.sum(0, dtype=torch.float64).to(self.device)
         for start, stop in self._panels():
-            self._gram[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+            self._gram[start:stop, start:] += (x[:, start:stop].T @ x[:, start:]).to(self.device)
         if targets is not None:
             if targets.shape != (len(x), self.m):
                 raise ValueError(f"Targets must have shape {(len(x), self.m)}, got {tuple(targets.shape)}.")
             y = targets.detach().to(x)
-            self._cross += x.T @ y
-            self._target_sum += y.sum(0, dtype=torch.float64)
-            self._target_square += y.square().sum(dtype=torch.float64)
+            self._cross += (x.T @ y).to(self.device)
+            self._target_sum += y.sum(0, dtype=torch.float64).to(self.device)
+            self._target_square += y.square().sum(dtype=torch.float64).to(self.device)
 
     def __iadd__(self, other: "MomentAccumulator") -> "MomentAccumulator":
         """Add the sums of another accumulator, which must have the same shape and shift."""
@@ -124,6 +138,28 @@ class MomentAccumulator:
     def _panels(self) -> list[tuple[int, int]]:
         width = -(-self.n // _PANELS)
         return [(start, min(start + width, self.n)) for start in range(0, self.n, width)]
+
+    def sums(self) -> list[torch.Tensor]:
+        """The sums themselves, to be added to those of other rows with the same shift."""
+        own = [self._gram, self._sum]
+        return own if self.m is None else [*own, self._cross, self._target_sum, self._target_square]
+
+    def shift_sum(self) -> torch.Tensor:
+        """`(n,)`, the shift times the number of rows; zeros without one."""
+        return torch.zeros_like(self._sum) if self.shift is None else self.shift.to(self._sum) * self.rows
+
+    def recentre(self, shift: torch.Tensor) -> None:
+        """Change the sums to what they are with another shift, `(n,)`; nothing without an intercept."""
+        if not self.intercept:
+            return
+        if self.shift is not None:
+            d = self.shift.to(self._sum) - shift.to(self._sum)
+            cross = torch.outer(d, self._sum)
+            self._gram += (cross + cross.T + self.rows * torch.outer(d, d)).to(self.dtype)
+            if self.m is not None:
+                self._cross += torch.outer(d, self._target_sum).to(self.dtype)
+            self._sum += self.rows * d
+        self.shift = shift
 
     def moments(self, weight: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> Moments:
         """The moments of everything added so far.

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from accelerate import PartialState
 from transformers.utils import logging
+
+from .processes import state
 
 _T = TypeVar("_T")
 
@@ -14,7 +15,7 @@ _T = TypeVar("_T")
 @contextmanager
 def progress(total: int, description: str) -> Iterator[Any]:
     """A bar on the main process, on a terminal only; `transformers.utils.logging.disable_progress_bar` hides it."""
-    hidden = None if PartialState().is_main_process else True
+    hidden = None if state().is_main_process else True
     with logging.tqdm(total=total, desc=description, disable=hidden) as bar:
         yield bar
 

@@ -10,21 +10,24 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .blocks import Block, by_tie
+from .blocks import Block, by_stack, by_tie
 from .calibrated import Calibrated
 from .calibration import CalibrationSet, prepare
 from .collection import BlockMoments, finished_segments
 from .config import TARGETS, PruneConfig
 from .durable import once
 from .evaluation import Costs, Outputs, drift, measure, model_outputs
+from .execution import full_precision, with_fitting_batches
 from .expert_removal import remove_experts, without_experts
 from .experts import apart, put_together
 from .layout import choose_layout
 from .offload import input_device, taken_over, without_values
+from .processes import from_process, is_mine, processes
 from .progress import Clock, peak_memory, progress, timed
 from .report import BlockReport, Change, PruneReport
 from .reweighting import relative_error
@@ -75,11 +78,16 @@ def prune(
         check_prunable(model)
         return _prune_experts_first(model, data, config, processing_class, evaluation)
     check_prunable(model, offloaded=True)
-    with taken_over(model), _eval_mode(model), apart(model), ExitStack() as undo:
+
+    def run(calibration: CalibrationSet, _size: int) -> PruneReport:
+        with ExitStack() as undo:
+            report = prune_to(Calibrated(model, calibration, [config], evaluation, clock=clock), config, undo)
+            undo.pop_all()
+        return report
+
+    with full_precision(), taken_over(model), _eval_mode(model), apart(model):
         clock, calibration = _prepared(model, data, config, processing_class)
-        report = prune_to(Calibrated(model, calibration, [config], evaluation, clock=clock), config, undo)
-        undo.pop_all()
-    return report
+        return with_fitting_batches(calibration, run)
 
 
 def prune_sizes(
@@ -112,7 +120,7 @@ def prune_sizes(
     """
     check_prunable(model)
     _check_alike(configs)
-    with _eval_mode(model), apart(model):
+    with full_precision(), _eval_mode(model), apart(model):
         clock, calibration = _prepared(model, data, configs[0], processing_class)
         calibrated = Calibrated(model, calibration, configs, evaluation, clock=clock)
         for config in configs:
@@ -128,8 +136,11 @@ def _prepared(
         return clock, prepare(model, data, config, processing_class)
 
 
+Chosen = tuple[torch.Tensor, str]
+"""Units `(k,)` that tied blocks keep, and the method that chose them."""
+
 Solution = tuple[BlockReport, torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Report, units kept, and the consumer's new weight `(k * c, m)` and bias `(m,)`, in the consumer's dtype."""
+"""Report, units kept, and the consumer's new weight `(k * c, m)` and bias `(m,)`, in its dtype; on the CPU."""
 
 
 def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> PruneReport:
@@ -153,11 +164,22 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
     solutions: dict[str, BlockReport] = {}
     folder = None if calibrated.folder is None else calibrated.folder / "walk"
 
-    def install(block: Block, solve: Callable[[], Solution]) -> None:
-        path = None if calibrated.folder is None else calibrated.folder / "blocks" / f"{block.consumer}.pt"
-        solutions[block.name], kept, V, bias = once(path, solve)
-        edits[block.name] = shrink(model, block, kept, weight=V, bias=bias)
-        bar.update()
+    pending: list[tuple[Block, Solution | None]] = []
+
+    def solve(block: Block, moments: BlockMoments | None, chosen: Chosen | None = None) -> None:
+        solution = None
+        if is_mine(calibrated.owners[block.name]):
+            path = None if calibrated.folder is None else calibrated.folder / "blocks" / f"{block.consumer}.pt"
+            solution = once(path, partial(_solve, calibrated, block, moments, widths[block.name], config, chosen))
+        pending.append((block, solution))
+
+    def install() -> None:
+        for block, solution in pending:
+            solved = from_process(calibrated.owners[block.name], solution)
+            solutions[block.name], kept, V, bias = solved  # type: ignore[misc]
+            edits[block.name] = shrink(model, block, kept, weight=V, bias=bias)
+            bar.update()
+        pending.clear()
 
     with progress(len(to_prune), "Pruning") as bar:
         for tie in by_tie(b for b in to_prune if b.tie):
@@ -166,16 +188,25 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
             with clock("selection"):
                 chosen = _choose_together(calibrated, together, widths[tie[0].name], config)
                 for block, moments in together:
-                    install(block, partial(_solve, calibrated, block, moments, widths[block.name], config, chosen))
+                    solve(block, moments, chosen)
+                install()
         alone = [b for b in to_prune if b.tie is None]
+        segments = calibrated.segments(alone).segments
+        groups = [group for segment in segments for group in by_stack(segment.blocks)]
+        # What the next block reads depends on this one, but for variant "layer", where each process solves one a time.
+        last = set() if config.variant == "layer" else {group[-1].name for group in groups}
         with taken_back(edits) if config.variant == "layer" else nullcontext():
-            for segment in calibrated.segments(alone).segments[: finished_segments(folder)]:
+            for segment in segments[: finished_segments(folder)]:
                 for block in segment.blocks:
-                    install(block, _lost)
+                    solve(block, None)
+                install()
             for block, moments in timed(calibrated.moments(alone, config, edits, folder), clock, "calibration"):
                 with clock("selection"):
-                    install(block, partial(_solve, calibrated, block, moments, widths[block.name], config))
+                    solve(block, moments)
+                    if block.name in last or (not last and len(pending) >= processes()):
+                        install()
                 del moments
+            install()
 
     kept = {name: torch.tensor(solution.kept_units) for name, solution in solutions.items()}
     with clock("verification"), taken_back(edits):
@@ -185,12 +216,13 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
     undo.callback(put_together(model.modules()))
     logger.info("Pruned %d blocks.", len(edits))
     whole = (BlockReport.whole(b, **calibrated.predictions(b, b.units)) for b in calibrated.blocks)
-    return PruneReport(
+    report = PruneReport(
         blocks=tuple(solutions.get(report.name, report) for report in whole),
         refusals=calibrated.found.refusals,
         allocation=calibrated.allocation(config, widths, reached),
         **_outcome(model, calibration, calibrated.before, calibrated.reference, config, clock, undo),
     )
+    return from_process(0, report)
 
 
 def _outcome(
@@ -208,7 +240,7 @@ def _outcome(
         undo.callback(layout.undo)
     with clock("evaluation"):
         after = measure(model, calibration.held_out[0])
-        change = drift(model, calibration.held_out, reference)
+        change = drift(model, calibration.own_held_out, reference, shared=True)
     return {
         "model": getattr(model, "name_or_path", "") or "",
         "architecture": type(model).__name__,
@@ -236,10 +268,10 @@ def _prune_experts_first(
 ) -> PruneReport:
     """`prune` where whole experts go: they go first, then the model without them is pruned."""
     fraction, rest = without_experts(config)
-    with _eval_mode(model), ExitStack() as undo:
+    with full_precision(), _eval_mode(model), ExitStack() as undo:
         clock, calibration = _prepared(model, data, config, processing_class)
         with clock("evaluation"):
-            reference = model_outputs(model, calibration.held_out)
+            reference = model_outputs(model, calibration.own_held_out)
             before = measure(model, calibration.held_out[0])
         removed, refusals = remove_experts(model, calibration, config, fraction, clock, undo)
         if rest is None:
@@ -257,19 +289,17 @@ def _prune_experts_first(
                 refusals=(*refusals, *report.refusals),
             )
         undo.pop_all()
-    return report
-
-
-def _lost() -> Solution:
-    raise FileNotFoundError("The solution of a finished block was removed: start the run anew.")
+    return from_process(0, report)
 
 
 def _choose_together(
-    calibrated: Calibrated, together: Sequence[tuple[Block, BlockMoments]], width: int, config: PruneConfig
-) -> tuple[torch.Tensor, str]:
-    """Select the units of tied blocks from the original model's moments of all."""
+    calibrated: Calibrated, together: Sequence[tuple[Block, BlockMoments | None]], width: int, config: PruneConfig
+) -> Chosen | None:
+    """Select the units of tied blocks from the original model's moments of all, in the process that owns them."""
+    if not is_mine(calibrated.owners[together[0][0].name]):
+        return None
     return choose_together(
-        [calibrated.problem(block, moments) for block, moments in together],
+        [calibrated.problem(block, moments) for block, moments in together if moments is not None],
         width,
         shrinkage=config.shrinkage,
         importance=config.importance,
@@ -282,32 +312,24 @@ def _choose_together(
 def _solve(
     calibrated: Calibrated,
     block: Block,
-    moments: BlockMoments,
+    moments: BlockMoments | None,
     width: int,
     config: PruneConfig,
-    chosen: tuple[torch.Tensor, str] | None = None,
+    chosen: Chosen | None = None,
 ) -> Solution:
     """Select (unless units were chosen for all blocks of a tie) and reweight one block."""
+    if moments is None:
+        raise FileNotFoundError(f"The solution of {block.name}, which was finished, is gone: start the run anew.")
     start = time.perf_counter()
     consumer: Any = calibrated.model.get_submodule(block.consumer)
-    problem = calibrated.problem(block, moments)
-    solution: BlockSolution = solve_block(
-        problem.folds,
-        None,
-        problem.W,
-        problem.groups,
-        width,
-        shrinkage=config.shrinkage,
-        importance=config.importance,
-        method=config.method,
-        swaps=None if config.swaps < 0 else config.swaps,
-        reweight_kept=config.reweight,
-        output_metric=problem.output_metric,
-        generator=torch.Generator().manual_seed(config.seed),
-        chosen=chosen,
-    )
-    held_out = moments.of_held_out(problem.W)
-    error = relative_error(held_out, solution.kept_columns, solution.V, solution.bias_shift)
+    try:
+        solution, error = _solution(calibrated, block, moments, width, config, chosen)
+    except RuntimeError as failure:
+        if moments.device.type == "cpu" or not should_reduce_batch_size(failure):
+            raise
+        logger.warning(f"Block {block.name} is solved on the CPU: its moments leave no room on {moments.device}.")
+        clear_device_cache(garbage_collection=True)
+        solution, error = _solution(calibrated, block, moments.to("cpu"), width, config, chosen)
     bias = None if consumer.bias is None else consumer.bias.detach() + solution.bias_shift.to(consumer.bias)
     report = BlockReport(
         name=block.name,
@@ -326,7 +348,37 @@ def _solve(
         seconds=time.perf_counter() - start,
         **calibrated.predictions(block, width),
     )
-    return report, solution.kept_units, solution.V.to(consumer.weight.dtype), bias
+    V = solution.V.to(consumer.weight.dtype)
+    return report, solution.kept_units.cpu(), V.cpu(), None if bias is None else bias.cpu()
+
+
+def _solution(
+    calibrated: Calibrated,
+    block: Block,
+    moments: BlockMoments,
+    width: int,
+    config: PruneConfig,
+    chosen: Chosen | None,
+) -> tuple[BlockSolution, float]:
+    """The solution of one block, where its moments are, and its error on the held-out rows."""
+    problem = calibrated.problem(block, moments)
+    solution = solve_block(
+        problem.folds,
+        None,
+        problem.W,
+        problem.groups,
+        width,
+        shrinkage=config.shrinkage,
+        importance=config.importance,
+        method=config.method,
+        swaps=None if config.swaps < 0 else config.swaps,
+        reweight_kept=config.reweight,
+        output_metric=problem.output_metric,
+        generator=torch.Generator().manual_seed(config.seed),
+        chosen=chosen,
+    )
+    held_out = moments.of_held_out(problem.W)
+    return solution, relative_error(held_out, solution.kept_columns, solution.V, solution.bias_shift)
 
 
 def _check_alike(configs: Sequence[PruneConfig]) -> None:

@@ -21,6 +21,7 @@ from .evaluation import compared_output
 from .linears import feature_axis, matrix_shape
 from .offload import device_of, input_device
 from .padding import token_mask
+from .processes import own_share, summed
 from .verification import undisturbed
 
 # Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output.
@@ -71,7 +72,7 @@ def output_metrics(
     groups = by_stack(blocks)
     files = [None if folder is None else folder / f"{index}.bin" for index in range(len(groups))]
     sums = [_GradientSum(model, group, file) for group, file in zip(groups, files, strict=True)]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator()
     with undisturbed(model), torch.enable_grad(), ExitStack() as stack:
         model.requires_grad_(False)
         for total in sums:
@@ -83,7 +84,9 @@ def output_metrics(
             again = partial(checkpoint, module.forward, use_reentrant=False)
             stack.enter_context(forward_replaced(module, again))
         for part in range(_ROUNDS):
-            for batch in _parts(batches, part):
+            for number, batch in _parts(batches, part):
+                # The same draws, whichever process runs the batch.
+                generator.manual_seed(seed + 2**32 * (part * len(batches) + number))
                 arguments = _arguments(model, batch)
                 for _ in range(probes):
                     for total in sums:
@@ -91,20 +94,27 @@ def output_metrics(
                     value = _probe(model, batch, model(**arguments), generator)
                     if value is not None and value.requires_grad:
                         value.backward()
-            if all(total.rows >= _ROWS_AN_OUTPUT * total.m for total in sums):
+            rows = summed(torch.tensor([total.rows for total in sums], device=input_device(model))).tolist()
+            if all(seen >= _ROWS_AN_OUTPUT * total.m for seen, total in zip(rows, sums, strict=True)):
                 break
+    for total in sums:
+        total.add_up()
     return Means({block.name: total.result() for total in sums for block in total.blocks})
 
 
-def _parts(batches: Sequence[Batch], part: int) -> Iterator[Batch]:
-    """Every fourth sample of each batch, from `part` on; of batches that cannot be cut, every fourth batch."""
-    for index, batch in enumerate(batches):
+def _parts(batches: Sequence[Batch], part: int) -> Iterator[tuple[int, Batch]]:
+    """Every fourth sample of each batch, from `part` on; of batches that cannot be cut, every fourth batch.
+
+    With the number of the batch, and only those that fall to this process.
+    """
+    for number in own_share(len(batches)):
+        batch = batches[number]
         if is_divisible(batch):
             cut = {name: value[part::_ROUNDS] for name, value in batch.items()}
             if len(next(iter(cut.values()))):
-                yield cut
-        elif index % _ROUNDS == part:
-            yield batch
+                yield number, cut
+        elif number % _ROUNDS == part:
+            yield number, batch
 
 
 class Means(Mapping[str, torch.Tensor]):
@@ -171,6 +181,12 @@ class _GradientSum:
 
         output.register_hook(add)
         return output
+
+    def add_up(self) -> None:
+        """Add the sums of all processes."""
+        if self.file is None:
+            self._sum, rows = summed(self._sum), summed(torch.tensor(self.rows, device=self.device))
+            self.rows = int(rows)
 
     def result(self) -> tuple[torch.Tensor | Path, int, int, torch.device]:
         """As `Means` takes it."""

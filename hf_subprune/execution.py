@@ -1,0 +1,53 @@
+"""How a run copes with its device: products in full precision, and smaller batches where memory runs out."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from accelerate.utils import find_executable_batch_size
+from transformers.utils import logging
+
+from .calibration import CalibrationSet, is_divisible
+
+logger = logging.get_logger(__name__)
+
+_T = TypeVar("_T")
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 matrices are float32 inside: TF32 changes which units are kept."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def with_fitting_batches(calibration: CalibrationSet, run: Callable[[CalibrationSet, int], _T]) -> _T:
+    """What `run` returns, called again with batches of half the size whenever memory runs out.
+
+    Args:
+        calibration: The batches to begin with.
+        run: Takes batches, and how many samples they have at most; what it changed is undone when it fails.
+
+    Raises:
+        RuntimeError: there is no memory for a single sample.
+    """
+    batches = [*calibration.fit, *calibration.held_out]
+    size = max((len(next(iter(batch.values()))) for batch in batches if is_divisible(batch)), default=1)
+
+    def halve() -> int:
+        nonlocal size
+        size //= 2
+        if size:
+            logger.warning(f"Out of memory: going on with batches of at most {size} samples.")
+        return size
+
+    @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)
+    def attempt(batch_size: int) -> _T:
+        return run(calibration.in_batches_of(batch_size), batch_size)
+
+    return attempt()

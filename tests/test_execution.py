@@ -1,0 +1,113 @@
+import pytest
+import torch
+from batches import ready_batches
+from test_pruning import QUICK, assert_unchanged, snapshot
+from tiny import tiny
+
+import hf_subprune.pruning as pruning
+from hf_subprune import PruneConfig, prune, prune_checkpoint
+from hf_subprune.advance import Stream
+from hf_subprune.calibration import prepare
+from hf_subprune.collection import BlockMoments
+from hf_subprune.execution import full_precision
+
+OUT_OF_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.fixture
+def room_for(monkeypatch):
+    """A device whose memory takes a number of samples."""
+    run = Stream.run
+
+    def limit(samples):
+        def limited(stream, index, **options):
+            if len(stream.batches[index]["input_ids"]) > samples:
+                raise OUT_OF_MEMORY
+            run(stream, index, **options)
+
+        monkeypatch.setattr(Stream, "run", limited)
+
+    return limit
+
+
+@pytest.mark.parametrize("variant", ["layer", "seq"])
+def test_batches_are_halved_until_they_fit(room_for, variant):
+    config = PruneConfig(**QUICK, variant=variant)
+    model, other = tiny("llama"), tiny("llama")
+    batches = ready_batches(model)
+    calibration = prepare(other, batches, config).in_batches_of(1)
+    with pruning._eval_mode(other), pruning.ExitStack() as undo:
+        expected = pruning.prune_to(pruning.Calibrated(other, calibration, [config]), config, undo)
+        undo.pop_all()
+    room_for(1)
+    report = prune(model, batches, config)
+    assert [b.kept_units for b in report.blocks] == [b.kept_units for b in expected.blocks]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_no_room_for_one_sample_changes_nothing(room_for):
+    model = tiny("llama")
+    before = snapshot(model)
+    batches = ready_batches(model)
+    room_for(0)
+    with pytest.raises(RuntimeError, match="No executable batch size"):
+        prune(model, batches, PruneConfig(**QUICK))
+    assert_unchanged(model, before)
+
+
+def test_checkpoints_are_pruned_in_batches_that_fit(tmp_path, room_for):
+    model = tiny("llama")
+    batches = ready_batches(model)
+    model.save_pretrained(tmp_path / "model")
+    room_for(2)
+    report = prune_checkpoint(tmp_path / "model", batches, PruneConfig(**QUICK), tmp_path / "out")
+    prune(model, batches, PruneConfig(**QUICK))
+    found = type(model).from_pretrained(tmp_path / "out")
+    assert found.num_parameters() == model.num_parameters() == report.parameters.after
+
+
+def test_pieces_of_a_batch_stay_in_its_fold():
+    model = tiny("bert")
+    whole = prepare(model, ready_batches(model), PruneConfig(**QUICK))
+    cut = whole.in_batches_of(3)
+    assert max(len(batch["input_ids"]) for batch in (*cut.fit, *cut.held_out)) == 3
+    sizes = [len(batch["input_ids"]) for batch in whole.fit]
+    assert (cut.fit_samples, cut.held_out_samples) == (sum(sizes), whole.held_out_samples)
+    for fold in range(2):
+        first, second = (
+            torch.cat([b["input_ids"] for b in of.fit[fold : 4 + 4 * (of is cut) : 2]]) for of in (whole, cut)
+        )
+        assert torch.equal(first, second)
+
+
+def test_a_block_is_solved_on_the_cpu_where_its_device_has_no_room(monkeypatch):
+    expected = prune(tiny("llama"), ready_batches(tiny("llama")), PruneConfig(**QUICK))
+    device, to, solve, moved = BlockMoments.device, BlockMoments.to, pruning._solution, []
+
+    def fail_on_device(*args):
+        if not moved:
+            raise OUT_OF_MEMORY
+        return solve(*args)
+
+    def move(moments, where):
+        moved.append(where)
+        monkeypatch.setattr(BlockMoments, "device", device)
+        return to(moments, where)
+
+    monkeypatch.setattr(pruning, "_solution", fail_on_device)
+    monkeypatch.setattr(BlockMoments, "to", move)
+    monkeypatch.setattr(BlockMoments, "device", property(lambda _: torch.device("cuda")))
+    report = prune(tiny("llama"), ready_batches(tiny("llama")), PruneConfig(**QUICK))
+    assert moved == ["cpu"]
+    assert [b.kept_units for b in report.blocks] == [b.kept_units for b in expected.blocks]
+
+
+def test_products_are_in_full_precision_for_the_time_being():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
