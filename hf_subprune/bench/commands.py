@@ -144,16 +144,23 @@ def solver(
     size: Annotated[
         list[str] | None, typer.Option(help="Inputs x outputs of a synthetic problem, e.g. 1536x384; may be repeated.")
     ] = None,
+    real: Annotated[int, typer.Option(help="MLPs of the demo model to add, at most 6.", min=0, max=6)] = 3,
     keep: Annotated[float, typer.Option(help="Fraction of the columns kept.")] = 0.5,
     out: Out = None,
 ) -> None:
-    """Every way to select: seconds as a ratio to a Cholesky factorisation, speed against rank-one updates, error."""
+    """Every way to select: seconds as a ratio to a Cholesky factorisation, speed against rank-one updates, error.
+
+    And, on the demo model, the error on held-out rows with the shrinkage that cross-fitting chooses and with others.
+    """
     from rich.table import Table
 
+    from .real import bench_shrinkage, demo_problems
     from .solver import bench_solver
 
-    sizes = [tuple(map(int, text.split("x"))) for text in size or ["384x128", "1536x384"]]
-    rows = bench_solver([(n, m) for n, m in sizes], keep=keep)
+    sizes = [tuple(map(int, text.split("x"))) for text in size or ["384x96", "1536x384", "3072x768"]]
+    problems = demo_problems(count=real) if real else {}
+    given = {name: (problem.total, problem.W) for name, problem in problems.items()}
+    rows = bench_solver([(n, m) for n, m in sizes], keep=keep, problems=given)
     _save(rows, out, "solver.json")
     shown = Table(title=f"Selecting {keep:.0%} of the columns", title_justify="left")
     for name in ("problem", "method", "seconds", "x Cholesky", "x faster than rank-one", "relative error", "swaps"):
@@ -163,6 +170,17 @@ def solver(
         cells = [row["problem"], row["method"], f"{row['seconds']:.3f}", f"{row['ratio_to_cholesky']:.1f}"]
         cells += ["" if faster is None else f"{faster:.1f}", f"{row['relative_error']:.6f}", str(row["swaps"])]
         shown.add_row(*cells)
+    console.print(shown)
+    if not problems:
+        return
+    fits = {name: bench_shrinkage(problem, keep=keep) for name, problem in problems.items()}
+    _save([{"problem": name, **fit} for name, fit in fits.items()], out, "shrinkage.json")
+    shown = Table(title="Relative error on held-out rows, by lambda", title_justify="left")
+    columns = list(next(iter(fits.values()))["errors"])
+    for name in ("problem", *columns, "chosen"):
+        shown.add_column(name, justify="left" if name == "problem" else "right")
+    for name, fit in fits.items():
+        shown.add_row(name, *(f"{fit['errors'][column]:.4f}" for column in columns), f"{fit['chosen']:.3g}")
     console.print(shown)
 
 
