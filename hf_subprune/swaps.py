@@ -18,7 +18,7 @@ from .factorisation import rounding
 # Columns on either side of the pool within which exchanges are made before the whole tableau follows.
 _POOL = 64
 # Exchanges that add less than this part of the objective are left alone, by dtype of the tableau.
-_LEAST_GAIN = {torch.float64: 1e-9, torch.float32: 1e-6}
+_LEAST_GAIN = {torch.float64: 1e-9, torch.float32: 1e-7}
 # Multiple of the rounding error of eigenvalues that is added to the unit diagonal.
 _LIFT = 16.0
 # Numbers in one piece of the table of all exchanges.
