@@ -26,8 +26,10 @@ from .reweighting import cross_fit, reweight
 from .surgery import shrink
 from .verification import EquivalenceError, verify
 
-# Tokens of a layer that removals are tried on, and rounds in which experts go.
+# Tokens of a layer that removals are tried on, those whose outputs of all experts are held at a time, and rounds in
+# which experts go.
 _TOKENS = 4096
+_CHUNK = 512
 _ROUNDS = 16
 
 _LINEAR = (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -213,22 +215,35 @@ class RoutedTokens:
         assert experts is not None  # or else it would not be a routed layer
         experts.every = True
         self.experts = experts
-        self._inputs: list[torch.Tensor] = []
+        self._batches: list[torch.Tensor] = []
         router = [piece for piece in routed.block.slices if not piece.tensor.startswith(f"{routed.block.name}.")]
         self._router = replace(routed.block, slices=tuple(router))
 
     def add(self, inputs: torch.Tensor) -> None:
         """What the layer is called with; batches come in the order of the calibration."""
-        self._inputs.append(inputs)
+        self._batches.append(self.calibration.rows(inputs, len(self._batches), self.routed.layer))
 
-    def batches(self) -> tuple[range, range]:
-        """Numbers of the batches to fit on, and of those held out."""
-        fitted = len(self.calibration.fit)
-        return range(fitted), range(fitted, len(self._inputs))
+    @property
+    def fit(self) -> list[torch.Tensor]:
+        """`(T, d)` real tokens of each batch to fit on."""
+        return self._batches[: len(self.calibration.fit)]
+
+    @property
+    def held_out(self) -> list[torch.Tensor]:
+        """The same of the held-out batches."""
+        return self._batches[len(self.calibration.fit) :]
 
     @torch.no_grad()
-    def route(self, batches: Sequence[int], kept: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Real tokens `(T, d)` of each batch, and the weight `(T, experts)` that each expert has for them."""
+    def route(self, inputs: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the experts are called with for some tokens, and the weight that the router gives to each expert.
+
+        Args:
+            inputs: `(T, d)`, of the layer.
+            kept: `(k,)` int64, sorted: experts that the router knows.
+
+        Returns:
+            `(T, h)`, and `(T, experts)` float32, zeros for experts that a token is not sent to.
+        """
         module = self.model.get_submodule(self.routed.block.name)
         layer = self.model.get_submodule(self.routed.layer)
         edit = shrink(self.model, self._router, kept) if len(kept) < self.routed.block.units else None
@@ -238,21 +253,16 @@ class RoutedTokens:
             seen.extend((*args, *kwargs.values()))
             return torch.zeros_like(seen[0])
 
-        found = []
         module.__dict__["forward"] = record
         try:
-            for number in batches:
-                seen.clear()
-                layer(self._inputs[number])
-                path = self.routed.block.name
-                hidden, index, weights = (self.calibration.rows(x, number, path) for x in seen)
-                gates = weights.new_zeros(len(hidden), self.routed.block.units, dtype=torch.float32)
-                found.append((hidden, gates.scatter_add_(1, kept.to(index.device)[index], weights.float())))
+            layer(inputs[None])
         finally:
             del module.__dict__["forward"]
             if edit is not None:
                 edit.undo()
-        return found
+        hidden, index, weights = seen
+        gates = weights.new_zeros(len(hidden), self.routed.block.units, dtype=torch.float32)
+        return hidden, gates.scatter_add_(1, kept.to(index.device)[index], weights.float())
 
     @torch.no_grad()
     def outputs(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -290,27 +300,27 @@ def choose_experts(tokens: RoutedTokens, k: int) -> torch.Tensor:
     Returns:
         `(k,)` int64, sorted.
     """
-    fit, _ = tokens.batches()
-    everyone = torch.arange(tokens.routed.block.units)
-    batches, count = [], 0
-    for number in fit:
-        if count < _TOKENS:
-            batches.append(number)
-            count += len(tokens.route([number], everyone)[0][0])
-    whole = tokens.route(batches, everyone)
-    grams = [_gram(tokens, hidden) for hidden, _ in whole]
-    kept = everyone
-    step = max(1, (len(everyone) - k) // _ROUNDS)
+    inputs = torch.cat(tokens.fit)[:_TOKENS]
+    kept = torch.arange(tokens.routed.block.units)
+    hidden, whole = tokens.route(inputs, kept)
+    gram = torch.cat([_gram(tokens, part) for part in hidden.split(_CHUNK)])
+    left, errors = whole, whole.new_zeros(len(whole))
+    step = max(1, (len(kept) - k) // _ROUNDS)
     while len(kept) > k:
-        errors = []
+        costs = []
         for expert in kept.tolist():
-            left = tokens.route(batches, kept[kept != expert])
-            changes = [before - after for (_, before), (_, after) in zip(whole, left, strict=True)]
-            errors.append(sum(float(_error(gram, change)) for gram, change in zip(grams, changes, strict=True)))
-        going = torch.tensor(errors).topk(min(step, len(kept) - k), largest=False).indices
+            at = left[:, expert].nonzero().flatten()  # others are routed as before
+            cost = 0.0
+            if len(at):
+                _, without = tokens.route(inputs[at], kept[kept != expert])
+                cost = float((_errors(gram[at], whole[at] - without) - errors[at]).sum())
+            costs.append(cost)
+        going = torch.tensor(costs).topk(min(step, len(kept) - k), largest=False).indices
         stays = torch.ones(len(kept), dtype=torch.bool)
         stays[going] = False
         kept = kept[stays]
+        _, left = tokens.route(inputs, kept)
+        errors = _errors(gram, whole - left)
     return kept
 
 
@@ -320,8 +330,9 @@ def _gram(tokens: RoutedTokens, hidden: torch.Tensor) -> torch.Tensor:
     return Y @ Y.mT
 
 
-def _error(gram: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    return torch.einsum("te,tef,tf->", change, gram, change)
+def _errors(gram: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """`(T,)`: squared error of each token's output for a change `(T, experts)` of its weights."""
+    return (torch.bmm(change[:, None], gram)[:, 0] * change).sum(1)
 
 
 class _Residual:
@@ -332,16 +343,13 @@ class _Residual:
         energy: Of the whole layer's output.
     """
 
-    def __init__(self, tokens: RoutedTokens, numbers: range, kept: torch.Tensor) -> None:
-        whole = tokens.route(numbers, torch.arange(tokens.routed.block.units))
-        left = tokens.route(numbers, kept)
+    def __init__(self, tokens: RoutedTokens, batches: Sequence[torch.Tensor], kept: torch.Tensor) -> None:
+        inputs = torch.cat(list(batches))
         self.tokens = tokens
-        self.hidden = torch.cat([hidden for hidden, _ in whole])
-        self.gates = torch.cat([gates for _, gates in left])
-        self.fold = torch.cat(
-            [torch.full((len(hidden),), at % 2, device=hidden.device) for at, (hidden, _) in enumerate(whole)]
-        )
-        before = torch.cat([gates for _, gates in whole])
+        self.hidden, before = tokens.route(inputs, torch.arange(tokens.routed.block.units))
+        _, self.gates = tokens.route(inputs, kept)
+        folds = [torch.full((len(batch),), at % 2, device=batch.device) for at, batch in enumerate(batches)]
+        self.fold = torch.cat(folds)
         output = torch.zeros_like(self.hidden, dtype=torch.float32)
         self.missing = torch.zeros_like(output)
         for expert in range(tokens.routed.block.units):
@@ -376,7 +384,7 @@ def fit_experts(
         shrinkage: lambda, or `"auto"` to cross-fit it for each expert.
         reweight_kept: `False` leaves all weights as they are; so does a norm behind the second projection.
     """
-    fit, held_out = (_Residual(tokens, numbers, kept) for numbers in tokens.batches())
+    fit, held_out = _Residual(tokens, tokens.fit, kept), _Residual(tokens, tokens.held_out, kept)
     if not reweight_kept or tokens.experts.normed:
         return Removal(kept, {}, fit.error, held_out.error)
     weights = {}
