@@ -401,7 +401,7 @@ def main() -> None:
     """Entry point: what the user can mend is one line, without a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False)
         raise SystemExit(1) from error
 

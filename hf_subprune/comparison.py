@@ -1,5 +1,6 @@
 """Compare a pruned model with the original on the same samples."""
 
+import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .calibration import prepare
 from .config import PruneConfig
-from .evaluation import Drift, count_macs, count_parameters, drift, iter_outputs, measure_latency
+from .evaluation import Drift, circumstances, count_macs, count_parameters, drift, iter_outputs, measure_in_turn
 from .report import Change, change_row
 
 
@@ -68,11 +69,11 @@ def compare(
         TypeError, ValueError: as `calibration.prepare`.
     """
     batches = prepare(original, data, config, processing_class).fit
-    before, after = measure_latency(original, batches[0]), measure_latency(pruned, batches[0])
+    before, after = zip(*measure_in_turn([original, pruned], batches[0]), strict=True)
     return Comparison(
         parameters=Change(count_parameters(original), count_parameters(pruned)),
         macs=Change(count_macs(original, batches[0]), count_macs(pruned, batches[0])),
-        latency=Change(before.seconds, after.seconds),
-        measured_on=after.measured_on,
+        latency=Change(statistics.median(before), statistics.median(after)),
+        measured_on=circumstances(pruned, batches[0]),
         drift=drift(pruned, batches, iter_outputs(original, batches)),
     )

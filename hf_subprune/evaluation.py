@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -139,7 +140,6 @@ def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 
         min_run_time: Seconds to measure for, at least.
     """
     batch = _on_device(model, batch)
-    device = model.device.type
 
     def run() -> None:
         model(**batch)
@@ -152,18 +152,43 @@ def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 
         times = timer.blocked_autorange(min_run_time=min_run_time).times
         while len(times) < _FEWEST_BLOCKS:
             times = times + timer.blocked_autorange(min_run_time=min_run_time).times
+    return Latency(statistics.median(times), {**circumstances(model, batch), "blocks": len(times)})
+
+
+def circumstances(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """What a latency depends on: batch size, length (`None` for images), device, dtype, threads."""
     ids = batch.get("input_ids")
-    return Latency(
-        statistics.median(times),
-        {
-            "batch_size": len(next(value for value in batch.values() if _is_batched(value))),
-            "length": None if ids is None else ids.shape[1],
-            "device": torch.cuda.get_device_name(model.device) if device == "cuda" else device,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "blocks": len(times),
-        },
-    )
+    return {
+        "batch_size": len(next(value for value in batch.values() if _is_batched(value))),
+        "length": None if ids is None else ids.shape[1],
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def measure_in_turn(models: Sequence[PreTrainedModel], batch: Batch, rounds: int = 10) -> list[list[float]]:
+    """Seconds of forwards of several models in turn, so that whatever else runs slows all of them down alike.
+
+    Args:
+        models: Each on whatever device it is to be measured.
+        batch: Forward arguments.
+        rounds: Forwards of each model, after one to warm up.
+
+    Returns:
+        `rounds` lists of one time a model.
+    """
+    return [[_seconds(model, batch) for model in models] for _ in range(rounds + 1)][1:]
+
+
+def _seconds(model: PreTrainedModel, batch: Batch) -> float:
+    batch = _on_device(model, batch)
+    with undisturbed(model), together(model), torch.inference_mode():
+        start = time.perf_counter()
+        model(**batch)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter() - start
 
 
 def measure(model: PreTrainedModel, batch: Batch) -> Costs:

@@ -140,13 +140,17 @@ def compare_scores(
 
     Raises:
         ValueError: there are fewer than two samples, or not as many predictions as references.
+        ImportError: SciPy is not installed.
     """
     if not len(before) == len(after) == len(references) or len(references) < 2:
         raise ValueError(
             f"A comparison needs two samples or more, and as many predictions as references; got {len(before)} and "
             f"{len(after)} predictions, {len(references)} references."
         )
-    from scipy.stats import bootstrap
+    try:
+        from scipy.stats import bootstrap
+    except ImportError as error:
+        raise ImportError("Confidence intervals need SciPy: pip install 'hf_subprune[evaluate]'") from error
 
     figures = metric(before, references), metric(after, references)
     names = list(figures[0])

@@ -61,7 +61,7 @@ def save_plots(report: PruneReport, folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = [plot_cost(report)]
-    if report.blocks:
+    if _pruned(report):
         figures += [plot_kept(report), plot_error(report)]
     if any(b.curve for b in report.blocks):
         figures.append(plot_curves(report))
@@ -122,8 +122,8 @@ def plot_kept(report: PruneReport) -> "Figure":
 
 
 def plot_error(report: PruneReport) -> "Figure":
-    """Relative error of each block's output by depth: fitted, held-out, and what no choice of its size goes below."""
-    families = _families(report.blocks)
+    """Relative error of each pruned block by depth: fitted, held-out, and what no choice of its size goes below."""
+    families = _families(_pruned(report))
     with _figure(9, 0.7 + 2.4 * len(families)) as figure:
         panels = figure.subplots(len(families), 1, squeeze=False)[:, 0]
         for axes, (name, blocks) in zip(panels, families.items(), strict=True):
@@ -219,6 +219,11 @@ def _least_error(block: BlockReport) -> float | None:
         return None
     error = dict(block.curve).get(block.units_after, block.fitted_error)
     return max(0.0, 1 - (1 - error) / block.guarantee)
+
+
+def _pruned(report: PruneReport) -> list[BlockReport]:
+    """Blocks that lost units; the others have no error to show."""
+    return [b for b in report.blocks if b.units_after < b.units_before]
 
 
 def _families(blocks: Sequence[BlockReport]) -> dict[str, list[BlockReport]]:

@@ -24,6 +24,7 @@ from hf_subprune.evaluation import (
     embed,
     iter_outputs,
     log_losses,
+    measure_in_turn,
     measure_latency,
     model_outputs,
     neighbour_agreement,
@@ -108,6 +109,16 @@ def test_latency_says_what_it_was_measured_on():
     assert latency.measured_on.pop("blocks") >= 3
     expected = {"batch_size": 3, "length": 7, "device": "cpu", "dtype": "float32", "threads": torch.get_num_threads()}
     assert latency.measured_on == expected
+
+
+def test_models_are_timed_in_turn():
+    order = []
+    models = [make_bert(), make_bert()]
+    for i, model in enumerate(models):
+        model.register_forward_hook(lambda *_, i=i: order.append(i))
+    times = measure_in_turn(models, make_batches(1)[0], rounds=2)
+    assert order == [0, 1] * 3  # the first round warms up
+    assert [len(row) for row in times] == [2, 2] and all(0 < t < 1 for row in times for t in row)
 
 
 def test_images_have_no_length():

@@ -71,6 +71,12 @@ def test_errors_are_shown_fitted_and_held_out_with_the_bound():
     assert bounds(axes) == pytest.approx([1 - 0.8 / 0.9])
 
 
+def test_blocks_that_were_left_whole_have_no_error():
+    whole = make_block("layer.0.attn", units_after=32, fitted_error=0.0, held_out_error=0.0)
+    (axes,) = plot_error(make_report(blocks=(whole, make_block()))).axes
+    assert axes.get_title(loc="left") == "layer.*.mlp"
+
+
 @pytest.mark.parametrize("guarantee", [None, 0.5])
 def test_a_bound_that_says_nothing_is_not_drawn(guarantee):
     (axes,) = plot_error(make_report(blocks=(make_block(guarantee=guarantee),))).axes

@@ -2,7 +2,6 @@
 
 import copy
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +11,8 @@ from transformers import PreTrainedModel
 
 from ..calibration import Batch
 from ..config import PruneConfig
-from ..evaluation import count_macs
+from ..evaluation import count_macs, measure_in_turn
 from ..pruning import prune_sizes
-from ..verification import undisturbed
 
 
 def bench_latency(
@@ -27,7 +25,7 @@ def bench_latency(
     length: int = 128,
     rounds: int = 10,
 ) -> list[dict[str, Any]]:
-    """Time the original and a copy pruned to each config in turn, so that whatever else runs slows down all alike.
+    """Time the original and a copy pruned to each config in turn.
 
     Args:
         model: Takes `input_ids` and `attention_mask`; left as it is.
@@ -47,10 +45,7 @@ def bench_latency(
     ids = torch.randint(vocabulary, (batch_size, length))
     batch: Batch = {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
     pruned = [copy.deepcopy(model) for _ in prune_sizes(model, data, configs, processing_class)]
-    models = [model, *pruned]
-    for other in models:
-        _seconds(other, batch)
-    times = [[_seconds(other, batch) for other in models] for _ in range(rounds)]
+    times = measure_in_turn([model, *pruned], batch, rounds)
     rows = []
     for i, (config, other) in enumerate(zip(configs, pruned, strict=True), 1):
         promised = count_macs(model, batch) / count_macs(other, batch)
@@ -67,15 +62,6 @@ def bench_latency(
             }
         )
     return rows
-
-
-def _seconds(model: PreTrainedModel, batch: Batch) -> float:
-    with undisturbed(model), torch.inference_mode():
-        start = time.perf_counter()
-        model(**batch)
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        return time.perf_counter() - start
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
