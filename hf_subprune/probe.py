@@ -19,7 +19,7 @@ from .offload import device_of
 from .probe_inputs import probe_inputs
 from .ties import tie_shared
 from .tracing import OUTPUT, Read, Source, Trace, traced
-from .units import SHARED, Jacobian, Line, agrees, decode
+from .units import SHARED, Jacobian, Line, agrees, decode, first_column
 from .verification import first_line, undisturbed
 
 __all__ = ["discover", "probe_inputs"]
@@ -171,7 +171,7 @@ class _Seeker:
         self.shared: dict[str, list[str]] = {}
         self.presumed: dict[str, str] = {}
         """By consumer, the kind as which it is refused: single units that read other positions may be of any."""
-        self._maps: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._maps: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def candidate(self, consumer: str) -> Block | Refusal | None:
         """The block of a consumer, a refusal, or `None` for a linear that is no consumer of a block."""
@@ -252,10 +252,10 @@ class _Seeker:
         key = (jacobian.columns, *((line.axis, line.length, line.source.axis) for line in jacobian.lines))
         known = self._maps.get(key)
         if known is not None and agrees(jacobian, *known):
-            return known
+            return known[:2]
         decoded = decode(jacobian)
-        if decoded is not None and decoded[0].shape[1] == 1:
-            self._maps[key] = decoded
+        if decoded is not None:
+            self._maps[key] = (*decoded, jacobian.touched(first_column(jacobian)))
         return decoded
 
     def _equal_at_every_call(self, consumer: str, columns: torch.Tensor, owner: torch.Tensor) -> bool:

@@ -121,17 +121,20 @@ def decode(jacobian: Jacobian) -> tuple[torch.Tensor, torch.Tensor] | None:
     return columns, owner
 
 
-def agrees(jacobian: Jacobian, columns: torch.Tensor, owner: torch.Tensor) -> bool:
-    """Whether units of one column each that were decoded elsewhere (in another layer) hold here too: two products.
+def agrees(jacobian: Jacobian, columns: torch.Tensor, owner: torch.Tensor, first: torch.Tensor) -> bool:
+    """Whether units that were decoded elsewhere (in another layer) hold here too: three products.
 
     A random half of the units must touch exactly their own entries and the shared ones, and so must the other half.
-    That tells any two maps of single columns apart, but not heads of one width from heads of another.
+    That tells any two maps of single columns apart; heads of another width differ in what the first column touches.
 
     Args:
         jacobian: Of the consumer's input here.
-        columns: `(units, 1)` int64.
+        columns: `(units, c)` int64.
         owner: `(entries,)` int64.
+        first: `(entries,)` bool, what the first column touched there.
     """
+    if not torch.equal(jacobian.touched(first_column(jacobian)), first):
+        return False
     chosen = torch.rand(len(columns), generator=torch.Generator().manual_seed(2)) < 0.5
     chosen[0], chosen[-1] = True, False
     for half in (chosen, ~chosen):
@@ -143,11 +146,16 @@ def agrees(jacobian: Jacobian, columns: torch.Tensor, owner: torch.Tensor) -> bo
     return True
 
 
+def first_column(jacobian: Jacobian) -> torch.Tensor:
+    """`(n,)` bool, the first column alone."""
+    return torch.arange(jacobian.columns) == 0
+
+
 def _group_width(jacobian: Jacobian) -> int | None:
     """Columns that belong together at the least: 1, or the width of a head."""
     n = jacobian.columns
     positions = torch.arange(n)
-    first = jacobian.touched(positions == 0)
+    first = jacobian.touched(first_column(jacobian))
     if not first.any():
         return None
     # Bisect, for all entries that column 0 touches at once, the last column that touches them too.

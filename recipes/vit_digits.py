@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sklearn.datasets import load_digits
 from tables import print_table
-from transformers import ViTConfig, ViTForImageClassification, set_seed
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, set_seed
 from transformers.utils import logging
 
 from hf_subprune import PruneConfig
@@ -49,7 +49,7 @@ def make_model() -> ViTForImageClassification:
     )
 
 
-def train(model: ViTForImageClassification, data: dict[str, torch.Tensor], epochs: int) -> None:
+def train(model: PreTrainedModel, data: dict[str, torch.Tensor], epochs: int) -> None:
     """AdamW on batches of 64 images."""
     steps = epochs * -(-len(data["labels"]) // 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)

@@ -96,6 +96,13 @@ def test_digits_are_read_by_smaller_transformers(recipe):
     assert all(row["MACs"] == pytest.approx(0.5, abs=0.05) for row in rows)
 
 
+@pytest.mark.slow
+def test_channels_of_a_resnet_are_pruned_with_and_without_new_weights(recipe):
+    rows = recipe("resnet_digits").main(["--epochs", "1", "--samples", "16", "--keep", "0.5"])
+    assert [row["pruned"] for row in rows] == ["new weights", "old weights"]
+    assert rows[0]["parameters"] == rows[1]["parameters"] < 0.9
+
+
 def test_tunes_have_their_pitches(recipe):
     speech = recipe("speech")
     waves, pitches = speech.make_tunes(3, seed=0)

@@ -1,0 +1,69 @@
+"""Prune the channels of a ResNet that reads handwritten digits: with new weights for what reads them, and without.
+
+The paper's own case: the consumer of a channel is the next convolution, its moments are those of the patches that it
+reads, and norms and depthwise convolutions between shrink with the channels. The digits are scikit-learn's; the ResNet
+learns them in less than two minutes.
+
+    pip install 'hf_subprune[evaluate]'
+    python recipes/resnet_digits.py
+"""
+
+import argparse
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from tables import print_table
+from torch.nn.functional import interpolate
+from transformers import ResNetConfig, ResNetForImageClassification, set_seed
+from transformers.utils import logging
+from vit_digits import make_data, train
+
+from hf_subprune import PruneConfig, prune
+from hf_subprune.tasks import Classification, Trial
+
+WAYS = {"new weights": {}, "old weights": {"reweight": False}}
+
+
+def make_model() -> ResNetForImageClassification:
+    """Three stages of two bottleneck layers for images of 32 x 32 pixels, at random."""
+    set_seed(0)
+    return ResNetForImageClassification(
+        ResNetConfig(
+            num_channels=1, embedding_size=32, hidden_sizes=[64, 128, 256], depths=[2, 2, 2], num_labels=10
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Train, prune in both ways and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=float, default=0.5, help="fraction of the channels' parameters to keep")
+    parser.add_argument("--epochs", type=int, default=15, help="of training")
+    parser.add_argument("--samples", type=int, default=512, help="images to calibrate on")
+    options = parser.parse_args(arguments)
+    logging.disable_progress_bar()
+    training, test = make_data()
+    for data in (training, test):
+        data["pixel_values"] = interpolate(data["pixel_values"], 32)
+    original = make_model()
+    train(original, training, options.epochs)
+
+    rows_of = [{name: x[i] for name, x in test.items()} for i in range(len(test["labels"]))]
+    trial = Trial(Classification(rows_of, dataset="digits", split="test"), original.eval())
+    images = [{"pixel_values": training["pixel_values"]}]  # one ready batch, without labels
+    common = {"keep": options.keep, "samples": options.samples, "held_out": max(2, options.samples // 4)}
+    rows = []
+    for name, way in WAYS.items():
+        model = copy.deepcopy(original)
+        report = prune(model, images, PruneConfig(**common, **way))
+        (metric,) = trial.score(model)
+        before, after, change = metric.cells()
+        row = {"pruned": name, "parameters": report.parameters.ratio, "MACs": report.macs.ratio}
+        rows.append(row | {"accuracy before": before, "after": after, "change": change})
+    print_table("Handwritten digits, with 95% intervals of the paired bootstrap", rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
