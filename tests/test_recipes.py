@@ -144,6 +144,14 @@ def test_onnx_runtime_computes_what_torch_does(recipe, encoder, tmp_path):
     assert max(row["largest difference from torch"] for row in (original, pruned)) < 1e-4
 
 
+@pytest.mark.slow
+def test_a_checkpoint_larger_than_memory_is_pruned_and_runs(recipe, tmp_path):
+    arguments = ["--shape", "tiny", "--folder", str(tmp_path), "--samples", "6", "--length", "16"]
+    row = recipe("llama_7b_offload").main(arguments)
+    assert row["of the original"] < 0.9
+    assert row["finite logits"]
+
+
 # Gradual pruning
 
 

@@ -140,6 +140,25 @@ def budgets(
 
 
 @bench_app.command()
+def scale(
+    layers: Annotated[list[int] | None, typer.Option(help="Number of layers; may be repeated.")] = None,
+    samples: Annotated[list[int] | None, typer.Option(help="Samples to calibrate on; may be repeated.")] = None,
+    width: Annotated[int, typer.Option(help="Hidden size.", min=8)] = 512,
+    out: Out = None,
+) -> None:
+    """Memory of pruning a checkpoint layer by layer, over the number of layers and of samples."""
+    from transformers.utils import logging
+
+    from .scale import LAYERS, SAMPLES, bench_scale, table
+
+    depths, counts = layers or list(LAYERS), samples or list(SAMPLES)
+    with logging.tqdm(total=len(depths) + len(counts) - 1, desc="Checkpoints", disable=None) as bar:
+        rows = bench_scale(depths, counts, width, bar.update)
+    _save(rows, out, "scale.json")
+    console.print(table(rows))
+
+
+@bench_app.command()
 def solver(
     size: Annotated[
         list[str] | None, typer.Option(help="Inputs x outputs of a synthetic problem, e.g. 1536x384; may be repeated.")
