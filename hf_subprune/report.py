@@ -410,12 +410,12 @@ class PruneReport:
         pruned = [b for b in self.blocks if b.units_after < b.units_before]
         groups: dict[str, list[BlockReport]] = {}
         for b in pruned:
-            groups.setdefault(b.stack or b.name, []).append(b)
-        for group in groups.values():
+            groups.setdefault(b.name if b.stack is None else f"{b.stack}.*", []).append(b)
+        for name, group in groups.items():
             b, shrinkages = group[0], [b.shrinkage for b in group if b.shrinkage is not None]
             guarantees = [b.guarantee for b in group if b.guarantee is not None]
             table.add_row(
-                b.name if b.stack is None else f"{b.stack}.*",
+                name,
                 f"{b.units_after}/{b.units_before}",
                 f"{mean(b.fitted_error for b in group):.4f}",
                 f"{mean(b.held_out_error for b in group):.4f}",

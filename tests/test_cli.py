@@ -3,10 +3,11 @@ import json
 import pytest
 from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from hf_subprune import PruneConfig, PruneReport, cli
+from hf_subprune.coverage.tiny import tiny_model
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "past", "it", "and", "nobody", "saw"]
 
@@ -72,6 +73,22 @@ def test_a_task_is_scored_before_and_after_and_kept_in_the_report_on_request(fol
     assert (f1.name, f1.samples, accuracy.name, accuracy.samples) == ("f1_score", 20, "accuracy", 40)
     assert 0 <= accuracy.before_interval[0] <= accuracy.value.before <= accuracy.before_interval[1] <= 1
     assert "accuracy, labelled" in run("report", out)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_is_inspected_and_loses_neurons_and_experts(folder, texts, tmp_path):
+    tiny_model("mixtral", "main").save_pretrained(folder)
+    printed = run("inspect", folder)
+    assert "model.layers.1.mlp.experts.*" in printed and "4 x 96" in printed
+    out = tmp_path / "out"
+    printed = run(
+        "prune", folder, "--data", texts, "--out", out, "--units", "experts,mlp", "--keep", "experts=0.75,mlp=0.5",
+        "--samples", 24, "--held-out", 8, "--batch-size", 4, "--quiet",
+    )  # fmt: skip
+    assert "model.layers.1.mlp.experts.*" in printed
+    config = AutoConfig.from_pretrained(out)
+    assert (config.num_local_experts, config.intermediate_size) == (3, 48)
+    assert "kl" in run("evaluate", out, "--against", folder, "--data", texts, "--samples", 8, "--quiet")
 
 
 @pytest.mark.parametrize(
