@@ -84,13 +84,16 @@ def choose_widths(
     return widths
 
 
-def check_target(blocks: Sequence[Block], target: Target, config: PruneConfig) -> None:
+def check_target(blocks: Sequence[Block], target: Target, config: PruneConfig) -> dict[str, int]:
     """Refuse what cannot be reached, before any calibration.
+
+    Returns:
+        Widths by block name that meet the target, chosen as if all blocks lost alike.
 
     Raises:
         ValueError: as `choose_widths`.
     """
-    choose_widths(blocks, target, config, {b.name: ((b.units, 0.0),) for b in blocks})
+    return choose_widths(blocks, target, config, {b.name: ((b.units, 0.0),) for b in blocks})
 
 
 def _uniform(blocks: Sequence[Block], part: Part, target: Target, config: PruneConfig) -> dict[str, int]:

@@ -31,6 +31,8 @@ from .config import PruneConfig
 from .curves import LossCurve, loss_curve
 from .durable import check_space, once
 from .evaluation import Costs, Outputs, measure, model_outputs
+from .experts import together
+from .layout import choose_layout
 from .linears import matrix_shape, weight_matrix
 from .offload import input_device, is_offloaded
 from .probe import discover
@@ -134,7 +136,10 @@ class Calibrated:
         with self.clock("targets"):
             targets = [resolve(model, blocks, config, calibration.held_out[0]) for config in self.configs]
             for config, target in zip(self.configs, targets, strict=True):
-                check_target(blocks, target, config)
+                widths = check_target(blocks, target, config)
+                if config.layout == "stock":  # refused now rather than after the work
+                    with narrowed(model, blocks, widths), together(model):
+                        choose_layout(model, "stock", inputs=self.probe).undo()
         candidates = [b for b in blocks if any(_may_shrink(b, target) for target in targets)]
         with self.clock("discovery"):
             segments = plan(model, candidates, self.probe)

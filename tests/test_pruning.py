@@ -7,6 +7,7 @@ from datasets import Dataset
 from tiny import tiny
 from torch import nn
 
+import hf_subprune.calibrated as calibrated
 import hf_subprune.pruning as pruning
 from hf_subprune import PruneConfig, PruneReport, prune
 from hf_subprune.advance import call
@@ -255,3 +256,12 @@ def test_the_report_can_be_saved_read_and_printed(tmp_path):
     assert report.config["keep"] == 0.5
     reference = model_outputs(tiny("bert"), batches[-1:])
     assert report.drift == pruning.drift(model, batches[-1:], reference).to_dict()
+
+
+def test_a_stock_layout_that_the_config_cannot_say_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(calibrated, "model_outputs", lambda *_: pytest.fail("The data was run."))
+    model = tiny("bert")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="layout='stock' is not possible"):
+        prune(model, ready_batches(model), PruneConfig(**QUICK, layout="stock", units=("mlp", "attention")))
+    assert_unchanged(model, before)
