@@ -4,11 +4,13 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 
+from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
 from .blocks import Refusal
 from .calibration import CalibrationSet
 from .config import PruneConfig
+from .offload import input_device
 from .progress import Clock, timed
 from .report import BlockReport
 from .routing import (
@@ -56,9 +58,10 @@ def remove_experts(
     Raises:
         ValueError: there is no layer of which experts can be taken.
     """
+    probe = send_to_device(calibration.probe, input_device(model))
     with clock("discovery"):
-        layers, refusals = routed_layers(model, calibration.probe)
-    layers, inexact = exact_layers(model, layers, calibration.probe)
+        layers, refusals = routed_layers(model, probe)
+        layers, inexact = exact_layers(model, layers, probe)
     refusals += inexact
     if not layers:
         why = "".join(f"\n  {refusal.name}: {refusal.reason}." for refusal in refusals)
@@ -73,7 +76,7 @@ def remove_experts(
         removals.append((routed, fitted, time.perf_counter() - start))
     with clock("verification"):
         kept_of = {routed.block.name: removal.kept for routed, removal, _ in removals}
-        verify_routed(model, [routed for routed, _, _ in removals], kept_of, calibration.probe)
+        verify_routed(model, [routed for routed, _, _ in removals], kept_of, probe)
     reports = []
     for routed, removal, seconds in removals:
         if len(removal.kept) < routed.block.units:
