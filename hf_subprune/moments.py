@@ -39,7 +39,7 @@ class Moments:
 
 
 class MomentAccumulator:
-    """Sums second moments over batches of rows; accumulators of the same shape add up with `+=`.
+    """Sums second moments over batches of rows.
 
     A batch is multiplied in its own precision, float32 at least, and added in `dtype`. Rows are shifted by the mean
     of the first batch before they are multiplied, so that centring cancels no digits (intercept only).
@@ -51,7 +51,6 @@ class MomentAccumulator:
         intercept: Whether moments are centred.
         dtype: Of the sums; float64 holds them to 1e-15 relative, float32 to about 1e-6.
         device: Where the sums live.
-        shift: `(n,)`, the shift to use instead of the first batch's mean, so that accumulators can be added.
     """
 
     def __init__(
@@ -62,11 +61,10 @@ class MomentAccumulator:
         intercept: bool,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
-        shift: torch.Tensor | None = None,
     ):
         self.n, self.m, self.intercept, self.dtype = n, m, intercept, dtype
         self.rows = 0
-        self.shift = shift if intercept else None
+        self.shift: torch.Tensor | None = None
         self._gram = torch.zeros(n, n, dtype=dtype, device=device)  # upper triangle of panels only
         self._sum = torch.zeros(n, dtype=torch.float64, device=device)
         if m is not None:
@@ -119,21 +117,6 @@ class MomentAccumulator:
             self._cross += (x.T @ y).to(self.device)
             self._target_sum += y.sum(0, dtype=torch.float64).to(self.device)
             self._target_square += y.square().sum(dtype=torch.float64).to(self.device)
-
-    def __iadd__(self, other: "MomentAccumulator") -> "MomentAccumulator":
-        """Add the sums of another accumulator, which must have the same shape and shift."""
-        if other.rows == 0:
-            return self
-        if (self.n, self.m, self.intercept) != (other.n, other.m, other.intercept):
-            raise ValueError("Only accumulators of the same shape can be added.")
-        if self.rows == 0:
-            self.shift = other.shift
-        elif self.intercept and not torch.equal(self.shift, other.shift):  # type: ignore[arg-type]
-            raise ValueError("Only accumulators with the same shift can be added.")
-        self.rows += other.rows
-        for name in ("_gram", "_sum", *(("_cross", "_target_sum", "_target_square") if self.m is not None else ())):
-            getattr(self, name).add_(getattr(other, name))
-        return self
 
     def _panels(self) -> list[tuple[int, int]]:
         width = -(-self.n // _PANELS)
@@ -202,22 +185,6 @@ class MomentAccumulator:
             C.addr_(self._sum.to(C), target_mean.to(C), alpha=-1)
             t -= float(self._target_sum @ target_mean)
         return Moments(H, C, t, self.rows, input_mean, target_mean.to(H), self.intercept)
-
-
-def pool(accumulators: list[MomentAccumulator]) -> MomentAccumulator:
-    """A new accumulator holding the sums of all of the given ones, which are left as they were."""
-    first = accumulators[0]
-    total = MomentAccumulator(
-        first.n,
-        first.m,
-        intercept=first.intercept,
-        dtype=first.dtype,
-        device=first._gram.device,
-        shift=next((a.shift for a in accumulators if a.rows), None),
-    )
-    for accumulator in accumulators:
-        total += accumulator
-    return total
 
 
 def combine(parts: Sequence[Moments]) -> Moments:

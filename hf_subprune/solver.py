@@ -15,26 +15,10 @@ from .importance import scores
 from .moments import Moments, combine
 from .problem import columns_of
 from .reweighting import SHRINKAGE_GRID, cross_fit, relative_error, reweight
-from .selection import greedy, select
+from .selection import select
 
 # What selection uses before cross-fitting has chosen, and what is used when there are no two folds to cross-fit on.
 PRIOR_SHRINKAGE = 0.1
-
-
-@dataclass(frozen=True, eq=False)
-class Curve:
-    """A block's error against the number of units kept, along nested greedy sets.
-
-    Args:
-        order: `(units,)` int64; the first `k` are the greedy set of size `k`.
-        errors: `(units + 1,)` float64, squared error at 0 ... units kept, shrinkage and metric included. Without a
-            metric in the units of `||Y||^2`; with one, in those of the loss.
-        total: The squared error of keeping nothing, the scale of `errors`.
-    """
-
-    order: torch.Tensor
-    errors: torch.Tensor
-    total: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,30 +88,6 @@ def metric_root(M: torch.Tensor) -> torch.Tensor:
     """
     factor, scale, _ = factorise(M.float())
     return torch.where(scale > 0, 1 / scale, 0.0)[:, None] * factor
-
-
-def block_curve(
-    total: Moments,
-    W: torch.Tensor,
-    groups: torch.Tensor | None = None,
-    *,
-    shrinkage: float = PRIOR_SHRINKAGE,
-    output_metric: torch.Tensor | None = None,
-) -> Curve:
-    """The error of a block at every number of units kept, in one greedy run.
-
-    Args:
-        total: Moments of all rows.
-        W: `(n, m)`, the consumer's weight, inputs by outputs.
-        groups: `(units, c)` int64.
-        shrinkage: lambda, finite.
-        output_metric: `(m, m)`, `M`; makes errors of different blocks comparable.
-    """
-    root = None if output_metric is None else metric_root(output_metric)
-    H, C, t = regularise(total, W, shrinkage, root)
-    units = len(H) if groups is None else len(groups)
-    path = greedy(H, C, units, groups=groups, t=t)
-    return Curve(path.order, path.errors, t)
 
 
 def solve_block(

@@ -29,9 +29,7 @@ def make_model() -> ResNetForImageClassification:
     """Three stages of two bottleneck layers for images of 32 x 32 pixels, at random."""
     set_seed(0)
     return ResNetForImageClassification(
-        ResNetConfig(
-            num_channels=1, embedding_size=32, hidden_sizes=[64, 128, 256], depths=[2, 2, 2], num_labels=10
-        )
+        ResNetConfig(num_channels=1, embedding_size=32, hidden_sizes=[64, 128, 256], depths=[2, 2, 2], num_labels=10)
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_subprune.moments import MomentAccumulator, combine, pool
+from hf_subprune.moments import MomentAccumulator, combine
 
 
 def rows(count=200, n=12, m=4, offset=0.0, seed=0):
@@ -67,25 +67,22 @@ def test_centring_cancels_no_digits_of_a_large_mean():
 
 @pytest.mark.parametrize("intercept", [True, False])
 @pytest.mark.parametrize("targets", [True, False])
-def test_pooled_and_combined_parts_are_the_moments_of_all_rows(intercept, targets):
+def test_combined_parts_are_the_moments_of_all_rows(intercept, targets):
     B, A, W = rows(offset=1.0)
     Y = A @ W if targets else B @ W
-    shift = B[:50].mean(0)
     parts = []
     for part in (slice(0, 50), slice(50, 130), slice(130, 200)):
-        accumulator = MomentAccumulator(12, 4 if targets else None, intercept=intercept, shift=shift)
+        accumulator = MomentAccumulator(12, 4 if targets else None, intercept=intercept)
         accumulator.update(B[part], Y[part] if targets else None)
         parts.append(accumulator)
     H, C, t = truth(B, Y, intercept)
-    empty = MomentAccumulator(12, 4 if targets else None, intercept=intercept)
-    for moments in (pool([empty, *parts]).moments(W), combine([part.moments(W) for part in parts])):
-        torch.testing.assert_close(moments.H, H)
-        torch.testing.assert_close(moments.C, C)
-        assert moments.t == pytest.approx(t)
-        assert moments.rows == 200
-        torch.testing.assert_close(moments.input_mean, B.mean(0))
-        torch.testing.assert_close(moments.target_mean, Y.mean(0))
-    assert parts[0].rows == 50
+    moments = combine([part.moments(W) for part in parts])
+    torch.testing.assert_close(moments.H, H)
+    torch.testing.assert_close(moments.C, C)
+    assert moments.t == pytest.approx(t)
+    assert moments.rows == 200
+    torch.testing.assert_close(moments.input_mean, B.mean(0))
+    torch.testing.assert_close(moments.target_mean, Y.mean(0))
 
 
 def test_misuse_is_refused():
@@ -100,10 +97,6 @@ def test_misuse_is_refused():
     accumulator.update(B)
     with pytest.raises(ValueError, match="weight is needed"):
         accumulator.moments()
-    other = MomentAccumulator(12, intercept=True)
-    other.update(B + 1)
-    with pytest.raises(ValueError, match="same shift"):
-        accumulator += other
     with pytest.raises(ValueError, match="no moments"):
         combine([])
     raw = MomentAccumulator(12, intercept=False)

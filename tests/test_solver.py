@@ -8,8 +8,7 @@ import torch
 from hf_subprune.importance import IMPORTANCES
 from hf_subprune.moments import MomentAccumulator, combine
 from hf_subprune.reweighting import relative_error
-from hf_subprune.selection import greedy
-from hf_subprune.solver import block_curve, metric_root, regularise, solve_block
+from hf_subprune.solver import metric_root, solve_block
 
 
 def folds_of(rows=400, n=24, m=6, count=2, intercept=True, seed=0):
@@ -117,17 +116,6 @@ def test_a_given_shrinkage_is_used_as_given():
     assert solve_block(folds, None, W, None, 12, shrinkage=0.7).shrinkage == 0.7
 
 
-def test_the_curve_holds_the_error_of_every_size():
-    folds, W = folds_of()
-    curve = block_curve(combine(folds), W, shrinkage=0.2)
-    H, C, t = regularise(combine(folds), W, 0.2)
-    assert curve.total == t
-    assert float(curve.errors[0]) == pytest.approx(t)
-    assert float(curve.errors[-1]) == pytest.approx(0, abs=1e-9 * t)
-    assert bool((curve.errors.diff() <= 1e-9 * t).all())
-    assert torch.equal(curve.order, greedy(H, C, 24).order)
-
-
 def test_a_metric_weighs_outputs():
     folds, W = folds_of()
     M = torch.zeros(6, 6, dtype=torch.float64)
@@ -144,8 +132,6 @@ def test_a_metric_weighs_outputs():
         return float(residual + solution.V[:, 2] @ total.H[X][:, X] @ solution.V[:, 2])
 
     assert error_of_output(weighed) < error_of_output(plain)
-    curve = block_curve(total, W, output_metric=M)
-    assert float(curve.errors[-1]) == pytest.approx(0, abs=1e-9 * curve.total)
 
 
 def test_misuse_is_refused():
