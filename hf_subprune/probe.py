@@ -144,7 +144,10 @@ def _unreached(model: nn.Module, readers: Collection[str]) -> list[Refusal]:
     silent = [
         name
         for name, module in model.named_modules()
-        if is_linear(module) and name not in readers and re.sub(r"\d+", "*", name) in like
+        if is_linear(module)
+        and not is_convolution(module)
+        and name not in readers
+        and re.sub(r"\d+", "*", name) in like
     ]
     reason = "the probe batch does not reach it, as it reaches others like it"
     advice = "Pass `inputs` of more tokens (to `prune`: longer or more samples), until some are sent to it."
@@ -170,7 +173,7 @@ class _Seeker:
             self.calls.setdefault(read.reader, []).append((read, sources))
         self.shared: dict[str, list[str]] = {}
         self.presumed: dict[str, str] = {}
-        """By consumer, the kind as which it is refused: single units that read other positions may be of any."""
+        """By consumer, the kind as which it is refused: units that share rows or mix positions may be of any."""
         self._maps: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def candidate(self, consumer: str) -> Block | Refusal | None:
@@ -200,7 +203,8 @@ class _Seeker:
         try:
             if _is_outside(model, consumer) and kind != "channels":
                 kind = "whole"
-            self.presumed[consumer] = "unknown" if kind == "mlp" and jacobian.mixes_positions() else kind
+            mixer = kind == "mlp" and (bool(self.shared[consumer]) or jacobian.mixes_positions())
+            self.presumed[consumer] = "unknown" if mixer else kind
             if kind == "attention" and features.shape[1] == 1:
                 raise _RefusedError("attention of a single head, which has to stay", "whole")
             if not self._equal_at_every_call(consumer, features, owner):

@@ -1,4 +1,4 @@
-"""Prune the channels of a ResNet that reads handwritten digits: with new weights for what reads them, and without.
+"""Prune the channels of a ResNet that reads handwritten digits: three ways to weigh those that are left.
 
 The paper's own case: the consumer of a channel is the next convolution, its moments are those of the patches that it
 reads, and norms and depthwise convolutions between shrink with the channels. The digits are scikit-learn's; the ResNet
@@ -22,7 +22,11 @@ from vit_digits import make_data, train
 from hf_subprune import PruneConfig, prune
 from hf_subprune.tasks import Classification, Trial
 
-WAYS = {"new weights": {}, "old weights": {"reweight": False}}
+WAYS = {
+    "new weights, earlier errors mended": {"variant": "asym"},
+    "new weights, layer by layer": {"variant": "layer"},
+    "old weights": {"reweight": False},
+}
 
 
 def make_model() -> ResNetForImageClassification:
@@ -34,7 +38,7 @@ def make_model() -> ResNetForImageClassification:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Train, prune in both ways and print a table."""
+    """Train, prune in every way and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=float, default=0.5, help="fraction of the channels' parameters to keep")
     parser.add_argument("--epochs", type=int, default=15, help="of training")
