@@ -4,6 +4,7 @@ from tiny import FAMILIES, tiny
 from torch import nn
 
 from hf_subprune.blocks import by_tie
+from hf_subprune.coverage import tiny_model
 from hf_subprune.probe import discover, probe_inputs
 from hf_subprune.surgery import masked, shrink
 from hf_subprune.verification import floating_tensors, verify
@@ -429,3 +430,37 @@ def test_cost_is_linear_in_layers():
 
     few, many = seconds(4), seconds(16)
     assert many < 8 * few
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "kind", "attributes"),
+    [
+        # Another block of the same layer removes rows of the consumer.
+        ("swinv2", "encoder.layers.0.blocks.0.attention.self.continuous_position_bias_mlp", "mlp", set()),
+        # Its forward keeps what it computed from a parameter in a dictionary.
+        ("levit", "encoder.stages.0.layers.0.attention", "attention", {"num_attention_heads", "out_dim_projection"}),
+        # Widths say how a fused projection is split.
+        ("qwen3_5_text", "layers.0.attention", "attention", {"num_v_heads", "num_k_heads", "key_dim", "value_dim"}),
+    ],
+)
+def test_blocks_that_take_more_than_their_own_tensors(model_type, name, kind, attributes):
+    blocks = {block.name: block for block in discover(tiny_model(model_type)).blocks}
+    assert blocks[name].kind == kind
+    assert {attribute.name for attribute in blocks[name].attributes} == attributes
+
+
+def test_a_single_head_and_matrices_outside_of_linears_are_refused():
+    refusals = discover(tiny_model("segformer")).refusals
+    assert any(one.kind == "whole" and "single head" in one.reason for one in refusals)
+
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.MultiheadAttention(8, 2)])
+
+        def forward(self, x):
+            return self.layers[0](x, x, x)[0]
+
+    discovery = discover(Layers(), {"x": torch.randn(2, 5, 8)})
+    assert not discovery.blocks
+    assert any("is multiplied by other code" in one.reason for one in discovery.refusals)
