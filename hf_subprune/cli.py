@@ -236,7 +236,9 @@ def prune(
     offload: Annotated[
         bool, typer.Option("--offload", help="One layer in memory at a time; the same command goes on after a stop.")
     ] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "50GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Of one file of weights; with --offload, one is in memory when it is written.")
+    ] = "2GB",
     quiet: Quiet = False,
 ) -> None:
     """Prune a model on unlabeled samples and save it; with several values of --keep, each size in a folder of OUT."""

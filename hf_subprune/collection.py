@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from .advance import Plan, Stream
 from .blocks import Block, by_stack
 from .calibration import CalibrationSet
-from .durable import write_json
+from .durable import read_objects, write_json, write_objects
 from .experts import routed_tokens
 from .linears import feature_axis, input_rows, matrix_shape, output_positions, output_rows
 from .moments import MomentAccumulator, Moments, combine, unseen
@@ -123,7 +124,8 @@ def collect(
         indices = [*own_share(fitted), *(fitted + index for index in own_share(len(calibration.held_out)))]
     for segment in plan.segments[start:]:
         layer = model.get_submodule(segment.path)
-        taps = {b.name: _Tap(model, b, calibration, with_targets=original is not None) for b in segment.blocks}
+        targets = None if original is None else _Targets(_made(folder, "targets"))
+        taps = {block.name: _Tap(model, block, calibration, targets) for block in segment.blocks}
         if variant == "layer":
             with loaded(layer):
                 for index in indices:
@@ -193,16 +195,45 @@ def _commit(folder: Path, streams: Mapping[str, Stream]) -> None:
                 path.unlink()
 
 
+class _Targets:
+    """What consumers put out in the original model, until the pruned one has come as far; in files if asked for.
+
+    Args:
+        folder: For the files.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._waiting: dict[tuple[str, int], list[Any]] = defaultdict(list)
+
+    def put(self, block: str, index: int, target: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        """Keep one call's target of batch `index`."""
+        waiting = self._waiting[block, index]
+        if self.folder is not None:
+            path = self.folder / f"{block}-{index}-{len(waiting)}.pt"
+            write_objects(path, target)
+            waiting.append(path)
+        else:
+            waiting.append(target)
+
+    def pop(self, block: str, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The targets in the order in which they came."""
+        target = self._waiting[block, index].pop(0)
+        if self.folder is None:
+            return target
+        read = read_objects(target)
+        target.unlink()  # what is mapped into memory stays until it is let go of
+        return read
+
+
 class _Tap:
     """Feeds the rows that reach one consumer into the accumulators of the batch's fold."""
 
-    def __init__(self, model: nn.Module, block: Block, calibration: CalibrationSet, with_targets: bool = False):
+    def __init__(self, model: nn.Module, block: Block, calibration: CalibrationSet, targets: _Targets | None):
         self.block, self.calibration = block, calibration
         self.consumer: Any = model.get_submodule(block.consumer)
-        self._bias = getattr(self.consumer, "bias", None) if with_targets else None
-        self._targets: dict[int, list[tuple[torch.Tensor, torch.Tensor | None]]] | None = (
-            defaultdict(list) if with_targets else None
-        )
+        self._bias = None if targets is None else getattr(self.consumer, "bias", None)
+        self._targets = targets
         self._accumulators: BlockMoments | None = None
 
     @property
@@ -229,10 +260,12 @@ class _Tap:
     def add_target(self, output: torch.Tensor) -> None:
         rows = self._real(output_rows(self.consumer, output), output.movedim(feature_axis(self.consumer), -1).shape)
         rows = rows if self._bias is None else rows - self._bias.detach()
-        self._targets[self._index].append((rows, self._tokens()))  # type: ignore[index]
+        self._targets.put(self.block.name, self._index, (rows, self._tokens()))  # type: ignore[union-attr]
 
     def add(self, inputs: torch.Tensor) -> None:
-        targets, sent = (None, None) if self._targets is None else self._targets[self._index].pop(0)
+        targets, sent = (None, None)
+        if self._targets is not None:
+            targets, sent = send_to_device(self._targets.pop(self.block.name, self._index), inputs.device)
         fitted = self._index < self._fitted
         into = self.moments.folds[self._index % len(self.moments.folds)] if fitted else self.moments.held_out
         start = done = 0

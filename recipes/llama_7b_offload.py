@@ -69,7 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             loss_aware=False,  # random weights have no sensitivities worth a backward
         ),
         out,
-        max_shard_size="2GB",
     )
     model = LlamaForCausalLM.from_pretrained(
         out, device_map={**PLACES, "lm_head": "cpu"}, offload_folder=options.folder / "offloaded"
