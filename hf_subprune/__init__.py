@@ -1,4 +1,21 @@
-"""Structured pruning of pretrained Hugging Face Transformers from a few hundred unlabeled samples."""
+"""Structured pruning of pretrained Hugging Face Transformers from a few hundred unlabeled samples.
+
+Where to find what, in the order in which a run comes by:
+
+- Asked for: `config`. Read: `datafiles`, `calibration`, `features`, `padding`, `decoding`.
+- Found: `blocks`, by `probe` with `probe_inputs`, `tracing`, `units`, `attributes` and `ties`; the layers that it
+  knows are in `linears` and `experts`.
+- Collected: `moments`, by `collection`, which walks the model with `advance`; `sensitivity`.
+- Solved, on tensors only: `solver` joins `importance`, `selection` (on `elimination` and `swaps`), `certificates`,
+  `reweighting` and `factorisation`; `tied` does so for blocks that keep the same units.
+- Allocated: `targets`, `curves`, `budgets`, joined by `allocation`.
+- Shrunk: `surgery`, proved by `verification`; whole experts: `routing`, `expert_removal`.
+- Joined: `pruning` and `calibrated`; `sizes`, `checkpoint` (on `offload` and `durable`), `processes`, `execution`.
+- Stored: `layout` (`stock`, `spec`, `skeleton`, `recast`), `loading`, `remote_code`, `saving`.
+- Told: `report`, `plots`, `evaluation`, `comparison`, `tasks`, `metrics`, `card`, `hub`.
+- Trained with: `callback`, `gradual`, `masking`, `schedules`, `recovery`.
+- Run from: `cli`, `demo`, `bench`, `coverage`.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
