@@ -63,11 +63,9 @@ def _random(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -
 
 
 def random_batches(config: LlamaConfig, samples: int, length: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Token ids at random, a sample a batch."""
+    """Token ids at random in one batch, which is cut into batches of the size that a config asks for."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        {"input_ids": torch.randint(3, config.vocab_size, (1, length), generator=generator)} for _ in range(samples)
-    ]
+    return [{"input_ids": torch.randint(3, config.vocab_size, (samples, length), generator=generator)}]
 
 
 def bench_scale(
