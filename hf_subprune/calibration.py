@@ -33,6 +33,10 @@ _FIRST_WAIT = 1.0
 _HEAD = 16
 
 
+# Tokens of a text that are enough to see what depends on what.
+_PROBE_TOKENS = 32
+
+
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
     """Batches of forward arguments, without labels.
@@ -56,9 +60,18 @@ class CalibrationSet:
 
     @property
     def probe(self) -> Batch:
-        """Two samples to fit on (all of the first batch where its tensors cannot be cut)."""
+        """Two samples to fit on (all of the first batch where its tensors cannot be cut), texts without their ends.
+
+        Discovery holds what every layer makes of it at once.
+        """
         first = self.fit[0]
-        return {name: value[:2] for name, value in first.items()} if is_divisible(first) else first
+        if not is_divisible(first):
+            return first
+        two = {name: value[:2] for name, value in first.items()}
+        shapes, mask = {value.shape for value in two.values()}, two.get("attention_mask")
+        if "input_ids" in two and len(shapes) == 1 and (mask is None or bool(mask[:, 0].all())):
+            return {name: value[:, :_PROBE_TOKENS] for name, value in two.items()}
+        return two
 
     def in_batches_of(self, size: int) -> "CalibrationSet":
         """The same samples, batches cut into ones of at most `size` samples; the folds stay as they are, or nearly.

@@ -111,3 +111,13 @@ def test_products_are_in_full_precision_for_the_time_being():
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_the_probe_is_the_beginning_of_two_samples():
+    model = tiny("llama")
+    ids = torch.randint(5, 100, (4, 50), generator=torch.Generator().manual_seed(0))
+    whole = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for _ in range(6)]
+    probe = prepare(model, whole, PruneConfig(**QUICK)).probe
+    assert torch.equal(probe["input_ids"], ids[:2, :32])
+    padded = [{"input_ids": ids, "attention_mask": torch.arange(50).expand(4, -1).gt(40).long()} for _ in range(6)]
+    assert prepare(model, padded, PruneConfig(**QUICK)).probe["input_ids"].shape == (2, 50)
