@@ -27,8 +27,8 @@ START, END = PITCHES, PITCHES + 1  # tokens behind those of the pitches
 
 SIZES = {
     "neurons": {"keep": {"mlp": 0.5}},
-    "neurons and heads": {"keep": 0.5},
-    "both, each layer its own": {"keep": 0.5, "layout": "ragged"},
+    "neurons and heads": {"keep": 0.5, "units": ("mlp", "attention")},
+    "both, each layer its own": {"keep": 0.5, "units": ("mlp", "attention"), "layout": "ragged"},
 }
 
 
