@@ -1,4 +1,4 @@
-"""From what was asked for and what blocks lose to the width of every block (ALGORITHM section 5)."""
+"""From what was asked for and what blocks lose to the width of every block."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

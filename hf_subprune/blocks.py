@@ -46,7 +46,7 @@ class Attribute:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One consumer linear, the producers whose output rows feed it, and its units (ALGORITHM section 1).
+    """One consumer linear, the producers whose output rows feed it, and its units.
 
     Args:
         name: Unique dotted name shown to users, e.g. `"encoder.layer.0.attention"`; `include`/`exclude` match it.

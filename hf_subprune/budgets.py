@@ -1,4 +1,4 @@
-"""How many units each block keeps (ALGORITHM section 5). Numbers only: no model, no data."""
+"""How many units each block keeps. Numbers only: no model, no data."""
 
 import heapq
 import math

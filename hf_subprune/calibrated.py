@@ -71,7 +71,7 @@ class Calibrated:
         blocks: That the config lets us prune, in forward order.
         losses: By block name, `(width, predicted drift)` points; empty when every budget is uniform.
         curves: By block name, what the points were made from.
-        metrics: By block name, the output metric `M` of ALGORITHM section 4; blocks left out weigh outputs equally.
+        metrics: By block name, the output metric `M` of `sensitivity.output_metrics`; blocks left out weigh outputs equally.
         stored: By block name, the moments of the original model; `None` where they are collected again for each size.
         owners: By block name, the process that solves the block.
         reference: The original's outputs on `calibration.own_held_out`.
@@ -360,10 +360,12 @@ def choose_blocks(blocks: Sequence[Block], refusals: Sequence[Refusal], config: 
             )
     if not chosen:
         there = ", ".join(f"{b.name} ({b.kind})" for b in blocks) or "none"
+        kinds = sorted({b.kind for b in blocks} - set(config.units))
+        advice = f" Add {kinds} to `units` to prune these." if kinds else ""
         why = "".join(f"\n  {r.name}: {r.reason} {r.advice}" for r in refusals)
         raise ValueError(
             f"No prunable block is left: units={list(config.units)}, include={list(config.include)}, "
-            f"exclude={list(config.exclude)}; prunable blocks found: {there}.{why}"
+            f"exclude={list(config.exclude)}; prunable blocks found: {there}.{advice}{why}"
         )
     return chosen
 

@@ -1,4 +1,4 @@
-"""How good a selection is, against the best that any selection of its size could be (ALGORITHM section 6).
+"""How good a selection is, against the best that any selection of its size could be.
 
 All statements hold for the problem given: the objective `F(S) = tr(C_S' H_SS^-1 C_S)` of `H` and `C`, shrinkage and
 metric included when they were added to them. Tensors only.

@@ -87,7 +87,7 @@ def collect(
 ) -> Iterator[tuple[Block, BlockMoments]]:
     """Yield each block with its moments; the caller shrinks the block before it asks for the next one.
 
-    Both `A` and `B` of ALGORITHM section 1 are the consumer's inputs at real tokens (padding excluded), and patches of
+    Both `A` and `B` of `||A W - B_S V||` are the consumer's inputs at real tokens (padding excluded), and patches of
     them for a convolution:
 
     - `layer`: one forward in all, of the original model.

@@ -130,10 +130,10 @@ class PruneConfig:
             other units it is such a dict, whose other fractions are of what is left then. `None` when another target
             is set: exactly one of `keep`, `params`, `macs`, `latency` and `size` says how small the model is to be,
             and it is met from below, to within one rounding step.
-        units (`tuple[str, ...]`, default `("mlp", "attention", "channels")`):
+        units (`tuple[str, ...]`, default `("mlp", "attention")`):
             Which kinds of units may be removed: `"mlp"` (neurons), `"attention"` (heads; under grouped-query
-            attention, a key/value head with all of its query heads), `"channels"` (of convolutions) and `"experts"`
-            (whole experts of mixture-of-experts layers, as many in each layer, before anything else is removed;
+            attention, a key/value head with all of its query heads), `"channels"` (of convolutions; the first layers
+            of a speech model depend on them more than their parameters count for) and `"experts"` (whole experts of mixture-of-experts layers, as many in each layer, before anything else is removed;
             always chosen on the original model).
         variant (`str`, default `"layer"`):
             The paper's reweighting objective: `"layer"` (LayerInChange), `"seq"` (SeqInChange) or `"asym"`
@@ -198,7 +198,7 @@ class PruneConfig:
     """
 
     keep: Annotated[float | dict[str, float] | None, _optional(_KEEP)] = None
-    units: Annotated[tuple[str, ...], _UNITS] = ("mlp", "attention", "channels")
+    units: Annotated[tuple[str, ...], _UNITS] = ("mlp", "attention")
     variant: Annotated[str, _one_of(VARIANTS)] = "layer"
     layout: Annotated[str, _one_of(LAYOUTS)] = "auto"
     budget: Annotated[str, _one_of(BUDGETS)] = "auto"

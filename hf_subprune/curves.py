@@ -1,4 +1,4 @@
-"""A block's loss at every width, from its moments: what budgets are made of (ALGORITHM section 5). Tensors only."""
+"""A block's loss at every width, from its moments: what budgets are made of. Tensors only."""
 
 import math
 from collections.abc import Sequence

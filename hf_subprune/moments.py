@@ -1,4 +1,4 @@
-"""Second moments of a consumer's input: all that selection and reweighting need of the data (ALGORITHM section 2).
+"""Second moments of a consumer's input: all that selection and reweighting need of the data.
 
 Tensors only. Rows (tokens) stream through a `MomentAccumulator`; memory does not depend on their number.
 """

@@ -1,4 +1,4 @@
-"""New weights for the units that stay: least squares with shrinkage to the original weights (ALGORITHM section 2).
+"""New weights for the units that stay: least squares with shrinkage to the original weights.
 
 Weights are `(inputs, outputs)`. Tensors only.
 """

@@ -1,4 +1,4 @@
-"""Which units to keep: greedy selection as a pivoted Cholesky factorisation (ALGORITHM section 3).
+"""Which units to keep: the greedy selection of arXiv 2203.04940 as a pivoted Cholesky factorisation.
 
 Given second moments `H` `(n, n)` and `C` `(n, m)`, the objective of a set of columns S is
 `F(S) = tr(C_S' H_SS^-1 C_S)`, the part of `||A W||_F^2` that new weights on S can explain. It grows with S. A unit is
@@ -194,7 +194,7 @@ class Selection:
         objective: `F(kept)`.
         method: The method that ran: `"greedy"`, `"backward"` or `"stochastic"`.
         path: Nested sets that the choice started from.
-        ceiling: What no choice of `k` units can exceed (ALGORITHM section 6).
+        ceiling: What no choice of `k` units can exceed.
         swaps: Number of exchanges made by swap refinement.
         swap_gain: What they added to the objective.
     """

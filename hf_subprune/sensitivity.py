@@ -1,4 +1,4 @@
-"""How much an error at each consumer's output changes the model's output, without labels (ALGORITHM section 4)."""
+"""How much an error at each consumer's output changes the model's output, without labels."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence

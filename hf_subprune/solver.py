@@ -38,7 +38,7 @@ class BlockSolution:
         swap_gain: What they added to the objective, as a fraction of the objective.
         jitter: Relative amount added to the diagonal for the factorisation to succeed.
         guarantee: Part of what any choice of as many units could capture that the kept ones capture at least
-            (ALGORITHM section 6); `None` for importances that do not maximise the objective.
+            (`certificates`); `None` for importances that do not maximise the objective.
     """
 
     kept_units: torch.Tensor
@@ -120,7 +120,7 @@ def solve_block(
         method: Of `selection.select`.
         swaps: Of `selection.select`.
         reweight_kept: Whether weights on the kept units are solved for; `False` keeps them, bias included.
-        output_metric: `(m, m)`, `M` of ALGORITHM section 4, which weighs outputs in selection.
+        output_metric: `(m, m)`, `M` of `sensitivity.output_metrics`, which weighs outputs in selection.
         gradient: `(n,)`, for importance `"activation_gradient"`.
         generator: Of random choices.
         chosen: Units to keep, `(k,)` int64, sorted, and the method that chose them: for a block that must keep what

@@ -1,4 +1,4 @@
-"""Swap refinement: exchange a kept and a removed unit while the objective grows (ALGORITHM section 3).
+"""Swap refinement: exchange a kept and a removed unit while the objective grows.
 
 All that exchanges need is in one symmetric tableau. With S the kept columns, U the others, `P = H_SS^-1`,
 `Z = P H_SU`, and the Schur complement `D = H_UU - H_US Z`,

@@ -25,7 +25,7 @@ class Problem:
         folds: Moments of disjoint parts of the calibration rows.
         W: `(n, m)`, the consumer's weight, inputs by outputs.
         groups: `(units, c)` int64, columns of each unit.
-        output_metric: `(m, m)`, `M` of ALGORITHM section 4; `None` weighs all outputs equally.
+        output_metric: `(m, m)`, `M` of `sensitivity.output_metrics`; `None` weighs all outputs equally.
     """
 
     folds: Sequence[Moments]

@@ -54,7 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     rows_of = [{name: x[i] for name, x in test.items()} for i in range(len(test["labels"]))]
     trial = Trial(Classification(rows_of, dataset="digits", split="test"), original.eval())
     images = [{"pixel_values": training["pixel_values"]}]  # one ready batch, without labels
-    common = {"keep": options.keep, "samples": options.samples, "held_out": max(2, options.samples // 4)}
+    common = {
+        "units": ("channels",),
+        "keep": options.keep,
+        "samples": options.samples,
+        "held_out": max(2, options.samples // 4),
+    }
     rows = []
     for name, way in WAYS.items():
         model = copy.deepcopy(original)
