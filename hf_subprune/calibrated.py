@@ -71,7 +71,7 @@ class Calibrated:
         blocks: That the config lets us prune, in forward order.
         losses: By block name, `(width, predicted drift)` points; empty when every budget is uniform.
         curves: By block name, what the points were made from.
-        metrics: By block name, the output metric `M` of `sensitivity.output_metrics`; blocks left out weigh outputs equally.
+        metrics: By block name, `M` of `sensitivity.output_metrics`; blocks left out weigh outputs equally.
         stored: By block name, the moments of the original model; `None` where they are collected again for each size.
         owners: By block name, the process that solves the block.
         reference: The original's outputs on `calibration.own_held_out`.

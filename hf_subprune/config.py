@@ -132,9 +132,10 @@ class PruneConfig:
             and it is met from below, to within one rounding step.
         units (`tuple[str, ...]`, default `("mlp", "attention")`):
             Which kinds of units may be removed: `"mlp"` (neurons), `"attention"` (heads; under grouped-query
-            attention, a key/value head with all of its query heads), `"channels"` (of convolutions; the first layers
-            of a speech model depend on them more than their parameters count for) and `"experts"` (whole experts of mixture-of-experts layers, as many in each layer, before anything else is removed;
-            always chosen on the original model).
+            attention, a key/value head with all of its query heads), `"channels"` (of convolutions; a speech model
+            depends on its first ones more than their parameters count for) and `"experts"` (whole experts of
+            mixture-of-experts layers, as many in each layer, before anything else is removed; always chosen on the
+            original model).
         variant (`str`, default `"layer"`):
             The paper's reweighting objective: `"layer"` (LayerInChange), `"seq"` (SeqInChange) or `"asym"`
             (AsymInChange).
