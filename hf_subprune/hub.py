@@ -1,5 +1,6 @@
 """Push a pruned model to the Hugging Face Hub: model, processor, card, report and plots as one commit."""
 
+import json
 import shlex
 import shutil
 import tempfile
@@ -229,7 +230,9 @@ def _commit(
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationDelete(name) for name in sorted(stale) if any(fnmatchcase(name, weights) for weights in WEIGHTS)
     ]
-    operations += [CommitOperationAdd(name, path) for name, path in files.items()]
+    operations += [
+        CommitOperationAdd(name, _without_paths(path) if name == REPORT_NAME else path) for name, path in files.items()
+    ]
     # Unlike `upload_folder`, which commits a long upload in parts, `create_commit` sends everything and commits once.
     return api.create_commit(
         head.id,
@@ -239,6 +242,14 @@ def _commit(
         create_pr=create_pr,
         parent_commit=None if create_pr else head.sha,
     )
+
+
+def _without_paths(path: Path) -> bytes:
+    """A saved report that names the model without saying where it lies on this machine."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if Path(report["model"]).is_absolute():
+        report["model"] = Path(report["model"]).name
+    return (json.dumps(report, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _reason(error: Exception, repo_id: str) -> str:

@@ -102,6 +102,16 @@ def test_a_saved_folder_is_pushed_as_it_is_with_a_card(hub, folder):
     assert "license: mit" in files["README.md"].decode()
 
 
+def test_where_the_model_lies_on_this_machine_is_not_told(hub, folder):
+    path = folder / "subprune_report.json"
+    told = {**json.loads(path.read_text()), "model": "/home/jo/models/encoder"}
+    path.write_text(json.dumps(told))
+    push_folder(folder, REPO)
+    assert json.loads(hub.files(REPO)["subprune_report.json"])["model"] == "encoder"
+    assert [name for name, data in hub.files(REPO).items() if b"/home/jo" in data] == []
+    assert json.loads(path.read_text()) == told
+
+
 def test_a_card_that_is_there_is_kept(hub, folder):
     (folder / "README.md").write_text("---\nlicense: mit\n---\nmine")
     push_folder(folder, REPO)
