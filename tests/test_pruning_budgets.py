@@ -133,7 +133,9 @@ def test_several_sizes_come_from_one_calibration(monkeypatch):
     config_before = model.config.to_dict()
     configs = [PruneConfig(**QUICK, keep=keep) for keep in (0.75, 0.5)]
     collected, collect = [], calibrated.collect
-    monkeypatch.setattr(calibrated, "collect", lambda *args: collected.append(1) or collect(*args))
+    monkeypatch.setattr(
+        calibrated, "collect", lambda *args, **options: collected.append(1) or collect(*args, **options)
+    )
     together = [(r, copy.deepcopy(model.state_dict())) for r in prune_sizes(model, batches, configs)]
     assert len(collected) == 1
     assert {name: id(p) for name, p in model.named_parameters()} == {name: old[0] for name, old in before.items()}
