@@ -128,7 +128,7 @@ def test_padding_counts_for_nothing():
     wide["attention_mask"] = torch.nn.functional.pad(torch.ones_like(batch["input_ids"]), (0, 5))
     alone = {"input_ids": batch["input_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}
     first, second = (output_metrics(model, [block], [b], seed=3)[block.name] for b in (alone, wide))
-    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4 * float(first.abs().max()))
 
 
 def test_nothing_about_the_model_changes():
