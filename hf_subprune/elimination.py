@@ -40,14 +40,14 @@ def eliminate(
     A panel is speculated on a pool of the best candidates, whose small matrices `D_QQ` and `R_Q R_Q'` hold all that
     choosing among them needs. The panel's rows of L then give, by matrix products, the gains of all columns before
     each of its steps; the panel is cut before the first step at which a column outside of the pool would have won.
-    `H` is only read, a panel of rows at a time, and `D` never formed: O(steps n (steps + m)) operations, nearly all
-    of them in matrix products, and `steps n + n m` numbers of memory beside `H` and `C`.
+    `D` is never formed: O(steps n (steps + m)) operations, nearly all of them in matrix products, and `steps n + n m`
+    numbers of memory beside `H` and `C`, and beside a copy of `H` where it has another dtype.
 
     Args:
         H: `(n, n)` symmetric positive semi-definite.
         C: `(n, m)`.
         steps: Number of pivots, at most n.
-        dtype: Of the computation.
+        dtype: Of the computation; float32 gives way to float64 where that would not do, up to 4096 columns.
         scale: `(n,)`, factors that `H` (both sides) and `C` are multiplied by on reading.
         smallest: Take the smallest gain instead of the largest.
         sample: When given, each step looks at this many random columns only.
@@ -63,7 +63,7 @@ def eliminate(
     gains = torch.zeros(steps, dtype=torch.float64, device=device)
     free = torch.ones(n, dtype=torch.bool, device=device)
     sign, worst = (-1.0, float("inf")) if smallest else (1.0, 0.0)
-    done, width = 0, _FIRST_POOL
+    done, width, then_double = 0, _FIRST_POOL, False
     while done < steps:
         panel = min(_PANEL, steps - done)
         floor = 0.0 if smallest else _EXHAUSTED * max(torch.finfo(H.dtype).eps, torch.finfo(left.R.dtype).eps)
@@ -78,8 +78,16 @@ def eliminate(
         chosen, chosen_gains, triangle = _speculate(
             *left.pool(pool), panel, floor, smallest, None if picks is None else torch.searchsorted(pool, picks)
         )
-        if len(chosen) == 0:  # nothing left adds anything
-            break
+        if left.R.dtype != torch.float64 and n <= _DOUBLE_BELOW:
+            firm = int((triangle.diagonal().square() >= _DELICATE).cumprod(0).sum())
+            if firm < max(len(chosen), 1):  # in float64 from the first delicate pivot on, or where none is left
+                chosen, chosen_gains, triangle = chosen[:firm], chosen_gains[:firm], triangle[:firm, :firm]
+                then_double = True
+        if len(chosen) == 0:
+            if not then_double:  # nothing left adds anything
+                break
+            left, then_double = left.in_double(order[:done]), False
+            continue
         pivots = pool[chosen]
         rows, v = left.panel(pivots, triangle)
         accepted = len(pivots)
@@ -96,10 +104,8 @@ def eliminate(
         free[pivots] = False
         done += accepted
         left.take(rows[:accepted], v[:accepted], shrunk[accepted - 1])
-        delicate = float(triangle.diagonal()[:accepted].min()) ** 2 < _DELICATE
-        if delicate and left.R.dtype != torch.float64 and n <= _DOUBLE_BELOW:
-            left = _Remainder(H, C, scale, torch.float64, steps)
-            left.take_all(order[:done])
+        if then_double:
+            left, then_double = left.in_double(order[:done]), False
     if done < steps:
         rest = free.nonzero()[:, 0]
         order[done:] = rest[left.diagonal[rest].sort(descending=True, stable=True).indices[: steps - done]]
@@ -110,6 +116,7 @@ class _Remainder:
     """What the pivots taken leave: `R` `(n, m)` and the diagonal of `D = H - L'L` in full, the rest on demand."""
 
     def __init__(self, H: torch.Tensor, C: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, steps: int):
+        self._given = H, C, scale, steps
         self.H, self.scale = H.to(dtype), scale.to(dtype)
         self.R = C.to(dtype) * self.scale[:, None]
         self.diagonal = self.H.diagonal() * self.scale.square()
@@ -141,11 +148,14 @@ class _Remainder:
         self.diagonal = self.diagonal - shrunk
         self._done += len(rows)
 
-    def take_all(self, pivots: torch.Tensor) -> None:
-        """Eliminate pivots that were chosen before, at once."""
-        factor = torch.linalg.cholesky(self._scaled(pivots, pivots))
-        rows, v = self.panel(pivots, factor)
-        self.take(rows, v, rows.square().sum(0))
+    def in_double(self, pivots: torch.Tensor) -> "_Remainder":
+        """What the same pivots leave, in float64."""
+        H, C, scale, steps = self._given
+        left = _Remainder(H, C, scale, torch.float64, steps)
+        if len(pivots):
+            rows, v = left.panel(pivots, torch.linalg.cholesky(left._scaled(pivots, pivots)))
+            left.take(rows, v, rows.square().sum(0))
+        return left
 
 
 def _samples(free: torch.Tensor, panel: int, sample: int, generator: torch.Generator | None) -> torch.Tensor:

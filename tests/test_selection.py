@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_subprune import elimination
+from hf_subprune import elimination, selection
 from hf_subprune.problem import columns_of
 from hf_subprune.selection import backward, greedy, objective, select
 
@@ -97,6 +97,14 @@ def test_a_pool_that_misses_the_best_column_cuts_the_panel():
     assert path.order.tolist() == brute_greedy(B, Y, torch.arange(80)[:, None], 40)
 
 
+def test_wide_well_conditioned_problems_have_the_order_of_float64():
+    H, C, _, _, _ = problem(n=1100, m=20, rows=4000)
+    order, gains = elimination.eliminate(H, C, 200, dtype=torch.float32)
+    reference, expected = elimination.eliminate(H, C, 200, dtype=torch.float64)
+    assert order.tolist() == reference.tolist()
+    torch.testing.assert_close(gains, expected, rtol=1e-4, atol=0)
+
+
 def test_every_prefix_is_the_run_of_that_size():
     H, C, _, _, _ = problem()
     path = greedy(H, C, 24)
@@ -111,11 +119,13 @@ def test_weights_of_a_path_are_least_squares():
     torch.testing.assert_close(V, torch.linalg.lstsq(B[:, path.kept(7)], Y).solution)
 
 
+@pytest.mark.parametrize("double_below", [1024, 0])  # at 0, small problems begin in float32 as wide ones do
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     "damage", ["duplicates", "dead", "rank", "condition", "scales", "few_rows", "all_dead", "constant"]
 )
-def test_ill_conditioned_problems_reach_the_objective_of_the_definition(damage, dtype):
+def test_ill_conditioned_problems_reach_the_objective_of_the_definition(monkeypatch, damage, dtype, double_below):
+    monkeypatch.setattr(selection, "_DOUBLE_BELOW", double_below)
     _, _, _, B, _ = problem(n=30, rows=300, seed=3)
     generator = torch.Generator().manual_seed(4)
     W = torch.randn(30, 6, generator=generator, dtype=torch.float64)
