@@ -1,4 +1,7 @@
-"""Swap refinement: exchange a kept and a removed unit while the objective grows.
+"""Swap refinement: exchange kept and removed units while the objective grows.
+
+Single columns first oscillate (Somol and Pudil, 2000): dozens of the best are added and as many of the cheapest removed,
+or the other way round, which leaves local optima that no single exchange can. Exchanges of pairs follow.
 
 All that exchanges need is in one symmetric tableau. With S the kept columns, U the others, `P = H_SS^-1`,
 `Z = P H_SU`, and the Schur complement `D = H_UU - H_US Z`,
@@ -17,6 +20,8 @@ from .factorisation import rounding
 
 # Columns on either side of the pool within which exchanges are made before the whole tableau follows.
 _POOL = 64
+# Columns added before as many are removed.
+_DEPTH = 32
 # Exchanges that add less than this part of the objective are left alone, by dtype of the tableau.
 _LEAST_GAIN = {torch.float64: 1e-9, torch.float32: 1e-7}
 # Multiple of the rounding error of eigenvalues that is added to the unit diagonal.
@@ -65,14 +70,15 @@ def refine(
         dtype: Of the tableau, `(n, n)`.
         budget: Largest number of exchanges; `None` for no limit.
 
-    O(n^2 (n + m)) for the tableau and for each round of up to 64 exchanges, which looks at all pairs.
+    O(n^2 (n + m)) for the tableau and for each round of up to 64 exchanges, the last ones of which look at all pairs.
     """
     tableau = _Tableau(H, C, kept, groups, scale.to(dtype))
     limit = len(kept) * 10 if budget is None else budget
-    exchange = tableau.exchange_columns if groups.shape[1] == 1 else tableau.exchange_group
+    rounds = (tableau.oscillate, tableau.exchange_columns) if groups.shape[1] == 1 else (tableau.exchange_group,)
     made = 0
-    while made < limit and (count := exchange(limit - made)):
-        made += count
+    for exchange in rounds:
+        while made < limit and (count := exchange(limit - made)):
+            made += count
     outside = tableau.columns((~tableau.inside).nonzero()[:, 0])
     D, R = tableau.G[outside[:, None], outside], tableau.X[outside]
     return Refined(tableau.order[tableau.inside].sort().values, made, D, R, tableau.lift)
@@ -124,6 +130,43 @@ class _Tableau:
         self.X[E] = sign * x_solved
         self.inside[units] = add
 
+    def oscillate(self, limit):
+        """Additions and as many removals, within a pool of the best, then removals first. Returns the exchanges."""
+        made = 0
+        for add_first in (True, False):
+            S, U = self.inside.nonzero()[:, 0], (~self.inside).nonzero()[:, 0]
+            depth = min(_DEPTH, limit - made, len(S), len(U))
+            value = torch.linalg.vector_norm(self.X, dim=1).square() / self.G.diagonal().abs()
+            cheap = S[value[S].topk(min(_POOL, len(S)), largest=False).indices]
+            pool = torch.cat([cheap, U[value[U].topk(min(_POOL, len(U))).indices]])
+            G, T, inside = self._within(pool)
+            gained = 0.0
+            for add in (add_first, not add_first):
+                for _ in range(depth):
+                    value = T.diagonal() / G.diagonal().abs().clamp_min(self.lift)
+                    value[inside == add] = -float("inf") if add else float("inf")
+                    j = int(value.argmax() if add else value.argmin())
+                    gained += float(value[j]) if add else -float(value[j])
+                    _pivot(G, T, j, 1.0 if add else -1.0)
+                    inside[j] = add
+            if gained > self.least * self.objective:
+                made += self._follow(pool, inside, gained)
+        return made
+
+    def _within(self, pool):
+        """`G` and `X X'` on some columns, in float64, and which of them are inside S."""
+        return self.G[pool[:, None], pool].double(), (self.X[pool] @ self.X[pool].T).double(), self.inside[pool].clone()
+
+    def _follow(self, pool, inside, gained):
+        """Move the columns of a pool to where they were found to belong. Returns the number of exchanges."""
+        before = self.inside[pool]
+        added = pool[inside & ~before]
+        if len(added):
+            self.move(added, add=True)
+            self.move(pool[before & ~inside], add=False)
+        self.objective += gained
+        return len(added)
+
     def exchange_columns(self, limit):
         """One round for single columns: exchanges within a pool of the most promising pairs. Returns their number."""
         S, U = self.inside.nonzero()[:, 0], (~self.inside).nonzero()[:, 0]
@@ -134,9 +177,8 @@ class _Tableau:
         if float(top.values[0]) <= self.least * self.objective:
             return 0
         pool = torch.cat([S[partner[top.indices]].unique(), U[top.indices]])
-        G, T = self.G[pool[:, None], pool].double(), (self.X[pool] @ self.X[pool].T).double()
-        inside = self.inside[pool].clone()
-        made = 0
+        G, T, inside = self._within(pool)
+        made, gained = 0, 0.0
         while made < limit:
             inner, outer = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
             value = _exchange_values(
@@ -150,12 +192,9 @@ class _Tableau:
             _pivot(G, T, j, 1.0)
             _pivot(G, T, i, -1.0)
             inside[j], inside[i] = True, False
-            self.objective += gain
+            gained += gain
             made += 1
-        before = self.inside[pool]
-        if (inside & ~before).any():
-            self.move(pool[inside & ~before], add=True)
-            self.move(pool[before & ~inside], add=False)
+        self._follow(pool, inside, gained)
         return made
 
     def _best_partners(self, S, U):
