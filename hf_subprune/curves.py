@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .moments import Moments, combine
-from .problem import columns_of
-from .reweighting import reweight
+from .factorisation import factorise
+from .moments import Moments, combine, restrict
 from .selection import greedy, nested
 from .solver import PRIOR_SHRINKAGE, metric_root, regularise
 
 # Fractions of the units at which the loss is computed; in between it is interpolated.
 _FRACTIONS = (0.03, 0.08, 0.15, 0.25, 0.35, 0.5, 0.7, 0.9)
+# Up to this many columns fits are in float64; wider ones in float32, losses being compared to a few digits.
+_DOUBLE_BELOW = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,24 +94,23 @@ def loss_curve(
     path = greedy(H, C, units, groups=groups, t=t) if order is None else nested(H, C, order, groups, t)
     del H, C
     tried = {_width(units, f) for f in trial_fractions} if len(folds) > 1 else set()
-    scored = [_Scored(fold, W, root) for fold in folds]
+    along = groups[path.order.to(groups.device)]
+    parts = [_Fold(fold, W, along.reshape(-1), root, shrinkage if reweight_kept else None) for fold in folds]
     points, trials = [], {}
     for width in sorted({_width(units, f) for f in _FRACTIONS} | tried):
         if width == units:
             continue
-        kept = path.kept(width)
-        columns = columns_of(kept, groups)
         fitted = unseen = 0.0
-        for index, fold in enumerate(folds):
-            V, shift = W.to(fold.H)[columns], torch.zeros_like(fold.target_mean)
-            if reweight_kept:
-                new = reweight(fold, W, columns, shrinkage)
-                V, shift = new.V, new.bias_shift
-            fitted += scored[index].error(columns, V, shift)
-            rest = [s.error(columns, V, shift) for i, s in enumerate(scored) if i != index]
+        for index, part in enumerate(parts):
+            V, shift = part.fit(width * groups.shape[1])
+            weighed = (V, shift) if root is None else (V @ root.to(V), shift @ root.to(V))
+            fitted += part.error(*weighed)
+            rest = [other.error(*weighed) for other in parts if other is not part]
             unseen += sum(rest) / max(len(folds) - 1, 1)
             if index == 0 and width in tried:
-                trials[width] = Trial(kept, V, shift, sum(rest) / sum(f.rows for f in folds[1:]))
+                place = path.order[:width].argsort().to(V.device)
+                sorted_V = V.view(width, -1, V.shape[1])[place].flatten(0, 1)
+                trials[width] = Trial(path.kept(width), sorted_V, shift, sum(rest) / sum(f.rows for f in folds[1:]))
         error = (0.75 * unseen + 0.25 * fitted if len(folds) > 1 else fitted) / total.rows
         points.append((width, error))
     relative = path.errors / t if t > 0 else torch.zeros_like(path.errors)
@@ -121,23 +121,63 @@ def _width(units: int, fraction: float) -> int:
     return max(1, math.floor(fraction * units))
 
 
-class _Scored:
-    """Errors on the rows of some moments, weighed by `root root'`."""
+class _Fold:
+    """Fits on one fold, and errors on it, of the nested sets of a path.
 
-    def __init__(self, moments: Moments, W: torch.Tensor, root: torch.Tensor | None):
-        self.moments = moments
-        self.root = None if root is None else root.to(moments.H)
-        self.C = moments.C if self.root is None else moments.C @ self.root
-        # With a root, the target is the input times the weight: that of another model has no such sums.
-        self.t = moments.t if self.root is None else float(((W.to(moments.H) @ self.root) * self.C).sum())
+    The columns are in the order of the path: one Cholesky factor, and one forward substitution, are those of all sets.
 
-    def error(self, columns: torch.Tensor, V: torch.Tensor, shift: torch.Tensor) -> float:
-        moments, root = self.moments, self.root
-        mismatch = moments.target_mean - moments.input_mean[columns] @ V - shift
+    Args:
+        moments: Of the fold.
+        W: `(n, m)`.
+        along: `(n,)` int64, the columns in the order of the path.
+        root: `(m, r)` with `M = root root'`, which weighs errors.
+        shrinkage: lambda of the fits; `None` leaves the weights as they are.
+    """
+
+    def __init__(
+        self,
+        moments: Moments,
+        W: torch.Tensor,
+        along: torch.Tensor,
+        root: torch.Tensor | None,
+        shrinkage: float | None,
+    ):
+        kept = restrict(moments, along, torch.float32 if len(along) > _DOUBLE_BELOW else torch.float64)
+        self.moments, self.W = kept, W.to(kept.H)[along]
+        self.C, self.t, self.target_mean = kept.C, moments.t, kept.target_mean
         if root is not None:
-            V, mismatch = V @ root, mismatch @ root
-        H = moments.H[columns][:, columns]
-        error = self.t + float((V * (H @ V - 2 * self.C[columns])).sum())
+            # With a root, the target is the input times the weight: that of another model has no such sums.
+            self.C, self.target_mean = self.C @ root.to(kept.H), self.target_mean @ root.to(kept.H)
+            self.t = float(((self.W @ root.to(kept.H)) * self.C).sum(dtype=torch.float64))
+        self._factor: torch.Tensor | None = None
+        if shrinkage is not None:
+            ridge = shrinkage * float(kept.H.diagonal().mean())
+            H = kept.H.clone()
+            H.diagonal().add_(ridge)
+            self._factor, self._scale, _ = factorise(H, dtype=H.dtype)
+            scaled = (kept.C + ridge * self.W) * self._scale[:, None]
+            self._half = torch.linalg.solve_triangular(self._factor, scaled, upper=False)
+
+    def fit(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """New weights `(k, m)` of the first `k` columns, and the change of the bias `(m,)`."""
+        if self._factor is None:
+            return self.W[:k], torch.zeros_like(self.moments.target_mean)
+        V = torch.linalg.solve_triangular(self._factor[:k, :k].T, self._half[:k], upper=True) * self._scale[:k, None]
+        shift = torch.zeros_like(self.moments.target_mean)
+        if self.moments.intercept:
+            shift = self.moments.target_mean - self.moments.input_mean[:k] @ V
+        return V, shift
+
+    def error(self, V: torch.Tensor, shift: torch.Tensor) -> float:
+        """The squared error that weights of the first columns make on the fold's rows.
+
+        Args:
+            V: `(k, m)`, or `(k, r)` after multiplication with the root: the error is then in the units of the metric.
+            shift: `(m,)` or `(r,)`, the change of the bias, likewise.
+        """
+        moments, k = self.moments, len(V)
+        error = self.t + float((V * (moments.H[:k, :k] @ V - 2 * self.C[:k])).sum(dtype=torch.float64))
         if moments.intercept:
-            error += moments.rows * float(mismatch.square().sum())
+            mismatch = self.target_mean - moments.input_mean[:k] @ V - shift
+            error += moments.rows * float(mismatch.square().sum(dtype=torch.float64))
         return max(error, 0.0)

@@ -1,7 +1,7 @@
 """Swap refinement: exchange kept and removed units while the objective grows.
 
-Single columns first oscillate (Somol and Pudil, 2000): dozens of the best are added and as many of the cheapest removed,
-or the other way round, which leaves local optima that no single exchange can. Exchanges of pairs follow.
+Single columns first oscillate (Somol and Pudil, 2000): dozens of the best are added and as many of the cheapest are
+removed, or the other way round, which leaves local optima that no single exchange can. Exchanges of pairs follow.
 
 All that exchanges need is in one symmetric tableau. With S the kept columns, U the others, `P = H_SS^-1`,
 `Z = P H_SU`, and the Schur complement `D = H_UU - H_US Z`,
@@ -155,7 +155,8 @@ class _Tableau:
 
     def _within(self, pool):
         """`G` and `X X'` on some columns, in float64, and which of them are inside S."""
-        return self.G[pool[:, None], pool].double(), (self.X[pool] @ self.X[pool].T).double(), self.inside[pool].clone()
+        X = self.X[pool]
+        return self.G[pool[:, None], pool].double(), (X @ X.T).double(), self.inside[pool].clone()
 
     def _follow(self, pool, inside, gained):
         """Move the columns of a pool to where they were found to belong. Returns the number of exchanges."""
