@@ -12,7 +12,8 @@ from transformers.utils import CONFIG_NAME, logging
 
 from .config import PruneConfig
 from .plots import PLOTS
-from .report import PLOT_FOLDER, PruneReport, markdown_table, refusal_table
+from .report import PLOT_FOLDER, PruneReport
+from .tables import block_table, markdown_table, refusal_table, summary_table
 
 logger = logging.get_logger(__name__)
 
@@ -84,13 +85,13 @@ def model_card(
         if isinstance(base_model, str)
         else f"`{Path(report.model).name or report.architecture}`",
         units=" and ".join(name for kind, name in UNIT_NAMES.items() if kind in pruned) or "units",
-        summary=markdown_table(report.summary()),
+        summary=markdown_table(summary_table(report)),
         plots=_plots(folder),
         processor=processor,
         imports=", ".join(sorted(filter(None, [report.architecture, processor]))),
         auto_class=_auto_class(folder, report.architecture),
         least_guarantee=min(guarantees, default=None),
-        block_table=markdown_table(report.block_table()),
+        block_table=markdown_table(block_table(report)),
         refusal_table=markdown_table(refusal_table(report.refusals)),
         settings=_settings(report.config),
     )

@@ -179,7 +179,7 @@ def inspect(
     from .blocks import by_stack
     from .datafiles import load_model
     from .probe import discover
-    from .report import refusal_table
+    from .tables import refusal_table
 
     loaded, _ = load_model(str(model), dtype=dtype)
     found = discover(loaded)
@@ -248,6 +248,7 @@ def prune(
     from .pruning import prune as prune_model
     from .saving import check_output, save_pruned
     from .sizes import save_sizes, size_table
+    from .tables import block_table, summary_table
 
     _set_quiet(quiet)
     if len(configs) > 1:
@@ -274,7 +275,7 @@ def prune(
         report = replace(prune_model(loaded, samples, config, processing_class), command=command_line())
         if state().is_main_process:
             save_pruned(out, loaded, processing_class, report, max_shard_size=max_shard_size)
-    console.print(report.summary(), report.block_table())
+    console.print(summary_table(report), block_table(report))
     console.print(f"Saved to {out}.", soft_wrap=True)
     if push is not None and state().is_main_process:
         from .hub import push_folder
@@ -288,9 +289,10 @@ def report(
 ) -> None:
     """Show the report of an earlier run."""
     from .report import PruneReport
+    from .tables import block_table, summary_table
 
     loaded = PruneReport.load(folder)
-    console.print(loaded.summary(), loaded.block_table())
+    console.print(summary_table(loaded), block_table(loaded))
 
 
 @app.command()
@@ -338,7 +340,8 @@ def evaluate(
     from .comparison import compare
     from .datafiles import load_data, load_model
     from .metrics import load_metric
-    from .report import PruneReport, metric_table
+    from .report import PruneReport
+    from .tables import metric_table
     from .tasks import Trial, load_task
 
     _set_quiet(quiet)

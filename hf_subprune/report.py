@@ -1,20 +1,14 @@
-"""What a pruning run did and what it measured: dataclasses, JSON, and tables to read."""
+"""What a pruning run did and what it measured: dataclasses, JSON, and a page to read."""
 
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
-
 from .blocks import Block, Refusal
+from .tables import block_table, markdown_table, refusal_table, render, summary_table
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -360,7 +354,7 @@ class PruneReport:
             raise ValueError(f"{path} cannot be read as a pruning report: {error}") from error
 
     def __str__(self) -> str:
-        return render(self.summary(), self.block_table())
+        return render(summary_table(self), block_table(self))
 
     def to_markdown(self, plots: Mapping[str, str] | None = None) -> str:
         """The report as a page.
@@ -368,9 +362,9 @@ class PruneReport:
         Args:
             plots: Path of an image, as the page is to link it, per title.
         """
-        parts = [f"# {self.architecture} pruned, {self.layout} layout", markdown_table(self.summary())]
+        parts = [f"# {self.architecture} pruned, {self.layout} layout", markdown_table(summary_table(self))]
         parts += [f"![{title}]({path})" for title, path in (plots or {}).items()]
-        parts += ["## Blocks", markdown_table(self.block_table())]
+        parts += ["## Blocks", markdown_table(block_table(self))]
         if self.refusals:
             parts += ["## Left whole", markdown_table(refusal_table(self.refusals))]
         settings = ", ".join(f"`{name}={value!r}`" for name, value in self.config.items())
@@ -378,95 +372,6 @@ class PruneReport:
         if self.command:
             parts.append(f"```bash\n{self.command}\n```")
         return "\n\n".join(parts) + "\n"
-
-    def summary(self) -> Table:
-        """The whole model before and after, as a rich table."""
-        on = self.measured_on
-        table = Table(title=f"{self.architecture} pruned, {self.layout} layout", title_justify="left")
-        for name in ("", "before", "after", "ratio"):
-            table.add_column(name, justify="left" if not name else "right")
-        table.add_row("parameters", *change_row(self.parameters, 1e6, "M"))
-        table.add_row("MACs a sample", *change_row(self.macs, 1e9, "G"))
-        if self.latency is not None:
-            table.add_row("latency", *change_row(self.latency, 1e-3, "ms"))
-        for metric in self.metrics:
-            table.add_row(f"{metric.name}, {metric.data}", *metric.cells()[:2], f"{metric.value.ratio:.3f}")
-        for name, value in self.drift_figures.items():
-            table.add_row(f"held-out {name.replace('_', ' ')}", "", f"{value:.4g}", "")
-        measured = (
-            f"Latency: batch {on.get('batch_size')}, length {on.get('length')}, {on.get('device')}, "
-            f"{on.get('threads')} threads. "
-        )
-        table.caption = f"{measured if self.latency else ''}Layout: {self.layout_reason}"
-        table.caption_justify = "left"
-        return table
-
-    def block_table(self) -> Table:
-        """One row for each block that lost units, or for all experts of a layer, as a rich table."""
-        table = Table(title="Blocks", title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("block", overflow="fold")
-        for name in ("kept", "fitted", "held out", "shrink", "optimum"):
-            table.add_column(name, justify="right", no_wrap=True)
-        pruned = [b for b in self.blocks if b.units_after < b.units_before]
-        groups: dict[str, list[BlockReport]] = {}
-        for b in pruned:
-            groups.setdefault(b.name if b.stack is None else f"{b.stack}.*", []).append(b)
-        for name, group in groups.items():
-            b, shrinkages = group[0], [b.shrinkage for b in group if b.shrinkage is not None]
-            guarantees = [b.guarantee for b in group if b.guarantee is not None]
-            table.add_row(
-                name,
-                f"{b.units_after}/{b.units_before}",
-                f"{mean(b.fitted_error for b in group):.4f}",
-                f"{mean(b.held_out_error for b in group):.4f}",
-                "..".join(dict.fromkeys(f"{end(shrinkages):.2g}" for end in (min, max) if shrinkages)),
-                f">={min(guarantees):.1%}" if guarantees else "",
-            )
-        whole = len(self.blocks) - len(pruned)
-        table.caption = (
-            "kept: units after and before. fitted, held out: relative squared error of what the units' consumer "
-            "computes, on the rows fitted on and on others. shrink: pull towards the original weights. optimum: the "
-            "units kept capture at least this part of what any choice of as many could."
-        )
-        if len(groups) < len(pruned):
-            table.caption += " Experts of a layer (*): mean errors, range of the pull, least bound."
-        if whole:
-            table.caption += f" Kept whole: {whole} further blocks."
-        table.caption_justify = "left"
-        return table
-
-
-def render(*parts: Any, width: int = 120) -> str:
-    """Rich renderables as plain text."""
-    console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None, markup=False)
-    console.print(Group(*parts))
-    return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
-
-
-def markdown_table(table: Table | Text) -> str:
-    """A rich table as a Markdown one, its caption as a paragraph below; the title is left to a heading.
-
-    Anything else, such as the text that stands in for an empty table, is written as it is.
-    """
-    if not isinstance(table, Table):
-        return render(table)
-    rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
-    cells = zip(*(column.cells for column in table.columns), strict=True)
-    rows: list[Iterable[object]] = [[column.header for column in table.columns], rules, *cells]
-    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + (f"\n\n{table.caption}" if table.caption else "")
-
-
-def refusal_table(refusals: Sequence[Refusal]) -> Table | Text:
-    """What is left whole, why, and what to do, as a rich table."""
-    if not refusals:
-        return Text("Nothing was refused.")
-    table = Table(title="Left whole", title_justify="left")
-    for name in ("block", "kind", "reason", "what you can do"):
-        table.add_column(name, overflow="fold")
-    for r in refusals:
-        table.add_row(r.name, r.kind, r.reason, r.advice)
-    return table
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -476,25 +381,3 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
         return tuple(map(convert, value)) if isinstance(value, (list, tuple)) else value
 
     return {name: convert(value) for name, value in values.items()}
-
-
-def metric_table(metrics: Sequence[TaskMetric]) -> Table:
-    """Figures of a labelled task, as a rich table.
-
-    Args:
-        metrics: On the same data.
-    """
-    table = Table(title=f"{metrics[0].task} on {metrics[0].data}", title_justify="left")
-    for name in ("", "original", "pruned", "change"):
-        table.add_column(name, justify="right" if name else "left")
-    for metric in metrics:
-        table.add_row(metric.name.replace("_", " "), *metric.cells())
-    table.caption = f"In brackets: 95% intervals of the paired bootstrap over {metrics[0].samples} samples."
-    table.caption_justify = "left"
-    return table
-
-
-def change_row(change: Change, scale: float = 1.0, unit: str = "") -> tuple[str, str, str]:
-    """Cells before, after and ratio of a table; values are shown in `unit`, which is `scale` of theirs."""
-    before, after = (f"{value / scale:.4g} {unit}".rstrip() for value in (change.before, change.after))
-    return before, after, f"{change.ratio:.3f}"

@@ -20,6 +20,7 @@ from hf_subprune.probe import discover, probe_inputs
 from hf_subprune.pruning import prune_sizes
 from hf_subprune.solver import solve_block
 from hf_subprune.surgery import shrink
+from hf_subprune.tables import block_table
 from hf_subprune.verification import EquivalenceError, verify
 
 # Plain, transposed, interleaved with biases, without a gate, with a norm behind, tokens in turn, shared experts.
@@ -432,7 +433,7 @@ def test_experts_of_a_layer_share_a_row_of_the_report():
     model = tiny_model("mixtral", "main")
     report = prune(model, batches(model), PruneConfig(**QUICK, units=["mlp"]))
     assert len(report.blocks) == 8
-    table = report.block_table()
+    table = block_table(report)
     assert list(table.columns[0].cells) == ["model.layers.0.mlp.experts.*", "model.layers.1.mlp.experts.*"]
     means = [sum(block.held_out_error for block in report.blocks[i : i + 4]) / 4 for i in (0, 4)]
     assert list(table.columns[3].cells) == [f"{mean:.4f}" for mean in means]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_subprune.report import PruneReport, markdown_table
+from hf_subprune.report import PruneReport
+from hf_subprune.tables import markdown_table, summary_table
 
 EXAMPLES = Path(__file__).parent.parent / "model_cards"
 FOLDERS = sorted(path.parent for path in EXAMPLES.glob("*/subprune_report.json"))
@@ -22,7 +23,7 @@ def test_there_is_one_of_each_layout():
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_card_shows_the_figures_of_its_report_and_no_path_of_a_machine(folder):
     report, card = PruneReport.load(folder), ModelCard.load(folder / "README.md")
-    assert set(markdown_table(report.summary()).splitlines()) <= set(card.text.splitlines())
+    assert set(markdown_table(summary_table(report)).splitlines()) <= set(card.text.splitlines())
     assert card.data.base_model == report.model == "sentence-transformers/all-MiniLM-L6-v2"
     assert card.data.license == "apache-2.0"
     assert [metric.name for metric in report.metrics] == ["embedding_cosine"]

@@ -12,7 +12,7 @@ from hf_subprune.bench.budgets import bench_budgets, rank_correlation, table
 from hf_subprune.cli import app
 from hf_subprune.evaluation import count_macs
 from hf_subprune.pruning import prune_sizes
-from hf_subprune.report import render
+from hf_subprune.tables import render
 
 QUICK = {"samples": 20, "held_out": 4, "batch_size": 4, "layout": "ragged"}
 

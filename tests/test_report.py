@@ -3,10 +3,10 @@ import re
 from dataclasses import replace
 
 import pytest
-from sample_report import make_block, make_report
+from sample_report import make_report
 
 from hf_subprune import report as report_module
-from hf_subprune.report import PAGE_NAME, PruneReport, markdown_table, metric_table, refusal_table
+from hf_subprune.report import PAGE_NAME, PruneReport
 
 
 def test_a_saved_report_loads_as_it_was(tmp_path):
@@ -49,25 +49,6 @@ def test_a_missing_field_is_named(tmp_path):
         PruneReport.from_dict(values)
 
 
-def test_tables_are_markdown_with_numbers_to_the_right_and_no_cell_lost():
-    report = make_report()
-    rows = markdown_table(report.summary()).split("\n\n")[0].splitlines()
-    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
-    assert rows[:3] == [
-        "|  | before | after | ratio |",
-        "| --- | ---: | ---: | ---: |",
-        "| parameters | 2 M | 1.5 M | 0.750 |",
-    ]
-    assert "| accuracy, sst2 test | 0.9 [0.8, 0.95] | 0.88 | 0.978 |" in rows
-
-
-def test_a_task_has_its_change_with_an_interval():
-    metric = replace(make_report().metrics[0], after_interval=(0.7, 0.93), change_interval=(-0.04, 0.01))
-    rows = markdown_table(metric_table([metric])).splitlines()
-    assert rows[2] == "| accuracy | 0.9 [0.8, 0.95] | 0.88 [0.7, 0.93] | -0.02 [-0.04, 0.01] |"
-    assert "95% intervals of the paired bootstrap over 100 samples" in rows[-1]
-
-
 def test_new_metrics_replace_those_of_the_same_name_on_the_same_data():
     report = make_report()
     (old,) = report.metrics
@@ -75,11 +56,6 @@ def test_new_metrics_replace_those_of_the_same_name_on_the_same_data():
     assert report.with_metrics([new, other]).metrics == (new, other)
     assert report.with_metrics([other]).metrics == (old, other)
     assert PruneReport.from_dict(json.loads(json.dumps(report.with_metrics([new]).to_dict()))).metrics == (new,)
-
-
-def test_brackets_and_bars_in_an_advice_survive():
-    rows = markdown_table(refusal_table(make_report().refusals)).splitlines()
-    assert rows[2] == r"| pooler | mlp | Its output is the model's. | Install extra[this] \| leave it. |"
 
 
 def test_the_page_links_the_plots_that_were_drawn(tmp_path):
@@ -96,10 +72,3 @@ def test_without_matplotlib_the_page_has_no_plots(tmp_path, monkeypatch):
     page = (tmp_path / PAGE_NAME).read_text()
     assert "![" not in page and "## Left whole" in page and "hf-subprune prune" in page
     assert not list(tmp_path.rglob("*.png"))
-
-
-def test_a_terminal_sees_every_block():
-    text = str(make_report(layers=3))
-    assert all(block.name in text for block in make_report(layers=3).blocks)
-    assert ">=90.0%" in text
-    assert ">=" not in str(make_report(blocks=(make_block(guarantee=None),)))
