@@ -300,14 +300,11 @@ class Calibrated:
         metric = self.metrics.get(block.name)
         return Problem(moments.of_folds(W), W, block.columns, None if metric is None else metric.to(moments.device))
 
-    def predictions(self, block: Block, width: int) -> dict[str, Any]:
+    def predictions(self, block: Block) -> dict[str, Any]:
         """The block's curves, for the report."""
         if block.name not in self.curves:
             return {}
-        curve, losses = self.curves[block.name], self.losses[block.name]
-        widths = sorted({w for w, _ in curve.points} | {width})
-        relative = tuple((w, float(curve.relative[w])) for w in widths)
-        return {"curve": relative, "predicted": losses}
+        return {"curve": self.curves[block.name].errors, "predicted": self.losses[block.name]}
 
     def allocation(self, config: PruneConfig, widths: dict[str, int], reached: float) -> Allocation:
         """The target, what was reached, and how it was shared out, for the report."""

@@ -40,14 +40,14 @@ class LossCurve:
 
     Args:
         points: `(width, error)`, ascending, the full width with error 0 last; in the units of the metric, a row.
-        relative: `(units + 1,)` float64, error of the objective that greedy minimises on the rows it saw, as a
-            fraction of that of keeping nothing.
+        errors: `(width, fitted, held out)`, ascending: relative error of the output, all outputs alike, to expect of a
+            fit on all rows, on these rows and on others; without the full width.
         order: `(units,)` int64; the first `k` are the greedy set of size `k`.
         trials: By width, for the widths that were asked for.
     """
 
     points: tuple[tuple[int, float], ...]
-    relative: torch.Tensor
+    errors: tuple[tuple[int, float, float], ...]
     order: torch.Tensor
     trials: dict[int, Trial]
 
@@ -73,7 +73,8 @@ def loss_curve(
 
     Fits on half of the rows overfit more than the fit on all of them will: to first order the excess of the error on
     unseen rows over the noise goes with 1 / rows, and the error on the rows fitted on falls short by as much. Of fits
-    on one of two folds, the error to expect of a fit on both is then 3/4 of the unseen plus 1/4 of the fitted error.
+    on one of two folds, the error to expect of a fit on both is then 3/4 of the unseen plus 1/4 of the fitted error,
+    and on the rows fitted on the other way round.
 
     Args:
         folds: Moments of disjoint parts of the calibration rows; with one fold, errors are those fitted.
@@ -96,25 +97,28 @@ def loss_curve(
     tried = {_width(units, f) for f in trial_fractions} if len(folds) > 1 else set()
     along = groups[path.order.to(groups.device)]
     parts = [_Fold(fold, W, along.reshape(-1), root, shrinkage if reweight_kept else None) for fold in folds]
-    points, trials = [], {}
+    energy = sum(fold.t for fold in folds)
+    points, errors, trials = [], [], {}
     for width in sorted({_width(units, f) for f in _FRACTIONS} | tried):
         if width == units:
             continue
-        fitted = unseen = 0.0
+        fitted = unseen = torch.zeros(2, dtype=torch.float64)
         for index, part in enumerate(parts):
             V, shift = part.fit(width * groups.shape[1])
-            weighed = (V, shift) if root is None else (V @ root.to(V), shift @ root.to(V))
-            fitted += part.error(*weighed)
-            rest = [other.error(*weighed) for other in parts if other is not part]
-            unseen += sum(rest) / max(len(folds) - 1, 1)
+            own = part.errors(V, shift)
+            rest = [other.errors(V, shift) for other in parts if other is not part]
+            fitted = fitted + own
+            unseen = unseen + (torch.stack(rest).mean(0) if rest else own)
             if index == 0 and width in tried:
                 place = path.order[:width].argsort().to(V.device)
                 sorted_V = V.view(width, -1, V.shape[1])[place].flatten(0, 1)
-                trials[width] = Trial(path.kept(width), sorted_V, shift, sum(rest) / sum(f.rows for f in folds[1:]))
-        error = (0.75 * unseen + 0.25 * fitted if len(folds) > 1 else fitted) / total.rows
-        points.append((width, error))
-    relative = path.errors / t if t > 0 else torch.zeros_like(path.errors)
-    return LossCurve((*points, (units, 0.0)), relative, path.order, trials)
+                error = float(sum(weighed for _, weighed in rest)) / sum(f.rows for f in folds[1:])
+                trials[width] = Trial(path.kept(width), sorted_V, shift, error)
+        fitted, unseen = 0.75 * fitted + 0.25 * unseen, 0.25 * fitted + 0.75 * unseen
+        points.append((width, float(unseen[1]) / total.rows))
+        if energy > 0:
+            errors.append((width, float(fitted[0]) / energy, float(unseen[0]) / energy))
+    return LossCurve((*points, (units, 0.0)), tuple(errors), path.order, trials)
 
 
 def _width(units: int, fraction: float) -> int:
@@ -144,11 +148,11 @@ class _Fold:
     ):
         kept = restrict(moments, along, torch.float32 if len(along) > _DOUBLE_BELOW else torch.float64)
         self.moments, self.W = kept, W.to(kept.H)[along]
-        self.C, self.t, self.target_mean = kept.C, moments.t, kept.target_mean
-        if root is not None:
+        self.root = None if root is None else root.to(kept.H)
+        if self.root is not None:
             # With a root, the target is the input times the weight: that of another model has no such sums.
-            self.C, self.target_mean = self.C @ root.to(kept.H), self.target_mean @ root.to(kept.H)
-            self.t = float(((self.W @ root.to(kept.H)) * self.C).sum(dtype=torch.float64))
+            self.C = kept.C @ self.root
+            self.t = float(((self.W @ self.root) * self.C).sum(dtype=torch.float64))
         self._factor: torch.Tensor | None = None
         if shrinkage is not None:
             ridge = shrinkage * float(kept.H.diagonal().mean())
@@ -168,16 +172,29 @@ class _Fold:
             shift = self.moments.target_mean - self.moments.input_mean[:k] @ V
         return V, shift
 
-    def error(self, V: torch.Tensor, shift: torch.Tensor) -> float:
+    def errors(self, V: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """The squared error that weights of the first columns make on the fold's rows.
 
         Args:
-            V: `(k, m)`, or `(k, r)` after multiplication with the root: the error is then in the units of the metric.
-            shift: `(m,)` or `(r,)`, the change of the bias, likewise.
+            V: `(k, m)`.
+            shift: `(m,)`, the change of the bias.
+
+        Returns:
+            `(2,)` float64 on the CPU: of all outputs alike, and in the units of the metric.
         """
-        moments, k = self.moments, len(V)
-        error = self.t + float((V * (moments.H[:k, :k] @ V - 2 * self.C[:k])).sum(dtype=torch.float64))
-        if moments.intercept:
-            mismatch = self.target_mean - moments.input_mean[:k] @ V - shift
-            error += moments.rows * float(mismatch.square().sum(dtype=torch.float64))
+        moments, root, k = self.moments, self.root, len(V)
+        mismatch = moments.target_mean - moments.input_mean[:k] @ V - shift
+        product = moments.H[:k, :k] @ V
+        alike = self._error(moments.t, V, product, moments.C[:k], mismatch)
+        if root is None:
+            return torch.tensor([alike, alike], dtype=torch.float64)
+        weighed = self._error(self.t, V @ root, product @ root, self.C[:k], mismatch @ root)
+        return torch.tensor([alike, weighed], dtype=torch.float64)
+
+    def _error(
+        self, t: float, V: torch.Tensor, product: torch.Tensor, C: torch.Tensor, mismatch: torch.Tensor
+    ) -> float:
+        error = t + float((V * (product - 2 * C)).sum(dtype=torch.float64))
+        if self.moments.intercept:
+            error += self.moments.rows * float(mismatch.square().sum(dtype=torch.float64))
         return max(error, 0.0)

@@ -1,8 +1,9 @@
 """Plots of pruning reports, as PNG. matplotlib is imported when one is drawn (`pip install hf_subprune[plots]`)."""
 
 import itertools
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ PLOTS = {
 
 # Colour-blind safe: what was, what is, what was measured on unseen rows.
 BEFORE, AFTER, UNSEEN, BOUND = "#c9ced6", "#2f6db5", "#d1495b", "#4a4a4a"
+NOTE: dict[str, Any] = {"fontsize": 8.5, "color": "#6b7078", "x": 0.01, "ha": "left"}
 LINES = (AFTER, UNSEEN, "#3a9d7c", "#e09f3e", "#7b5ea7")
+MOST_LABELS = 16  # beside one another
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a dotted path
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -93,9 +96,7 @@ def plot_cost(report: PruneReport) -> "Figure":
             axes.tick_params(left=False, labelleft=axes is figure.axes[0])
             axes.grid(False)
         if report.latency is not None:
-            figure.supxlabel(
-                f"Latency: median of a forward, {where}", fontsize=8.5, color="#6b7078", x=0.01, ha="left"
-            )
+            figure.supxlabel(f"Latency: median of a forward, {where}", **NOTE)
     return figure
 
 
@@ -109,7 +110,7 @@ def plot_kept(report: PruneReport) -> "Figure":
             kept = [100 * b.units_after / b.units_before for b in blocks]
             axes.bar(depth, [100] * len(blocks), color=BEFORE, width=0.8, label="removed")
             bars = axes.bar(depth, kept, color=AFTER, width=0.8, label="kept")
-            if len(blocks) <= 16:
+            if len(blocks) <= MOST_LABELS:
                 counts = [str(b.units_after) for b in blocks]
                 axes.bar_label(bars, counts, padding=-13, fontsize=8.5, color="white")
             axes.set_ylim(0, 100)
@@ -122,9 +123,9 @@ def plot_kept(report: PruneReport) -> "Figure":
 
 
 def plot_error(report: PruneReport) -> "Figure":
-    """Relative error of each pruned block by depth: fitted, held-out, and what no choice of its size goes below."""
+    """Relative error of each pruned block by depth, fitted and held-out, and how near to the best choice it is."""
     families = _families(_pruned(report))
-    with _figure(9, 0.7 + 2.4 * len(families)) as figure:
+    with _figure(9, 0.9 + 2.4 * len(families)) as figure:
         panels = figure.subplots(len(families), 1, squeeze=False)[:, 0]
         for axes, (name, blocks) in zip(panels, families.items(), strict=True):
             depth = range(len(blocks))
@@ -132,36 +133,39 @@ def plot_error(report: PruneReport) -> "Figure":
             axes.vlines(depth, fitted, unseen, color=BEFORE, linewidth=3, zorder=1)
             axes.plot(depth, fitted, "o", color=AFTER, label="rows fitted on")
             axes.plot(depth, unseen, "o", color=UNSEEN, markerfacecolor="white", mew=1.6, label="rows held out")
-            bounds = [(i, _least_error(b)) for i, b in enumerate(blocks)]
-            _draw_bounds(axes, bounds, 0.2, color=BOUND, label="no choice of this size is lower")
-            axes.set_ylim(0, 1.12 * max(*fitted, *unseen, 1e-6))
+            if len(blocks) <= MOST_LABELS:
+                for x, block in enumerate(blocks):
+                    _write_guarantee(axes, block, x, max(fitted[x], unseen[x]))
+            axes.set_ylim(0, 1.25 * max(*fitted, *unseen, 1e-6))
             axes.set_ylabel("relative error")
             axes.set_title(name)
             _depth_axis(axes, blocks)
         _legend(figure)
+        _explain_guarantees(figure)
     return figure
 
 
 def plot_curves(report: PruneReport) -> "Figure":
-    """Relative error of a block's output against its units kept, with the point that was chosen.
+    """Relative error of a block's output against its units kept, and what was chosen, both fitted and held-out.
 
     One row of panels per family of blocks; of a deep family, six blocks at equal distances.
     """
     families = _families([b for b in report.blocks if b.curve])
     shown = {name: _spread(blocks, 6) for name, blocks in families.items()}
     columns = max(map(len, shown.values()))
-    with _figure(max(9, 1.2 + 1.75 * columns), 0.6 + 2.3 * len(shown)) as figure:
+    with _figure(max(9, 1.2 + 1.75 * columns), 0.8 + 2.3 * len(shown)) as figure:
         grid = figure.subplots(len(shown), columns, sharex="row", sharey="row", squeeze=False)
         for row, (name, blocks) in zip(grid, shown.items(), strict=True):
             for axes, block, number in zip(row, blocks, _numbers(blocks), strict=False):
-                axes.plot(*zip(*block.curve, strict=True), color=BEFORE, linewidth=2, label="greedy, at every size")
-                chosen = block.units_after
-                axes.plot(chosen, block.fitted_error, "o", color=AFTER, label="chosen, rows fitted on")
-                held_out = {"markerfacecolor": "none", "mew": 1.6, "label": "chosen, rows held out"}
-                axes.plot(chosen, block.held_out_error, "o", color=UNSEEN, **held_out)
-                width = 0.08 * block.units_before
-                bounds = [(chosen, _least_error(block))]
-                _draw_bounds(axes, bounds, width, color=BOUND, label="no choice of this size is lower")
+                units, fitted, unseen = zip(*block.curve, strict=True)
+                axes.plot(units, fitted, color=AFTER, linewidth=1.4, label="rows fitted on")
+                axes.plot(units, unseen, color=UNSEEN, linewidth=1.4, label="rows held out")
+                if block.units_after < block.units_before:
+                    chosen, errors = block.units_after, (block.fitted_error, block.held_out_error)
+                    axes.plot(chosen, errors[0], "o", color=AFTER, label="chosen, rows fitted on")
+                    held_out = {"markerfacecolor": "white", "mew": 1.6, "label": "chosen, rows held out"}
+                    axes.plot(chosen, errors[1], "o", color=UNSEEN, **held_out)
+                    _write_guarantee(axes, block, chosen, max(errors))
                 axes.set_yscale("log")
                 axes.minorticks_off()
                 axes.set_title(number, loc="center", fontsize=9, fontweight="normal")
@@ -171,9 +175,10 @@ def plot_curves(report: PruneReport) -> "Figure":
                 axes.set_visible(False)
             row[0].set_title(f"{name}\n")
             row[0].set_ylabel("relative error")
-            row[0].set_ylim(bottom=max(row[0].get_ylim()[0], 1e-4))
-            row[0].set_xlim(0, None)
+            row[0].set_ylim(bottom=max(row[0].get_ylim()[0], 1e-5))
+            row[0].set_xlim(0, 1.05 * max(block.units_before for block in blocks))
         _legend(figure)
+        _explain_guarantees(figure)
     return figure
 
 
@@ -211,14 +216,6 @@ def plot_tradeoff(reports: Mapping[str, Sequence[PruneReport]], quality: str | N
         axes.grid(True, axis="both")
         axes.legend()
     return figure
-
-
-def _least_error(block: BlockReport) -> float | None:
-    """What the certificate says that no choice of this many units goes below: `1 - captured / guarantee`."""
-    if not block.guarantee:
-        return None
-    error = dict(block.curve).get(block.units_after, block.fitted_error)
-    return max(0.0, 1 - (1 - error) / block.guarantee)
 
 
 def _pruned(report: PruneReport) -> list[BlockReport]:
@@ -268,19 +265,26 @@ def _figure(width: float, height: float) -> Iterator["Figure"]:
 
 
 def _depth_axis(axes: "Axes", blocks: Sequence[BlockReport]) -> None:
-    """Label positions 0, 1, ... by the numbers of the blocks, at most 16 of them."""
-    ticks = range(0, len(blocks), -(-len(blocks) // 16))
+    """Label positions 0, 1, ... by the numbers of the blocks, as many as there is room for."""
+    ticks = range(0, len(blocks), -(-len(blocks) // MOST_LABELS))
     axes.set_xticks(ticks, [_numbers(blocks)[i] for i in ticks])
     axes.set_xlim(-0.6, max(len(blocks), 6) - 0.4)
     axes.tick_params(axis="x", length=0)
 
 
-def _draw_bounds(axes: "Axes", bounds: Iterable[tuple[float, float | None]], half_width: float, **line: Any) -> None:
-    """A short horizontal line at each `(x, bound)` that is known and above zero."""
-    known = [(x, bound) for x, bound in bounds if bound]
-    if known:
-        x, y = zip(*known, strict=True)
-        axes.hlines(y, [v - half_width for v in x], [v + half_width for v in x], linewidth=1.8, **line)
+def _write_guarantee(axes: "Axes", block: BlockReport, x: float, y: float) -> None:
+    """The block's guarantee above a point, if it has one."""
+    if block.guarantee is not None:
+        place: dict[str, Any] = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        axes.annotate(f"≥{math.floor(100 * block.guarantee)}%", (x, y), color=BOUND, **place)
+
+
+def _explain_guarantees(figure: "Figure") -> None:
+    text = (
+        "≥: part of what any choice of as many units could capture, of the objective, that those kept capture at least"
+    )
+    if any(axes.texts for axes in figure.axes):
+        figure.supxlabel(text, **NOTE)
 
 
 def _legend(figure: "Figure") -> None:

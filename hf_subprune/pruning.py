@@ -215,7 +215,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
         reached = calibrated.reached(config, widths, edits)
     undo.callback(put_together(model.modules()))
     logger.info("Pruned %d blocks.", len(edits))
-    whole = (BlockReport.whole(b, **calibrated.predictions(b, b.units)) for b in calibrated.blocks)
+    whole = (BlockReport.whole(b, **calibrated.predictions(b)) for b in calibrated.blocks)
     report = PruneReport(
         blocks=tuple(solutions.get(report.name, report) for report in whole),
         refusals=calibrated.found.refusals,
@@ -346,7 +346,7 @@ def _solve(
         method=solution.method,
         guarantee=solution.guarantee,
         seconds=time.perf_counter() - start,
-        **calibrated.predictions(block, width),
+        **calibrated.predictions(block),
     )
     V = solution.V.to(consumer.weight.dtype)
     return report, solution.kept_units.cpu(), V.cpu(), None if bias is None else bias.cpu()

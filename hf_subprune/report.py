@@ -42,8 +42,8 @@ class BlockReport:
         guarantee: Lower bound on the captured fraction of what the best choice of this size could capture, in [0, 1];
             `None` when none was computed.
         seconds: Wall time of selection and reweighting.
-        curve: `(units kept, relative error)` of the objective that selection minimises, shrinkage included, along
-            nested greedy sets; a few points from few units to many, empty when none was computed.
+        curve: `(units kept, fitted error, held-out error)` of nested greedy sets, as the two errors above but with the
+            held-out one cross-fitted; a few points from few units to many, empty when the budget needed none.
         predicted: `(units kept, drift)` of the model's output that the budget expected of pruning this block alone,
             from few units to all; empty when the budget needed none.
         stack: Dotted path of the module that stores the block together with the other experts of its layer; `None`
@@ -63,7 +63,7 @@ class BlockReport:
     method: str
     guarantee: float | None
     seconds: float
-    curve: tuple[tuple[int, float], ...] = ()
+    curve: tuple[tuple[int, float, float], ...] = ()
     predicted: tuple[tuple[int, float], ...] = ()
     stack: str | None = None
 

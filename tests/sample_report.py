@@ -6,7 +6,7 @@ from typing import Any
 from hf_subprune.blocks import Refusal
 from hf_subprune.report import BlockReport, Change, PruneReport, TaskMetric
 
-CURVE = ((8, 0.9), (16, 0.6), (24, 0.2), (32, 0.1))
+CURVE = ((8, 0.9, 0.95), (16, 0.6, 0.7), (24, 0.2, 0.28))
 
 
 def make_block(name: str = "layer.0.mlp", **changes: Any) -> BlockReport:

@@ -16,12 +16,6 @@ def lines(axes, label):
     return [list(zip(*line.get_data(), strict=True)) for line in axes.get_lines() if line.get_label() == label]
 
 
-def bounds(axes):
-    """Heights of the horizontal lines of an axes."""
-    segments = [segment for collection in axes.collections for segment in collection.get_segments()]
-    return sorted(float(start[1]) for start, end in segments if start[1] == end[1])
-
-
 def test_every_plot_is_a_readable_image(tmp_path):
     before = dict(matplotlib.rcParams)
     plots = save_plots(make_report(layers=3), tmp_path)
@@ -63,12 +57,15 @@ def test_many_layers_do_not_crowd_the_axis():
     assert len(ticks) <= 16 and ticks[:2] == ["0", "5"]
 
 
-def test_errors_are_shown_fitted_and_held_out_with_the_bound():
-    (axes,) = plot_error(make_report(blocks=(make_block(),))).axes
-    assert lines(axes, "rows fitted on") == [[(0, 0.21)]]
-    assert lines(axes, "rows held out") == [[(0, 0.3)]]
-    # At 24 units the curve is at 0.2: 0.8 is captured, at least 0.9 of what any choice captures.
-    assert bounds(axes) == pytest.approx([1 - 0.8 / 0.9])
+def test_errors_are_shown_fitted_and_held_out_with_the_guarantee():
+    blocks = make_block(), make_block("layer.1.mlp", guarantee=None)
+    figure = plot_error(make_report(blocks=blocks))
+    (axes,) = figure.axes
+    assert lines(axes, "rows fitted on") == [[(0, 0.21), (1, 0.21)]]
+    assert lines(axes, "rows held out") == [[(0, 0.3), (1, 0.3)]]
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [("≥90%", (0, 0.3))]
+    assert "that those kept capture at least" in figure.get_supxlabel()
+    assert not plot_error(make_report(blocks=blocks[1:])).get_supxlabel()
 
 
 def test_blocks_that_were_left_whole_have_no_error():
@@ -77,18 +74,18 @@ def test_blocks_that_were_left_whole_have_no_error():
     assert axes.get_title(loc="left") == "layer.*.mlp"
 
 
-@pytest.mark.parametrize("guarantee", [None, 0.5])
-def test_a_bound_that_says_nothing_is_not_drawn(guarantee):
-    (axes,) = plot_error(make_report(blocks=(make_block(guarantee=guarantee),))).axes
-    assert bounds(axes) == []
-
-
 def test_curves_show_the_first_and_the_last_layer_and_the_chosen_size():
     figure = plot_curves(make_report(blocks=tuple(make_block(f"layer.{i}.mlp") for i in range(20))))
     titles = [axes.get_title(loc="center") for axes in figure.axes]
     assert len(titles) == 6 and titles[0] == "0" and titles[-1] == "19"
-    assert lines(figure.axes[0], "greedy, at every size") == [list(make_block().curve)]
+    assert lines(figure.axes[0], "rows fitted on") == [[(8, 0.9), (16, 0.6), (24, 0.2)]]
+    assert lines(figure.axes[0], "rows held out") == [[(8, 0.95), (16, 0.7), (24, 0.28)]]
     assert lines(figure.axes[0], "chosen, rows held out") == [[(24, 0.3)]]
+
+
+def test_nothing_was_chosen_for_a_block_that_is_whole():
+    (axes,) = plot_curves(make_report(blocks=(make_block(units_after=32, fitted_error=0.0),))).axes
+    assert lines(axes, "chosen, rows fitted on") == [] and len(lines(axes, "rows fitted on")) == 1
 
 
 def test_size_against_quality_is_sorted_by_size_with_the_original():
