@@ -30,7 +30,7 @@ from .collection import FOLDS, BlockMoments, collect
 from .config import PruneConfig
 from .curves import LossCurve, loss_curve
 from .durable import check_space, once
-from .evaluation import Costs, Outputs, measure, model_outputs
+from .evaluation import Costs, Outputs, count, model_outputs, times_in_turn
 from .experts import together
 from .layout import choose_layout
 from .linears import matrix_shape, weight_matrix
@@ -38,10 +38,10 @@ from .offload import input_device, is_offloaded
 from .probe import discover
 from .processes import from_all, from_process, is_mine, processes
 from .progress import Clock, progress, timed
-from .report import Allocation
+from .report import Allocation, Change
 from .sensitivity import Means, output_metrics
 from .surgery import Edit, taken_back
-from .targets import Target, latency_ratio, narrowed, resolve
+from .targets import Target, narrowed, resolve
 from .tied import Problem, order_together
 
 logger = logging.get_logger(__name__)
@@ -162,7 +162,7 @@ class Calibrated:
 
     def _measure(self) -> tuple[list[Outputs], Costs]:
         calibration = self.calibration
-        return model_outputs(self.model, calibration.own_held_out), measure(self.model, calibration.held_out[0])
+        return model_outputs(self.model, calibration.own_held_out), count(self.model, calibration.held_out[0])
 
     def sensitivities(self, config: PruneConfig) -> Mapping[str, torch.Tensor]:
         """`metrics` of the model as it is now."""
@@ -250,9 +250,9 @@ class Calibrated:
         # What blocks save together is not quite the sum of what was timed: aim again at what was missed.
         aimed = target
         for _ in range(_LATENCY_TRIES):
-            taken = self._full_latency(target) * latency_ratio(
-                self.model, self.calibration.held_out[0], partial(narrowed, self.model, self.blocks, widths)
-            )
+            fewer = partial(narrowed, self.model, self.blocks, widths)
+            outside, inside = times_in_turn(self.model, self.calibration.held_out[0], fewer)
+            taken = self._full_latency(target) * inside / outside
             if _LATENCY_SLACK * target.limit <= taken <= target.limit:
                 break
             (part,) = aimed.parts
@@ -271,13 +271,19 @@ class Calibrated:
     def _full_latency(self, target: Target) -> float:
         return target.cost({b.name: b.units for b in self.blocks})
 
-    def reached(self, config: PruneConfig, widths: dict[str, int], edits: dict[str, Edit]) -> float:
-        """What the pruned model costs, in the target's unit; latency is measured, against the original's in turns."""
+    def latency(self, edits: dict[str, Edit]) -> Change | None:
+        """Seconds of a forward without and with the edits; `None` where weights are read from elsewhere meanwhile."""
+        if is_offloaded(self.model):
+            return None
+        after, before = times_in_turn(self.model, self.calibration.held_out[0], partial(taken_back, edits))
+        return Change(before, after)
+
+    def reached(self, config: PruneConfig, widths: dict[str, int], latency: Change | None) -> float:
+        """What the pruned model costs, in the target's unit; for a latency target, from the `latency` measured."""
         target = self.target(config)
-        if target.name != "latency":
-            return target.cost(widths)
-        pruned_over = latency_ratio(self.model, self.calibration.held_out[0], partial(taken_back, edits))
-        return self._full_latency(target) / pruned_over
+        if target.name == "latency" and latency is not None:
+            return self._full_latency(target) * latency.ratio
+        return target.cost(widths)
 
     def moments(
         self, to_prune: Sequence[Block], config: PruneConfig, edits: dict[str, Edit], folder: Path | None = None

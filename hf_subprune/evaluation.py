@@ -3,7 +3,8 @@
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from .calibration import Batch, is_divisible
 from .experts import apart, together
-from .offload import input_device, is_offloaded
+from .offload import input_device
 from .padding import token_mask
 from .processes import from_all
 from .verification import floating_tensors, undisturbed
@@ -25,41 +26,21 @@ from .verification import floating_tensors, undisturbed
 _STORED_BYTES = 64 * 2**20
 _ROWS_AT_ONCE = 256
 
-# Blocks of runs that a median latency is taken over, whatever time that takes.
+# Blocks of runs, or turns, that a median latency is taken over, whatever time that takes.
 _FEWEST_BLOCKS = 3
 
 
 @dataclass(frozen=True)
-class Latency:
-    """Wall time of one forward.
-
-    Args:
-        seconds: Median over blocks of runs.
-        measured_on: Batch size, length (`None` for images), device, dtype, threads and number of blocks of runs.
-    """
-
-    seconds: float
-    measured_on: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Costs:
-    """What a model costs.
+    """What a model costs, whatever it runs on.
 
     Args:
         parameters: Tied ones counted once.
         macs: Multiply-accumulates of one forward on one sample.
-        latency: Of one forward on a batch; `None` where weights are offloaded, whose reading would be timed.
     """
 
     parameters: int
     macs: int
-    latency: Latency | None
-
-    @property
-    def measured_on(self) -> dict[str, Any]:
-        """What latency was measured on."""
-        return {} if self.latency is None else self.latency.measured_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +112,8 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: An
     return 2 * batch * heads * length * key[-2] * (width + value[-1])
 
 
-def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 0.2) -> Latency:
-    """Median wall time of a forward on one batch, after a warm-up.
+def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 0.2) -> float:
+    """Median seconds of a forward on one batch, after a warm-up.
 
     Args:
         model: On whatever device it is to be measured.
@@ -152,7 +133,7 @@ def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 
         times = timer.blocked_autorange(min_run_time=min_run_time).times
         while len(times) < _FEWEST_BLOCKS:
             times = times + timer.blocked_autorange(min_run_time=min_run_time).times
-    return Latency(statistics.median(times), {**circumstances(model, batch), "blocks": len(times)})
+    return statistics.median(times)
 
 
 def circumstances(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
@@ -191,10 +172,32 @@ def _seconds(model: PreTrainedModel, batch: Batch) -> float:
         return time.perf_counter() - start
 
 
-def measure(model: PreTrainedModel, batch: Batch) -> Costs:
-    """Parameters, multiply-accumulates on the batch's first sample, and latency on the batch."""
-    latency = None if is_offloaded(model) else measure_latency(model, batch)
-    return Costs(count_parameters(model), count_macs(model, batch), latency)
+def times_in_turn(
+    model: PreTrainedModel,
+    batch: Batch,
+    changed: Callable[[], AbstractContextManager[None]],
+    min_run_time: float = 0.4,
+) -> tuple[float, float]:
+    """Median seconds of a forward outside and inside of `changed`, in turns: what else runs slows both down alike.
+
+    Args:
+        model: On whatever device it is to be measured.
+        batch: Forward arguments.
+        changed: Within it the model is another one.
+        min_run_time: Seconds to measure for, at least.
+    """
+    turns: list[tuple[float, float]] = []
+    while len(turns) <= _FEWEST_BLOCKS or sum(map(sum, turns[1:])) < min_run_time:
+        outside = _seconds(model, batch)
+        with changed():
+            turns.append((outside, _seconds(model, batch)))
+    outsides, insides = zip(*turns[1:], strict=True)  # the first turn warms up
+    return statistics.median(outsides), statistics.median(insides)
+
+
+def count(model: PreTrainedModel, batch: Batch) -> Costs:
+    """Parameters, and multiply-accumulates on the batch's first sample."""
+    return Costs(count_parameters(model), count_macs(model, batch))
 
 
 def model_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs]:

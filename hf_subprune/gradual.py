@@ -18,7 +18,7 @@ from .calibrated import Calibrated
 from .calibration import prepare
 from .collection import BlockMoments, collect
 from .config import PruneConfig
-from .evaluation import drift, measure, model_outputs
+from .evaluation import circumstances, count, drift, model_outputs
 from .experts import apart, put_together
 from .layout import choose_layout
 from .linears import weight_matrix
@@ -28,7 +28,7 @@ from .progress import peak_memory
 from .report import BlockReport, Change, PruneReport
 from .reweighting import relative_error
 from .solver import solve_block
-from .surgery import kept_columns, shrink, taken_back, undo_all
+from .surgery import Edit, kept_columns, shrink, taken_back, undo_all
 from .tied import Problem, choose_together
 from .verification import undisturbed, verify
 
@@ -148,15 +148,18 @@ class GradualPruning:
         start = time.perf_counter()
         with undisturbed(self.model), apart(self.model), ExitStack() as on_failure:
             verify(self.model, pruned, self.kept, self._calibrated.probe)
+            edits: dict[str, Edit] = {}
+            on_failure.callback(undo_all, edits)
             for block in pruned:
-                on_failure.callback(shrink(self.model, block, self.kept[block.name]).undo)
+                edits[block.name] = shrink(self.model, block, self.kept[block.name])
+            latency = self._calibrated.latency(edits)  # the masked model takes as long as the original
             on_failure.callback(put_together(self.model.modules()))
             layout = choose_layout(self.model, self.config.layout, inputs=self._calibrated.probe)
             on_failure.callback(layout.undo)
-            after = measure(self.model, self.calibration.held_out[0])
+            after = count(self.model, self.calibration.held_out[0])
             on_failure.pop_all()
         before = self._calibrated.before
-        reached = after.latency.seconds if after.latency else 0.0
+        reached = self._calibrated.reached(self.config, self.targets, latency)
         allocation = self._calibrated.allocation(self.config, self.targets, reached)
         return PruneReport(
             model=getattr(self.model, "name_or_path", "") or "",
@@ -168,8 +171,8 @@ class GradualPruning:
             layout_reason=layout.reason,
             parameters=Change(before.parameters, after.parameters),
             macs=Change(before.macs, after.macs),
-            latency=Change.of_latency(before.latency, after.latency),
-            measured_on=before.measured_on,
+            latency=latency,
+            measured_on=circumstances(self.model, self.calibration.held_out[0]),
             drift=self.drift,
             data=self.calibration.description,
             seconds={"pruning steps": self._seconds, "surgery": time.perf_counter() - start},

@@ -21,7 +21,7 @@ from .calibration import CalibrationSet, prepare
 from .collection import BlockMoments, finished_segments
 from .config import TARGETS, PruneConfig
 from .durable import once
-from .evaluation import Costs, Outputs, drift, measure, model_outputs
+from .evaluation import Costs, Outputs, circumstances, count, drift, measure_latency, model_outputs
 from .execution import full_precision, with_fitting_batches
 from .expert_removal import remove_experts, without_experts
 from .experts import apart, put_together
@@ -212,7 +212,8 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
     with clock("verification"), taken_back(edits):
         verify(model, to_prune, kept, calibrated.probe)
     with clock("evaluation"):
-        reached = calibrated.reached(config, widths, edits)
+        latency = calibrated.latency(edits)
+        reached = calibrated.reached(config, widths, latency)
     undo.callback(put_together(model.modules()))
     logger.info("Pruned %d blocks.", len(edits))
     whole = (BlockReport.whole(b, **calibrated.predictions(b)) for b in calibrated.blocks)
@@ -220,7 +221,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
         blocks=tuple(solutions.get(report.name, report) for report in whole),
         refusals=calibrated.found.refusals,
         allocation=calibrated.allocation(config, widths, reached),
-        **_outcome(model, calibration, calibrated.before, calibrated.reference, config, clock, undo),
+        **_outcome(model, calibration, calibrated.before, latency, calibrated.reference, config, clock, undo),
     )
     return from_process(0, report)
 
@@ -229,6 +230,7 @@ def _outcome(
     model: PreTrainedModel,
     calibration: CalibrationSet,
     before: Costs,
+    latency: Change | None,
     reference: Sequence[Outputs],
     config: PruneConfig,
     clock: Clock,
@@ -239,7 +241,7 @@ def _outcome(
         layout = choose_layout(model, config.layout, inputs=send_to_device(calibration.probe, input_device(model)))
         undo.callback(layout.undo)
     with clock("evaluation"):
-        after = measure(model, calibration.held_out[0])
+        after = count(model, calibration.held_out[0])
         change = drift(model, calibration.own_held_out, reference, shared=True)
     return {
         "model": getattr(model, "name_or_path", "") or "",
@@ -249,8 +251,8 @@ def _outcome(
         "layout_reason": layout.reason,
         "parameters": Change(before.parameters, after.parameters),
         "macs": Change(before.macs, after.macs),
-        "latency": Change.of_latency(before.latency, after.latency),
-        "measured_on": before.measured_on,
+        "latency": latency,
+        "measured_on": {} if latency is None else circumstances(model, calibration.held_out[0]),
         "drift": change.to_dict(),
         "data": calibration.description,
         "seconds": clock.seconds,
@@ -272,10 +274,12 @@ def _prune_experts_first(
         clock, calibration = _prepared(model, data, config, processing_class)
         with clock("evaluation"):
             reference = model_outputs(model, calibration.own_held_out)
-            before = measure(model, calibration.held_out[0])
+            before = count(model, calibration.held_out[0])
+            seconds = measure_latency(model, calibration.held_out[0])
         removed, refusals = remove_experts(model, calibration, config, fraction, clock, undo)
         if rest is None:
-            outcome = _outcome(model, calibration, before, reference, config, clock, undo)
+            latency = Change(seconds, measure_latency(model, calibration.held_out[0]))
+            outcome = _outcome(model, calibration, before, latency, reference, config, clock, undo)
             report = PruneReport(blocks=removed, refusals=refusals, **outcome)
         else:
             with apart(model):
@@ -285,6 +289,7 @@ def _prune_experts_first(
             report = replace(
                 report,
                 config=config.to_dict(),
+                latency=Change(seconds, measure_latency(model, calibration.held_out[0])),
                 blocks=(*removed, *report.blocks),
                 refusals=(*refusals, *report.refusals),
             )

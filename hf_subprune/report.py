@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel
 
-    from .evaluation import Latency
-
 REPORT_NAME = "subprune_report.json"
 PAGE_NAME = "subprune_report.md"
 PLOT_FOLDER = "plots"
@@ -95,11 +93,6 @@ class Change:
 
     before: float
     after: float
-
-    @classmethod
-    def of_latency(cls, before: "Latency | None", after: "Latency | None") -> "Change | None":
-        """Seconds of a forward, if both were measured."""
-        return None if before is None or after is None else cls(before.seconds, after.seconds)
 
     @property
     def ratio(self) -> float:
@@ -189,7 +182,8 @@ class PruneReport:
         layout_reason: Why.
         parameters: Number of parameters of the whole model.
         macs: Multiply-accumulates of one forward on one sample of `measured_on`.
-        latency: Median seconds of a forward on `measured_on`; `None` where weights were read from elsewhere meanwhile.
+        latency: Median seconds of a forward on `measured_on`, timed in turns after pruning (before and after the run
+            where whole experts go); `None` where weights were read from elsewhere meanwhile.
         measured_on: Batch size, length, device and threads of the figures above.
         drift: Output of the pruned against the original model, on held-out samples (see `evaluation.Drift`).
         data: Description of the calibration data.

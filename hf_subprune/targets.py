@@ -1,8 +1,7 @@
 """The size that the user asks for, as a cost of every width of every block and a limit on their sum."""
 
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -13,13 +12,12 @@ from transformers import PreTrainedModel
 from .blocks import Block, by_width
 from .calibration import Batch
 from .config import PruneConfig, parse_size
-from .evaluation import count_macs, count_parameters, measure_latency
+from .evaluation import count_macs, count_parameters, measure_latency, times_in_turn
 from .surgery import shrink
 
-# Fractions of the units at which latency is measured, seconds a measurement takes, and in how many turns.
+# Fractions of the units at which latency is measured, and seconds a measurement takes.
 _MEASURED = (0.125, 0.25, 0.5, 0.75)
 _SECONDS = 0.4
-_TURNS = 5
 
 # Bytes of a safetensors file a tensor, besides its values: its name, shape and place in the header.
 _HEADER = 160
@@ -156,7 +154,7 @@ def _latencies(
 
     Blocks of one kind and size are narrowed together, which adds up what each saves above the noise, and share it.
     """
-    full = measure_latency(model, batch, _SECONDS).seconds
+    full = measure_latency(model, batch, _SECONDS)
     families: dict[tuple[str, int, int], list[Block]] = {}
     for tie in by_width(blocks):
         families.setdefault((tie[-1].kind, tie[-1].units, tie[-1].parameters_per_unit), []).extend(tie)
@@ -167,21 +165,12 @@ def _latencies(
         seconds = []
         for width in widths:
             fewer = partial(narrowed, model, family, dict.fromkeys([b.name for b in family], width))
-            seconds.append(full * latency_ratio(model, batch, fewer))
+            outside, inside = times_in_turn(model, batch, fewer, _SECONDS)
+            seconds.append(full * inside / outside)
             table.append((kind, width, len(family), seconds[-1]))
         curve = _fit_costs(widths, [(full - s) / len(family) for s in seconds], units)
         costs |= {block.name: curve for block in family}
     return costs, full, tuple(table)
-
-
-def latency_ratio(model: PreTrainedModel, batch: Batch, changed: Callable[[], AbstractContextManager[None]]) -> float:
-    """Latency inside of `changed` over that outside, timed in turns: what else the machine does slows both down."""
-    ratios = []
-    for _ in range(_TURNS):
-        outside = measure_latency(model, batch, _SECONDS / _TURNS).seconds
-        with changed():
-            ratios.append(measure_latency(model, batch, _SECONDS / _TURNS).seconds / outside)
-    return statistics.median(ratios)
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from transformers.utils import logging
 
 from hf_subprune import PruneConfig, prune
 from hf_subprune.card import CARD_NAME, INHERITED, base_card_data, write_card
-from hf_subprune.comparison import compare
 from hf_subprune.demo import demo_model_folder, docstrings
 from hf_subprune.report import PAGE_NAME, PLOT_FOLDER, REPORT_NAME
 from hf_subprune.saving import save_pruned
@@ -56,9 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
         model = AutoModel.from_pretrained(source).eval()
         config = PruneConfig(**settings, samples=options.samples, held_out=held_out)
         report = prune(model, texts, config, tokenizer).with_metrics(trial.score(model))
-        # Both models at hand are timed in turn, which a run that changes one in place cannot do.
-        costs = compare(original, model, [row["text"] for row in unseen], replace(config, batch_size=32), tokenizer)
-        report = replace(report, macs=costs.macs, latency=costs.latency, measured_on=costs.measured_on)
         # Said by name: the folder of a package is nobody else's.
         report = replace(report, model=BASE, data={**report.data, "source": task.dataset})
         folder = options.out / name

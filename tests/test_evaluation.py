@@ -1,4 +1,6 @@
 import math
+import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import (
 
 from hf_subprune import evaluation
 from hf_subprune.evaluation import (
+    circumstances,
     count_macs,
     count_parameters,
     drift,
@@ -30,6 +33,7 @@ from hf_subprune.evaluation import (
     neighbour_agreement,
     perplexity,
     predicted_classes,
+    times_in_turn,
 )
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -103,12 +107,28 @@ def test_batches_that_cannot_be_cut_are_counted_whole():
     assert count_macs(model, {**batch, "position_ids": torch.arange(7)[None]}) == 3 * one
 
 
-def test_latency_says_what_it_was_measured_on():
-    latency = measure_latency(make_bert(), make_batches(1)[0], min_run_time=0.01)
-    assert 0 < latency.seconds < 1
-    assert latency.measured_on.pop("blocks") >= 3
+def test_latency_is_in_seconds_and_depends_on_what_is_said():
+    model, batch = make_bert(), make_batches(1)[0]
+    assert 0 < measure_latency(model, batch, min_run_time=0.01) < 1
     expected = {"batch_size": 3, "length": 7, "device": "cpu", "dtype": "float32", "threads": torch.get_num_threads()}
-    assert latency.measured_on == expected
+    assert circumstances(model, batch) == expected
+
+
+def test_a_changed_model_is_timed_in_turn_with_itself():
+    model, order, now = make_bert(), [], ["outside"]
+    model.register_forward_hook(lambda *_: order.append(now[-1]))
+
+    @contextmanager
+    def changed():
+        now.append("inside")
+        model.register_forward_hook(lambda *_: time.sleep(0.02))
+        yield
+        now.pop()
+        model._forward_hooks.popitem()
+
+    outside, inside = times_in_turn(model, make_batches(1)[0], changed, min_run_time=0.0)
+    assert order == ["outside", "inside"] * 4  # the first turn warms up
+    assert inside >= outside + 0.01
 
 
 def test_models_are_timed_in_turn():
@@ -124,7 +144,7 @@ def test_models_are_timed_in_turn():
 def test_images_have_no_length():
     model = ViTModel(ViTConfig(image_size=16, patch_size=8, **SIZES)).eval()
     batch = {"pixel_values": torch.zeros(2, 3, 16, 16)}
-    assert measure_latency(model, batch, min_run_time=0.01).measured_on["length"] is None
+    assert circumstances(model, batch)["length"] is None
     assert count_macs(model, batch) > 0
 
 
