@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
@@ -124,10 +125,12 @@ def _failure(
 
 
 def _half(block: Block, seed: int, number: int) -> torch.Tensor:
-    """About half of the units, as many as `number` is even or odd: blocks of one class keep different numbers."""
+    """About half of each set's units, as many as `number` is even or odd: blocks of one class keep other numbers."""
     random = torch.Generator().manual_seed(seed)
-    count = max(1, min(block.units - 1, block.units // 2 + number % 2))
-    return torch.randperm(block.units, generator=random)[:count].sort().values
+    size = block.units // block.sets
+    count = max(1, min(size - 1, size // 2 + number % 2))
+    chosen = [start + torch.randperm(size, generator=random)[:count] for start in range(0, block.units, size)]
+    return torch.cat(chosen).sort().values
 
 
 def _signature(model: nn.Module, block: Block) -> tuple:
@@ -157,8 +160,9 @@ def _search(
         if error is None:
             for attribute in attributes:
                 fewer = tuple(one for one in attributes if one != attribute)
-                # A width that the forward does not need may be that of something else.
-                if is_width(attribute) and failure(fewer) is None:
+                # A width, or a number of heads of one set, that the forward does not need may be something else's.
+                counts_all = attribute.per_unit.denominator == 1 and not is_width(attribute)
+                if not counts_all and failure(fewer) is None:
                     attributes = fewer
             return names(attributes)
         first = first or error
@@ -225,9 +229,13 @@ def candidates(model: nn.Module, block: Block) -> tuple[tuple[Attribute, ...], .
 
 
 def _attribute(block: Block, path: str, name: str, value: object) -> Attribute | None:
-    if type(value) is not int or value <= 0 or value % block.units:
+    if type(value) is not int or value <= 0 or value * block.sets % block.units:
         return None
-    return Attribute(path, name, value, value // block.units)
+    # How many query heads a key/value head has says nothing of the number of key/value heads.
+    of_sets = () if block.queries is None else block.queries.attributes
+    if any((path, name) == (one.module, one.name) and one.per_unit.denominator > 1 for one in of_sets):
+        return None
+    return Attribute(path, name, value, Fraction(value, block.units))
 
 
 def _counts_heads(block: Block, attribute: Attribute) -> bool:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import takewhile
 
 import torch
@@ -35,13 +36,14 @@ class Attribute:
         name: Attribute name, e.g. `"num_heads"`; `"config.num_attention_heads"` is a value of the module's config,
             of which the module gets a copy of its own.
         before: Value with all units.
-        per_unit: Value that each unit contributes; `before == per_unit * units`.
+        per_unit: Value that each unit contributes; `before == per_unit * units`. A fraction where it counts the units
+            of one set.
     """
 
     module: str
     name: str
     before: int
-    per_unit: int
+    per_unit: Fraction | int
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,9 @@ class Block:
             keep the same units. It is written as a pattern of their names; `None` for a block on its own.
         stack: Blocks of one stack are the experts of one layer, stored in common tensors, so that they keep equally
             many units, each its own. Dotted path of the module that holds them; `None` for a block on its own.
+        sets: Units come in this many sets of equal size, one set after the other, which keep equally many units each.
+        queries: Under grouped-query attention, where a unit is a key/value head with all of its query heads: the same
+            block with the query heads as units, in one set for each key/value head. Its keys and values stay.
     """
 
     name: str
@@ -74,6 +79,8 @@ class Block:
     parameters_per_unit: int
     tie: str | None = None
     stack: str | None = None
+    sets: int = 1
+    queries: "Block | None" = None
 
     @property
     def owner(self) -> str:
@@ -91,6 +98,10 @@ class Block:
     def parameters(self) -> int:
         """Parameters that belong to the block's units."""
         return self.units * self.parameters_per_unit
+
+    def first(self, width: int) -> torch.Tensor:
+        """`(width,)` int64, the first units: of each set equally many."""
+        return torch.arange(self.units).view(self.sets, -1)[:, : width // self.sets].flatten()
 
 
 def by_tie(blocks: Iterable[Block]) -> list[list[Block]]:
@@ -131,11 +142,13 @@ def counted_once(model: nn.Module, blocks: Iterable[Block]) -> tuple[Block, ...]
     """The blocks, with the parameters of a tensor that several of them slice counted in equal parts."""
     blocks = tuple(blocks)
     times = Counter(tensor for block in blocks for tensor in {piece.tensor for piece in block.slices})
+
+    def counted(block: Block) -> Block:
+        queries = None if block.queries is None else counted(block.queries)
+        return replace(block, parameters_per_unit=parameters_per_unit(model, block.slices, times), queries=queries)
+
     return tuple(
-        replace(block, parameters_per_unit=parameters_per_unit(model, block.slices, times))
-        if any(times[piece.tensor] > 1 for piece in block.slices)
-        else block
-        for block in blocks
+        counted(block) if any(times[piece.tensor] > 1 for piece in block.slices) else block for block in blocks
     )
 
 

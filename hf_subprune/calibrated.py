@@ -116,7 +116,8 @@ class Calibrated:
         self.curves: dict[str, LossCurve] = {}
         self.losses: dict[str, Points] = {}
         self.stored: dict[str, BlockMoments] | None = None
-        share = first.variant == "layer" and (needs_curves or len(configs) > 1)
+        grouped = any(b.queries is not None for b in self.candidates)  # these are looked at before they are pruned
+        share = first.variant == "layer" and (needs_curves or len(configs) > 1 or grouped)
         if folder is None and share and sum(_moment_bytes(model, b) for b in self.candidates) <= _STORED_BYTES:
             self.stored = {}
         if needs_curves or self.stored is not None:
@@ -252,7 +253,7 @@ class Calibrated:
         for _ in range(_LATENCY_TRIES):
             fewer = partial(narrowed, self.model, self.blocks, widths)
             outside, inside = times_in_turn(self.model, self.calibration.held_out[0], fewer)
-            taken = self._full_latency(target) * inside / outside
+            taken = self._full_cost(target) * inside / outside
             if _LATENCY_SLACK * target.limit <= taken <= target.limit:
                 break
             (part,) = aimed.parts
@@ -268,7 +269,7 @@ class Calibrated:
         """What one of the configs asks for on this model."""
         return self.targets[self.configs.index(config)]
 
-    def _full_latency(self, target: Target) -> float:
+    def _full_cost(self, target: Target) -> float:
         return target.cost({b.name: b.units for b in self.blocks})
 
     def latency(self, edits: dict[str, Edit]) -> Change | None:
@@ -278,12 +279,14 @@ class Calibrated:
         after, before = times_in_turn(self.model, self.calibration.held_out[0], partial(taken_back, edits))
         return Change(before, after)
 
-    def reached(self, config: PruneConfig, widths: dict[str, int], latency: Change | None) -> float:
+    def reached(
+        self, config: PruneConfig, pruned: Sequence[Block], widths: Mapping[str, int], latency: Change | None
+    ) -> float:
         """What the pruned model costs, in the target's unit; for a latency target, from the `latency` measured."""
         target = self.target(config)
         if target.name == "latency" and latency is not None:
-            return self._full_latency(target) * latency.ratio
-        return target.cost(widths)
+            return self._full_cost(target) * latency.ratio
+        return self._full_cost(target) - target.saved(pruned, widths)
 
     def moments(
         self, to_prune: Sequence[Block], config: PruneConfig, edits: dict[str, Edit], folder: Path | None = None
@@ -304,11 +307,12 @@ class Calibrated:
         """What selection and reweighting need of one block."""
         W = weight_matrix(self.model.get_submodule(block.consumer)).to(moments.device)
         metric = self.metrics.get(block.name)
-        return Problem(moments.of_folds(W), W, block.columns, None if metric is None else metric.to(moments.device))
+        metric = None if metric is None else metric.to(moments.device)
+        return Problem(moments.of_folds(W), W, block.columns, metric, block.sets)
 
     def predictions(self, block: Block) -> dict[str, Any]:
-        """The block's curves, for the report."""
-        if block.name not in self.curves:
+        """The block's curves, for the report; there are none of query heads."""
+        if block.name not in self.curves or block.sets > 1:
             return {}
         return {"curve": self.curves[block.name].errors, "predicted": self.losses[block.name]}
 

@@ -188,6 +188,8 @@ def inspect(
         table.add_column(name, justify="left" if name in ("block", "kind") else "right")
     for group in by_stack(found.blocks):
         name, units = group[0].name, str(group[0].units)
+        if group[0].queries is not None:
+            units += f" (queries: {group[0].queries.units})"
         if group[0].stack is not None:
             name, units = f"{group[0].stack}.*", f"{len(group)} x {units}"
         table.add_row(name, group[0].kind, units, f"{sum(block.parameters for block in group):,}")

@@ -132,7 +132,8 @@ class PruneConfig:
             and it is met from below, to within one rounding step.
         units (`tuple[str, ...]`, default `("mlp", "attention")`):
             Which kinds of units may be removed: `"mlp"` (neurons), `"attention"` (heads; under grouped-query
-            attention, a key/value head with all of its query heads), `"channels"` (of convolutions; a speech model
+            attention, key/value heads with all of their query heads, or as many query heads of each of them, whichever
+            loses less), `"channels"` (of convolutions; a speech model
             depends on its first ones more than their parameters count for) and `"experts"` (whole experts of
             mixture-of-experts layers, as many in each layer, before anything else is removed; always chosen on the
             original model).

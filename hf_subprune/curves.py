@@ -71,11 +71,6 @@ def loss_curve(
 ) -> LossCurve:
     """One greedy run for the nested sets, then fits on one fold scored on the other at some eight widths.
 
-    Fits on half of the rows overfit more than the fit on all of them will: to first order the excess of the error on
-    unseen rows over the noise goes with 1 / rows, and the error on the rows fitted on falls short by as much. Of fits
-    on one of two folds, the error to expect of a fit on both is then 3/4 of the unseen plus 1/4 of the fitted error,
-    and on the rows fitted on the other way round.
-
     Args:
         folds: Moments of disjoint parts of the calibration rows; with one fold, errors are those fitted.
         W: `(n, m)`, the consumer's weight, inputs by outputs.
@@ -102,23 +97,58 @@ def loss_curve(
     for width in sorted({_width(units, f) for f in _FRACTIONS} | tried):
         if width == units:
             continue
-        fitted = unseen = torch.zeros(2, dtype=torch.float64)
-        for index, part in enumerate(parts):
-            V, shift = part.fit(width * groups.shape[1])
-            own = part.errors(V, shift)
-            rest = [other.errors(V, shift) for other in parts if other is not part]
-            fitted = fitted + own
-            unseen = unseen + (torch.stack(rest).mean(0) if rest else own)
-            if index == 0 and width in tried:
-                place = path.order[:width].argsort().to(V.device)
-                sorted_V = V.view(width, -1, V.shape[1])[place].flatten(0, 1)
-                error = float(sum(weighed for _, weighed in rest)) / sum(f.rows for f in folds[1:])
-                trials[width] = Trial(path.kept(width), sorted_V, shift, error)
-        fitted, unseen = 0.75 * fitted + 0.25 * unseen, 0.25 * fitted + 0.75 * unseen
+        fits = [part.fit(width * groups.shape[1]) for part in parts]
+        table = torch.stack([torch.stack([part.errors(*fit) for part in parts]) for fit in fits])
+        if width in tried:
+            V, shift = fits[0]
+            place = path.order[:width].argsort().to(V.device)
+            sorted_V = V.view(width, -1, V.shape[1])[place].flatten(0, 1)
+            error = float(table[0, 1:, 1].sum()) / sum(f.rows for f in folds[1:])
+            trials[width] = Trial(path.kept(width), sorted_V, shift, error)
+        fitted, unseen = _to_expect(table)
         points.append((width, float(unseen[1]) / total.rows))
         if energy > 0:
             errors.append((width, float(fitted[0]) / energy, float(unseen[0]) / energy))
     return LossCurve((*points, (units, 0.0)), tuple(errors), path.order, trials)
+
+
+def expected_loss(
+    folds: Sequence[Moments],
+    W: torch.Tensor,
+    columns: torch.Tensor,
+    *,
+    shrinkage: float | str = "auto",
+    output_metric: torch.Tensor | None = None,
+    reweight_kept: bool = True,
+) -> float:
+    """What a block loses that keeps some columns `(k,)`: the error that `loss_curve` has at a width."""
+    ridge = PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
+    root = None if output_metric is None else metric_root(output_metric)
+    others = torch.ones(len(W), dtype=torch.bool, device=columns.device).index_fill(0, columns, False).nonzero()[:, 0]
+    along = torch.cat([columns, others])
+    parts = [_Fold(fold, W, along, root, ridge if reweight_kept else None) for fold in folds]
+    fits = [part.fit(len(columns)) for part in parts]
+    _, unseen = _to_expect(torch.stack([torch.stack([part.errors(*fit) for part in parts]) for fit in fits]))
+    return float(unseen[1]) / sum(fold.rows for fold in folds)
+
+
+def _to_expect(errors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Errors to expect of a fit on all folds, from those of fits on each of them.
+
+    Fits on half of the rows overfit more than the fit on all of them will: to first order the excess of the error on
+    unseen rows over the noise goes with 1 / rows, and the error on the rows fitted on falls short by as much. Of fits
+    on one of two folds, the error to expect of a fit on both is then 3/4 of the unseen plus 1/4 of the fitted error,
+    and on the rows fitted on the other way round.
+
+    Args:
+        errors: `(folds, folds, 2)`, of a fit on the one fold, on the rows of the other.
+
+    Returns:
+        `(2,)` each: on the rows fitted on, and on as many others.
+    """
+    fitted = errors.diagonal().sum(1)
+    unseen = (errors.sum((0, 1)) - fitted) / (len(errors) - 1) if len(errors) > 1 else fitted
+    return 0.75 * fitted + 0.25 * unseen, 0.25 * fitted + 0.75 * unseen
 
 
 def _width(units: int, fraction: float) -> int:

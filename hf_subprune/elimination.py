@@ -227,6 +227,7 @@ def eliminate_groups(
     steps: int,
     *,
     scale: torch.Tensor | None = None,
+    sets: int = 1,
     smallest: bool = False,
     sample: int | None = None,
     generator: torch.Generator | None = None,
@@ -237,6 +238,7 @@ def eliminate_groups(
 
     Args:
         groups: `(units, c)` int64, disjoint.
+        sets: Units come in this many sets, one after the other; each gives `steps / sets` pivots.
         Others: see `eliminate`.
 
     Returns:
@@ -253,6 +255,7 @@ def eliminate_groups(
     order = torch.empty(steps, dtype=torch.int64, device=device)
     gains = R.new_zeros(steps)
     free = torch.ones(units, dtype=torch.bool, device=device)
+    size, taken = units // sets, [0] * sets
     for step in range(steps):
         candidates = free.nonzero()[:, 0]
         if sample is not None:
@@ -270,6 +273,9 @@ def eliminate_groups(
         part = rows[:, groups].permute(1, 0, 2)  # (units, c of the pivot, c)
         D.baddbmm_(part.transpose(1, 2), part, alpha=-1)
         order[step], gains[step], free[unit] = unit, gain[best], False
+        taken[unit // size] += 1
+        if taken[unit // size] == steps // sets:
+            free[unit // size * size : (unit // size + 1) * size] = False
     return order, gains
 
 

@@ -41,7 +41,8 @@ class GradualPruning:
     Args:
         model: At full size; masked in place by `step`.
         data: What each step fits on and measures drift on, as for `prune`.
-        config: As for `prune`; the widths are those that it would choose for the model as it is now.
+        config: As for `prune`; the widths are those that it would choose for the model as it is now. Grouped-query
+            attention loses whole key/value heads only.
         processing_class: As for `prune`.
         progress: `state_dict()` of an earlier run of the same model and config, to go on from.
 
@@ -159,7 +160,7 @@ class GradualPruning:
             after = count(self.model, self.calibration.held_out[0])
             on_failure.pop_all()
         before = self._calibrated.before
-        reached = self._calibrated.reached(self.config, self.targets, latency)
+        reached = self._calibrated.reached(self.config, pruned, self.targets, latency)
         allocation = self._calibrated.allocation(self.config, self.targets, reached)
         return PruneReport(
             model=getattr(self.model, "name_or_path", "") or "",

@@ -63,3 +63,10 @@ def scores(
             raise ValueError("Importance 'activation_gradient' needs `gradient`, the mean |activation x gradient|.")
         return gradient.double().to(W.device)[groups].sum(1)
     raise ValueError(f"Unknown importance {name!r}: choose from {', '.join(IMPORTANCES[1:])}.")
+
+
+def highest(scores: torch.Tensor, k: int, sets: int = 1) -> torch.Tensor:
+    """The `k` units of the highest scores, `(k,)` int64, sorted: equally many of each set of units."""
+    best = scores.view(sets, -1).topk(k // sets).indices
+    first = torch.arange(0, len(scores), len(scores) // sets, device=best.device)
+    return (best + first[:, None]).flatten().sort().values

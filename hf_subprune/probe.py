@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from .offload import device_of
 from .probe_inputs import probe_inputs
 from .ties import tie_shared
 from .tracing import OUTPUT, Read, Source, Trace, traced
-from .units import SHARED, Jacobian, Line, agrees, decode, first_column
+from .units import SHARED, Jacobian, Line, Units, agrees, decode, first_column
 from .verification import first_line, undisturbed
 
 __all__ = ["discover", "probe_inputs"]
@@ -84,6 +85,7 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     readers = {source.name: source.readers for sources in trace.sources for source in sources}
     found, unequal = tie_shared(model, _named(model, found), readers)
     found, clashes = _without_clashes(found)
+    found = _with_exact_queries(model, found, inputs)
     blocks, inexact = settle(model, found, inputs)
     for block, reason in inexact:
         if seek.shared[block.consumer]:
@@ -174,7 +176,7 @@ class _Seeker:
         self.shared: dict[str, list[str]] = {}
         self.presumed: dict[str, str] = {}
         """By consumer, the kind as which it is refused: units that share rows or mix positions may be of any."""
-        self._maps: dict[tuple, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._maps: dict[tuple, tuple[Units, torch.Tensor]] = {}
 
     def candidate(self, consumer: str) -> Block | Refusal | None:
         """The block of a consumer, a refusal, or `None` for a linear that is no consumer of a block."""
@@ -188,16 +190,15 @@ class _Seeker:
             return residual
         jacobian = _local_jacobian(read, sources)
         decoded = self._decoded(jacobian)
-        if decoded is None or not _owns_rows(jacobian, decoded[1]):
+        if decoded is None or not _owns_rows(jacobian, decoded.owner):
             elsewhere = any(source.readers != {consumer} for source in sources if source.axis is not None)
             if elsewhere or layer_of(model, consumer) is None:
                 return None
             names = ", ".join(repr(source.name) for source in own)
             reason = f"every input column depends on all rows of {names}: something between them spans the width"
             return Refusal(consumer, "unknown", reason, LEFT_WHOLE)
-        features, owner = decoded
+        features, owner = decoded.columns, decoded.owner
         module = model.get_submodule(consumer)
-        columns = (features.unsqueeze(2) * taps(module) + torch.arange(taps(module))).flatten(1)
         kind = _kind(model, module, jacobian, features, owner)
         self.shared[consumer] = _shared(jacobian, owner)
         try:
@@ -209,28 +210,39 @@ class _Seeker:
                 raise _RefusedError("attention of a single head, which has to stay", "whole")
             if not self._equal_at_every_call(consumer, features, owner):
                 raise _RefusedError("it is called several times, with units that are not the same each time")
-            lines = _owned_lines(jacobian, owner)
-            shared = _shared_parameters(self.trace, read, lines)
+            block = self._block(read, jacobian, decoded, kind)
             if features.shape[1] == 1 and _is_rearrangement(read.tensor):
                 raise _RefusedError(
                     "nothing but a product of two linears: a low-rank pair, not a layer with units", "whole"
                 )
-            slices = [Slice(f"{consumer}.weight", input_dim(module), features)]
-            for line, owners in lines:
-                pieces = _slices(model, line, owners, len(features))
-                slices.extend(replace(piece, shared=piece.tensor in shared) for piece in pieces)
-            slices = _without_repeats(slices)
             if kind != "channels":
-                _check_layer(model, consumer, slices)
-            _check_untied(model, slices)
+                _check_layer(model, consumer, block.slices)
+            _check_untied(model, block.slices)
         except _RefusedError as refused:
             return Refusal(consumer, refused.kind or self.presumed[consumer], str(refused), LEFT_WHOLE)
+        if kind == "attention" and decoded.heads is not None:
+            with suppress(_RefusedError):  # then whole groups are all there is
+                queries = self._block(read, jacobian, decoded.heads, kind)
+                return replace(block, queries=replace(queries, sets=block.units))
+        return block
+
+    def _block(self, read: Read, jacobian: Jacobian, units: Units, kind: str) -> Block:
+        """The block of these units, named after its consumer, without attributes."""
+        model, consumer = self.model, read.reader
+        module = model.get_submodule(consumer)
+        lines = _owned_lines(jacobian, units.owner)
+        shared = _shared_parameters(self.trace, read, lines)
+        slices = [Slice(f"{consumer}.weight", input_dim(module), units.columns)]
+        for line, owners in lines:
+            pieces = _slices(model, line, owners, len(units.columns))
+            slices.extend(replace(piece, shared=piece.tensor in shared) for piece in pieces)
+        slices = _without_repeats(slices)
         return Block(
             stack=stack_of(model, consumer),
             name=consumer,
             kind=kind,
             consumer=consumer,
-            columns=columns,
+            columns=(units.columns.unsqueeze(2) * taps(module) + torch.arange(taps(module))).flatten(1),
             slices=tuple(slices),
             attributes=(),
             parameters_per_unit=parameters_per_unit(model, slices),
@@ -252,14 +264,14 @@ class _Seeker:
         )
         return Refusal(consumer, "whole", reason, LEFT_WHOLE)
 
-    def _decoded(self, jacobian: Jacobian) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _decoded(self, jacobian: Jacobian) -> Units | None:
         key = (jacobian.columns, *((line.axis, line.length, line.source.axis) for line in jacobian.lines))
         known = self._maps.get(key)
         if known is not None and agrees(jacobian, *known):
-            return known[:2]
+            return known[0]
         decoded = decode(jacobian)
         if decoded is not None:
-            self._maps[key] = (*decoded, jacobian.touched(first_column(jacobian)))
+            self._maps[key] = (decoded, jacobian.touched(first_column(jacobian)))
         return decoded
 
     def _equal_at_every_call(self, consumer: str, columns: torch.Tensor, owner: torch.Tensor) -> bool:
@@ -269,7 +281,7 @@ class _Seeker:
             decoded = self._decoded(other)
             if decoded is None or names != [(line.source.name, line.axis) for line in other.lines]:
                 return False
-            if not torch.equal(decoded[0], columns) or not torch.equal(decoded[1], owner):
+            if not torch.equal(decoded.columns, columns) or not torch.equal(decoded.owner, owner):
                 return False
         return True
 
@@ -428,7 +440,7 @@ def _is_outside(model: nn.Module, consumer: str) -> bool:
     return layer is None or sum(map(is_linear, model.get_submodule(layer).modules())) == 1
 
 
-def _check_layer(model: nn.Module, consumer: str, slices: list[Slice]) -> None:
+def _check_layer(model: nn.Module, consumer: str, slices: Sequence[Slice]) -> None:
     """All of a block lies in one repeated layer, so that layers can be run one after another."""
     layer = layer_of(model, consumer)
     if layer is None:
@@ -440,7 +452,7 @@ def _check_layer(model: nn.Module, consumer: str, slices: list[Slice]) -> None:
         raise _RefusedError(f"its producer {outside[0]!r} lies outside of its layer {layer!r}")
 
 
-def _check_untied(model: nn.Module, slices: list[Slice]) -> None:
+def _check_untied(model: nn.Module, slices: Sequence[Slice]) -> None:
     paths: dict[int, list[str]] = {}
     named = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in named.items():
@@ -465,6 +477,13 @@ def _named(model: nn.Module, blocks: list[Block]) -> list[Block]:
         replace(block, name=name if taken[name] == 1 else block.consumer)
         for block, name in zip(blocks, names, strict=True)
     ]
+
+
+def _with_exact_queries(model: nn.Module, blocks: list[Block], inputs: Mapping[str, Any]) -> list[Block]:
+    """The blocks, with query heads as units where it is exact to remove these; their attributes are settled."""
+    offered = [replace(block.queries, name=block.name) for block in blocks if block.queries and not block.tie]
+    exact = {block.name: block for block in settle(model, offered, inputs)[0] if block.tie is None}
+    return [replace(block, queries=exact.get(block.name)) for block in blocks]
 
 
 def _without_clashes(blocks: list[Block]) -> tuple[list[Block], list[Refusal]]:

@@ -25,6 +25,7 @@ from .evaluation import Costs, Outputs, circumstances, count, drift, measure_lat
 from .execution import full_precision, with_fitting_batches
 from .expert_removal import remove_experts, without_experts
 from .experts import apart, put_together
+from .grouped_queries import better_units
 from .layout import choose_layout
 from .offload import input_device, taken_over, without_values
 from .processes import from_process, is_mine, processes
@@ -158,7 +159,8 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
     clock = Clock(calibrated.clock.seconds)
     with clock("allocation"):
         widths = calibrated.widths(config)
-        to_prune = [b for b in calibrated.blocks if widths[b.name] < b.units]
+        whole_groups = [b for b in calibrated.blocks if widths[b.name] < b.units]
+        to_prune, kept_units = better_units(calibrated, whole_groups, widths, config)
     edits: dict[str, Edit] = {}
     undo.callback(lambda: undo_all(edits))
     solutions: dict[str, BlockReport] = {}
@@ -170,7 +172,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
         solution = None
         if is_mine(calibrated.owners[block.name]):
             path = None if calibrated.folder is None else calibrated.folder / "blocks" / f"{block.consumer}.pt"
-            solution = once(path, partial(_solve, calibrated, block, moments, widths[block.name], config, chosen))
+            solution = once(path, partial(_solve, calibrated, block, moments, kept_units[block.name], config, chosen))
         pending.append((block, solution))
 
     def install() -> None:
@@ -186,7 +188,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
             with clock("calibration"), taken_back(edits):
                 together = list(calibrated.moments(tie, replace(config, variant="layer"), {}))
             with clock("selection"):
-                chosen = _choose_together(calibrated, together, widths[tie[0].name], config)
+                chosen = _choose_together(calibrated, together, kept_units[tie[0].name], config)
                 for block, moments in together:
                     solve(block, moments, chosen)
                 install()
@@ -213,7 +215,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
         verify(model, to_prune, kept, calibrated.probe)
     with clock("evaluation"):
         latency = calibrated.latency(edits)
-        reached = calibrated.reached(config, widths, latency)
+        reached = calibrated.reached(config, to_prune, kept_units, latency)
     undo.callback(put_together(model.modules()))
     logger.info("Pruned %d blocks.", len(edits))
     whole = (BlockReport.whole(b, **calibrated.predictions(b)) for b in calibrated.blocks)
@@ -348,7 +350,7 @@ def _solve(
         fitted_error=solution.fitted_error,
         held_out_error=error,
         shrinkage=solution.shrinkage if config.reweight else None,
-        method=solution.method,
+        method=solution.method if block.sets == 1 else f"{solution.method}, query heads",
         guarantee=solution.guarantee,
         seconds=time.perf_counter() - start,
         **calibrated.predictions(block),
@@ -373,6 +375,7 @@ def _solution(
         problem.W,
         problem.groups,
         width,
+        sets=problem.sets,
         shrinkage=config.shrinkage,
         importance=config.importance,
         method=config.method,

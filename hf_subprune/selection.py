@@ -73,6 +73,7 @@ def greedy(
     k: int,
     *,
     groups: torch.Tensor | None = None,
+    sets: int = 1,
     t: float | None = None,
     epsilon: float | None = None,
     generator: torch.Generator | None = None,
@@ -84,6 +85,8 @@ def greedy(
         C: `(n, m)`.
         k: Number of units to choose.
         groups: `(units, c)` int64, the columns of each unit; single columns when `None`.
+        sets: Units come in this many sets of equal size, one after the other, of each of which equally many are
+            chosen: greedy over a partition matroid. The path then holds such a choice at size `k` only.
         t: `||A W||_F^2`, for the errors of the path.
         epsilon: When given, stochastic greedy: each step looks at `units / k * log(1 / epsilon)` random candidates.
         generator: Of the random candidates.
@@ -94,27 +97,31 @@ def greedy(
     Raises:
         ValueError: `k` or the tensors do not fit.
     """
-    groups = check_problem(H, C, groups)
+    groups = _checked(H, C, groups, k, sets)
     units, c = groups.shape
-    if not 0 <= k <= units:
-        raise ValueError(f"A selection can keep 0 to {units} units, not {k}.")
     sample = None
     if epsilon is not None:
         if not 0 < epsilon < 1:
             raise ValueError(f"epsilon must lie between 0 and 1, got {epsilon}.")
         sample = min(units, math.ceil(units / max(k, 1) * math.log(1 / epsilon)))
     scale = unit_scale(H.diagonal())
-    if c == 1:
+    if c == 1 and sets == 1:
         H, C, scale = _rows(H, C, scale, groups)
         order, gains = eliminate(H, C, k, dtype=_working(H), scale=scale, sample=sample, generator=generator)
     else:
-        order, gains = eliminate_groups(H, C, groups, k, scale=scale, sample=sample, generator=generator)
+        order, gains = eliminate_groups(H, C, groups, k, scale=scale, sets=sets, sample=sample, generator=generator)
     objective = torch.cat([gains.new_zeros(1), gains.cumsum(0)])
     return Path(order, 0, objective, "greedy" if epsilon is None else "stochastic", t)
 
 
 def backward(
-    H: torch.Tensor, C: torch.Tensor, k: int, *, groups: torch.Tensor | None = None, t: float | None = None
+    H: torch.Tensor,
+    C: torch.Tensor,
+    k: int,
+    *,
+    groups: torch.Tensor | None = None,
+    sets: int = 1,
+    t: float | None = None,
 ) -> Path:
     """Remove units from the full set, each time the one whose loss lowers `F` least, until `k` are left.
 
@@ -124,10 +131,8 @@ def backward(
 
     Args and errors are those of `greedy`. Returns the path of sizes `k` to `units`.
     """
-    groups = check_problem(H, C, groups)
+    groups = _checked(H, C, groups, k, sets)
     units, c = groups.shape
-    if not 0 <= k <= units:
-        raise ValueError(f"A selection can keep 0 to {units} units, not {k}.")
     H, C, _ = _rows(H, C, unit_scale(H.diagonal()), groups)
     # A dependent column has no finite inverse; the least jitter makes it one that costs next to nothing.
     factor, scale, _ = factorise(H, least=max(_LIFT, rounding(H)))
@@ -135,11 +140,11 @@ def backward(
     full = float(torch.linalg.solve_triangular(factor, C, upper=False).square().sum())
     P, V = torch.cholesky_inverse(factor), torch.cholesky_solve(C, factor)
     del H, factor
-    if c == 1:
+    if c == 1 and sets == 1:
         removed, costs = eliminate(P, V, units - k, dtype=torch.float64, smallest=True)
     else:
         position = torch.arange(units * c, device=P.device).view(units, c)
-        removed, costs = eliminate_groups(P, V, position, units - k, smallest=True)
+        removed, costs = eliminate_groups(P, V, position, units - k, sets=sets, smallest=True)
     left = torch.ones(units, dtype=torch.bool, device=P.device)
     left[removed] = False
     order = torch.cat([left.nonzero()[:, 0], removed.flip(0)])
@@ -171,6 +176,16 @@ def objective(H: torch.Tensor, C: torch.Tensor, columns: torch.Tensor) -> float:
     return float(
         torch.linalg.solve_triangular(factor, C[columns].double() * scale[:, None], upper=False).square().sum()
     )
+
+
+def _checked(H, C, groups, k, sets):
+    """The groups of a problem that `k` units of `sets` sets can be chosen in."""
+    groups = check_problem(H, C, groups)
+    if not 0 <= k <= len(groups):
+        raise ValueError(f"A selection can keep 0 to {len(groups)} units, not {k}.")
+    if len(groups) % sets or k % sets:
+        raise ValueError(f"{len(groups)} units and the {k} to keep must be multiples of the {sets} sets they are in.")
+    return groups
 
 
 def _working(H: torch.Tensor) -> torch.dtype:
@@ -219,6 +234,7 @@ def select(
     k: int,
     *,
     groups: torch.Tensor | None = None,
+    sets: int = 1,
     t: float | None = None,
     method: str = "auto",
     swaps: int | None = None,
@@ -232,6 +248,7 @@ def select(
         C: `(n, m)`, likewise; times `M^(1/2)` when errors are weighed by a metric `M`.
         k: Number of units to keep.
         groups: `(units, c)` int64, columns of each unit; single columns when `None`.
+        sets: Units come in this many sets of equal size, one after the other, of each of which equally many are kept.
         t: `||A W||_F^2`, for the errors of the path.
         method: `"greedy"`, `"backward"`, `"stochastic"`, or `"auto"`: backward when less than a quarter goes.
         swaps: Largest number of exchanges in swap refinement; `None` goes on until none improves, 0 does none.
@@ -248,17 +265,16 @@ def select(
     if method == "auto":
         method = "backward" if units - k < units / 4 else "greedy"
     if method == "backward":
-        path = backward(H, C, k, groups=groups, t=t)
+        path = backward(H, C, k, groups=groups, sets=sets, t=t)
     else:
-        path = greedy(
-            H, C, k, groups=groups, t=t, epsilon=epsilon if method == "stochastic" else None, generator=generator
-        )
+        sampled = epsilon if method == "stochastic" else None
+        path = greedy(H, C, k, groups=groups, sets=sets, t=t, epsilon=sampled, generator=generator)
     kept = path.kept(k)
     reached = objective(H, C, columns_of(kept, groups))
     if not 0 < k < units:
         return Selection(kept, reached, method, path, reached)
     scale = unit_scale(H.diagonal())
-    refined = refine(H, C, kept, groups=groups_, scale=scale, dtype=_working(H), budget=swaps)
+    refined = refine(H, C, kept, groups=groups_, sets=sets, scale=scale, dtype=_working(H), budget=swaps)
     made, gain = refined.swaps, 0.0
     if made:
         gain = objective(H, C, columns_of(refined.kept, groups)) - reached

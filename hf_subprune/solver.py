@@ -5,13 +5,13 @@ The tensor stages in their order: shrinkage, selection, reweighting, certificate
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .certificates import certify
 from .factorisation import factorise
-from .importance import scores
+from .importance import highest, scores
 from .moments import Moments, combine
 from .problem import columns_of
 from .reweighting import SHRINKAGE_GRID, cross_fit, relative_error, reweight
@@ -90,6 +90,55 @@ def metric_root(M: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, 1 / scale, 0.0)[:, None] * factor
 
 
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Units to keep in a block; the other fields are those of `BlockSolution`."""
+
+    kept: torch.Tensor
+    method: str
+    swaps: int = 0
+    swap_gain: float = 0.0
+    guarantee: float | None = None
+
+
+def choose(
+    total: Moments,
+    W: torch.Tensor,
+    groups: torch.Tensor | None,
+    k: int,
+    *,
+    sets: int = 1,
+    shrinkage: float | str = "auto",
+    importance: str = "greedy",
+    method: str = "auto",
+    swaps: int | None = None,
+    output_metric: torch.Tensor | None = None,
+    gradient: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Choice:
+    """Choose the units that `solve_block` keeps; arguments are those that it has."""
+    if importance != "greedy":
+        ranked = scores(importance, total, W, groups=groups, gradient=gradient, generator=generator)
+        return Choice(highest(ranked, k, sets), importance)
+    H, C, t = _problem(total, W, shrinkage, output_metric)
+    best = select(H, C, k, groups=groups, sets=sets, t=t, method=method, swaps=swaps, generator=generator)
+    gain = best.swap_gain / best.objective if best.objective > 0 else 0.0
+    return Choice(best.kept, best.method, best.swaps, gain, best.guarantee)
+
+
+def _problem(
+    total: Moments, W: torch.Tensor, shrinkage: float | str, output_metric: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`H`, `C` and `t` that selection reads."""
+    root = None if output_metric is None else metric_root(output_metric)
+    return regularise(total, W, selection_shrinkage(shrinkage), root)
+
+
+def selection_shrinkage(shrinkage: float | str) -> float:
+    """lambda that selection uses, which is finite."""
+    return PRIOR_SHRINKAGE if shrinkage == "auto" else min(float(shrinkage), 1e6)
+
+
 def solve_block(
     folds: Sequence[Moments],
     total: Moments | None,
@@ -97,6 +146,7 @@ def solve_block(
     groups: torch.Tensor | None,
     k: int,
     *,
+    sets: int = 1,
     shrinkage: float | str = "auto",
     importance: str = "greedy",
     method: str = "auto",
@@ -115,6 +165,7 @@ def solve_block(
         W: `(n, m)`, the consumer's weight, inputs by outputs.
         groups: `(units, c)` int64, columns of each unit; single columns when `None`.
         k: Number of units to keep; all of them leaves the block exactly as it is.
+        sets: Units come in this many sets of equal size, one after the other, of each of which equally many are kept.
         shrinkage: lambda >= 0, or `"auto"` to cross-fit it.
         importance: `"greedy"` for selection by the objective, or a baseline of `importance.IMPORTANCES`.
         method: Of `selection.select`.
@@ -142,22 +193,28 @@ def solve_block(
         return BlockSolution(every, columns, W[columns], zero, math.inf, 0.0, error, "all", 0, 0.0, 0.0, 1.0)
 
     prior = PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
-    guarantee, count, gain = None, 0, 0.0
-    if chosen is not None:
-        kept, used = chosen[0].to(W.device), chosen[1]
-    if importance == "greedy":
-        root = None if output_metric is None else metric_root(output_metric)
-        H, C, t = regularise(total, W, min(prior, 1e6), root)
-        if chosen is None:
-            best = select(H, C, k, groups=groups, t=t, method=method, swaps=swaps, generator=generator)
-            kept, used, count = best.kept, best.method, best.swaps
-            gain = best.swap_gain / best.objective if best.objective > 0 else 0.0
-            guarantee = best.guarantee
-        else:
-            guarantee = certify(H, C, kept, groups=groups).fraction
-    elif chosen is None:
-        ranked = scores(importance, total, W, groups=groups, gradient=gradient, generator=generator)
-        kept, used = ranked.topk(k).indices.sort().values, importance
+    if chosen is None:
+        choice = choose(
+            total,
+            W,
+            groups,
+            k,
+            sets=sets,
+            shrinkage=shrinkage,
+            importance=importance,
+            method=method,
+            swaps=swaps,
+            output_metric=output_metric,
+            gradient=gradient,
+            generator=generator,
+        )
+    else:
+        choice = Choice(chosen[0].to(W.device), chosen[1])
+        if importance == "greedy":
+            H, C, _ = _problem(total, W, shrinkage, output_metric)
+            choice = replace(choice, guarantee=certify(H, C, choice.kept, groups=groups).fraction)
+    kept, used, guarantee = choice.kept, choice.method, choice.guarantee
+    count, gain = choice.swaps, choice.swap_gain
     columns = columns_of(kept, groups)
 
     if not reweight_kept:

@@ -246,7 +246,7 @@ def _attribute_changes(model: nn.Module, block: Block, units: int) -> list[_Chan
     configs: dict[str, Any] = {}
     for attribute in block.attributes:
         owner = model.get_submodule(attribute.module)
-        after = attribute.per_unit * units
+        after = int(attribute.per_unit * units)
         if attribute.name.startswith("config."):
             name = attribute.name.removeprefix("config.")
             if attribute.module not in configs:
@@ -270,6 +270,12 @@ def _checked_units(block: Block, kept: Sequence[int] | torch.Tensor) -> torch.Te
         raise ValueError(
             f"Block {block.name!r}: `kept` must be strictly increasing within 0..{block.units - 1}, "
             f"found {units.tolist()}."
+        )
+    counts = units.div(block.units // block.sets, rounding_mode="floor").bincount(minlength=block.sets)
+    if (counts != counts[0]).any():
+        raise ValueError(
+            f"Block {block.name!r}: `kept` must hold equally many units of each of its {block.sets} sets, found "
+            f"{counts.tolist()}."
         )
     return units
 

@@ -57,6 +57,7 @@ def refine(
     groups: torch.Tensor,
     scale: torch.Tensor,
     dtype: torch.dtype,
+    sets: int = 1,
     budget: int | None = None,
 ) -> Refined:
     """Exchange units until no single exchange adds to the objective, or the budget is spent.
@@ -68,13 +69,15 @@ def refine(
         groups: `(units, c)` int64.
         scale: `(n,)`, factors that `H` (both sides) and `C` are multiplied by on reading.
         dtype: Of the tableau, `(n, n)`.
+        sets: Units come in this many sets of equal size, one after the other; only units of one set change places.
         budget: Largest number of exchanges; `None` for no limit.
 
     O(n^2 (n + m)) for the tableau and for each round of up to 64 exchanges, the last ones of which look at all pairs.
     """
-    tableau = _Tableau(H, C, kept, groups, scale.to(dtype))
+    tableau = _Tableau(H, C, kept, groups, scale.to(dtype), sets)
     limit = len(kept) * 10 if budget is None else budget
-    rounds = (tableau.oscillate, tableau.exchange_columns) if groups.shape[1] == 1 else (tableau.exchange_group,)
+    single = groups.shape[1] == 1 and sets == 1
+    rounds = (tableau.oscillate, tableau.exchange_columns) if single else (tableau.exchange_group,)
     made = 0
     for exchange in rounds:
         while made < limit and (count := exchange(limit - made)):
@@ -90,10 +93,11 @@ class _Tableau:
     `order` begins with the kept units. Units are known by their position in it.
     """
 
-    def __init__(self, H, C, kept, groups, scale):
+    def __init__(self, H, C, kept, groups, scale, sets):
         self.c, k = groups.shape[1], len(kept)
         self.inside = torch.arange(len(groups), device=H.device) < k
         self.order = torch.cat([kept, self.inside.new_ones(len(groups)).index_fill(0, kept, False).nonzero()[:, 0]])
+        self.set_of = self.order.div(len(groups) // sets, rounding_mode="floor")
         rows, s = groups[self.order].reshape(-1), k * self.c
         G = H[rows[:, None], rows].to(scale.dtype).mul_(scale[rows, None]).mul_(scale[rows])
         X = C[rows].to(scale.dtype).mul_(scale[rows, None])
@@ -233,7 +237,7 @@ class _Tableau:
             z = z.T.reshape(-1, c, c)
             with_j, info = torch.linalg.cholesky_ex(P + z @ z.transpose(1, 2))
             cost = torch.linalg.solve_triangular(with_j, self.X[columns] - z @ x, upper=False).square().sum((1, 2))
-            cost = torch.where(info == 0, cost, float("inf"))
+            cost = torch.where((info == 0) & (self.set_of[S] == self.set_of[j]), cost, float("inf"))
             delta = x.square().sum() - cost
             if float(delta.max()) > best[0]:
                 best = float(delta.max()), int(S[delta.argmax()]), j

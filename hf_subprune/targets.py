@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 
@@ -52,6 +52,7 @@ class Target:
         costs: By block name, the cost at 0 ... all units.
         parts: Blocks with a budget of their own; blocks in none are kept whole.
         latencies: What was timed: rows of unit kind, width, number of blocks narrowed, seconds.
+        queries: By name of a block that has query heads as other units, the cost at 0 ... all of these.
     """
 
     name: str
@@ -61,10 +62,16 @@ class Target:
     costs: dict[str, tuple[float, ...]]
     parts: tuple[Part, ...]
     latencies: tuple[tuple[str, int, int, float], ...] = ()
+    queries: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def cost(self, widths: dict[str, int]) -> float:
         """What the model (with `keep`: its prunable blocks) costs at these widths."""
         return self.rest + sum(self.costs[name][width] for name, width in widths.items())
+
+    def saved(self, blocks: Sequence[Block], widths: Mapping[str, int]) -> float:
+        """What blocks, some with query heads as units, cost less at these widths than whole."""
+        costs = [(self.costs if block.sets == 1 else self.queries)[block.name] for block in blocks]
+        return sum(cost[-1] - cost[widths[block.name]] for block, cost in zip(blocks, costs, strict=True))
 
 
 def resolve(model: PreTrainedModel, blocks: Sequence[Block], config: PruneConfig, batch: Batch) -> Target:
@@ -79,33 +86,32 @@ def resolve(model: PreTrainedModel, blocks: Sequence[Block], config: PruneConfig
     if config.keep is not None:
         return keep_target(blocks, config)
     names = tuple(b.name for b in blocks)
+    of_queries = _queries(blocks)
     latencies: tuple[tuple[str, int, int, float], ...] = ()
     if config.params is not None:
         name, unit, limit, full = "params", "parameters", float(config.params), float(count_parameters(model))
-        costs = {b.name: _linear(b.parameters_per_unit, b.units) for b in blocks}
+        costs, queries = _parameters(blocks), _parameters(of_queries)
     elif config.size is not None:
         limit, stored_in = parse_size(config.size)
         dtype = None if stored_in is None else _DTYPES[stored_in]
         name, unit, full = "size", "bytes", float(_bytes(model, dtype))
-        costs = {b.name: _linear(_bytes_per_unit(model, b, dtype), b.units) for b in blocks}
+        costs, queries = (
+            {b.name: _linear(_bytes_per_unit(model, b, dtype), b.units) for b in some} for some in (blocks, of_queries)
+        )
     elif config.macs is not None:
         name, full = "macs", float(count_macs(model, batch))
         length = batch["input_ids"].shape[1] if "input_ids" in batch else None
         unit = "multiply-accumulates a sample" + (f" of {length} tokens" if length else "")
         limit = config.macs * full if config.macs <= 1 else float(config.macs)
-        costs = {}
-        for tie in by_width(blocks):
-            units = tie[0].units
-            with narrowed(model, tie, dict.fromkeys([b.name for b in tie], 1)):
-                one = count_macs(model, batch)
-            per_unit = (full - one) / (units - 1) / len(tie) if units > 1 else 0.0
-            costs |= {block.name: _linear(per_unit, units) for block in tie}
+        costs, queries = (_macs(model, some, batch, full) for some in (blocks, of_queries))
     else:
         name, unit = "latency", "seconds"
         costs, full, latencies = _latencies(model, blocks, batch)
+        queries = _latencies(model, of_queries, batch)[0] if of_queries else {}
         limit = float(config.latency or 1.0) * full
     rest = full - sum(c[-1] for c in costs.values())
-    return Target(name, unit, limit, rest, costs, (Part(names, limit - rest),), latencies)
+    queries = _beside(queries, costs)
+    return Target(name, unit, limit, rest, costs, (Part(names, limit - rest),), latencies, queries)
 
 
 def keep_target(blocks: Sequence[Block], config: PruneConfig) -> Target:
@@ -118,7 +124,7 @@ def keep_target(blocks: Sequence[Block], config: PruneConfig) -> Target:
         raise ValueError(f"The target must be `keep` here, not {config.target()!r}.")
     fractions = config.keep if isinstance(config.keep, dict) else dict.fromkeys(config.units, config.keep)
     groups = [[kind] for kind in fractions] if isinstance(config.keep, dict) else [list(fractions)]
-    costs = {b.name: _linear(b.parameters_per_unit, b.units) for b in blocks}
+    costs = _parameters(blocks)
     parts = []
     for kinds in groups:
         inside = tuple(b.name for b in blocks if b.kind in kinds)
@@ -126,7 +132,32 @@ def keep_target(blocks: Sequence[Block], config: PruneConfig) -> Target:
         parts.append(Part(inside, fraction * sum(costs[name][-1] for name in inside), fraction))
     whole = sum(costs[b.name][-1] for b in blocks if not any(b.name in part.blocks for part in parts))
     limit = whole + sum(part.limit for part in parts)
-    return Target("keep", "prunable parameters", limit, 0.0, costs, tuple(parts))
+    queries = _beside(_parameters(_queries(blocks)), costs)
+    return Target("keep", "prunable parameters", limit, 0.0, costs, tuple(parts), queries=queries)
+
+
+def _queries(blocks: Sequence[Block]) -> list[Block]:
+    return [block.queries for block in blocks if block.queries is not None]
+
+
+def _beside(queries: Mapping[str, tuple[float, ...]], costs: Mapping[str, tuple[float, ...]]) -> dict:
+    """Costs of query heads with that of what stays when they go, so that all of them cost as much as the block."""
+    return {name: tuple(costs[name][-1] - own[-1] + cost for cost in own) for name, own in queries.items()}
+
+
+def _parameters(blocks: Sequence[Block]) -> dict[str, tuple[float, ...]]:
+    return {b.name: _linear(b.parameters_per_unit, b.units) for b in blocks}
+
+
+def _macs(model: PreTrainedModel, blocks: Sequence[Block], batch: Batch, full: float) -> dict[str, tuple[float, ...]]:
+    costs: dict[str, tuple[float, ...]] = {}
+    for tie in by_width(blocks):
+        units, least = tie[0].units, tie[0].sets
+        with narrowed(model, tie, dict.fromkeys([b.name for b in tie], least)):
+            fewest = count_macs(model, batch)
+        per_unit = (full - fewest) / (units - least) / len(tie) if units > least else 0.0
+        costs |= {block.name: _linear(per_unit, units) for block in tie}
+    return costs
 
 
 def _linear(per_unit: float, units: int) -> tuple[float, ...]:
@@ -161,7 +192,8 @@ def _latencies(
     costs: dict[str, tuple[float, ...]] = {}
     table: list[tuple[str, int, int, float]] = []
     for (kind, units, _), family in families.items():
-        widths = sorted({max(1, round(f * units)) for f in _MEASURED} - {units})
+        sets = family[0].sets
+        widths = sorted({sets * max(1, round(f * units / sets)) for f in _MEASURED} - {units})
         seconds = []
         for width in widths:
             fewer = partial(narrowed, model, family, dict.fromkeys([b.name for b in family], width))
@@ -179,7 +211,7 @@ def narrowed(model: PreTrainedModel, blocks: Sequence[Block], widths: Mapping[st
     with ExitStack() as stack:
         for block in blocks:
             if widths[block.name] < block.units:
-                stack.callback(shrink(model, block, list(range(widths[block.name]))).undo)
+                stack.callback(shrink(model, block, block.first(widths[block.name])).undo)
         yield
 
 

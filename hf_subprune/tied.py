@@ -11,7 +11,7 @@ from .factorisation import factorise
 from .importance import scores
 from .moments import Moments, combine
 from .selection import greedy, select
-from .solver import PRIOR_SHRINKAGE, metric_root, regularise
+from .solver import metric_root, regularise, selection_shrinkage
 
 # Blocks of up to this many columns in all are one selection problem, which takes memory with the square of them.
 _JOINTLY = 4096
@@ -26,12 +26,14 @@ class Problem:
         W: `(n, m)`, the consumer's weight, inputs by outputs.
         groups: `(units, c)` int64, columns of each unit.
         output_metric: `(m, m)`, `M` of `sensitivity.output_metrics`; `None` weighs all outputs equally.
+        sets: Units come in this many sets of equal size, one after the other, of each of which equally many are kept.
     """
 
     folds: Sequence[Moments]
     W: torch.Tensor
     groups: torch.Tensor
     output_metric: torch.Tensor | None = None
+    sets: int = 1
 
 
 def choose_together(
@@ -71,9 +73,9 @@ def choose_together(
         total = torch.stack([rank / rank.sum().clamp_min(torch.finfo(rank.dtype).tiny) for rank in ranks]).sum(0)
         return total.topk(k).indices.sort().values, f"{importance}, tied"
     if _too_large(problems):
-        costs = _removal_costs(problems, _prior(shrinkage))
+        costs = _removal_costs(problems, selection_shrinkage(shrinkage))
         return costs.topk(k).indices.sort().values, "removal costs, tied"
-    H, C, groups = _joint(problems, _prior(shrinkage))
+    H, C, groups = _joint(problems, selection_shrinkage(shrinkage))
     chosen = select(H, C, k, groups=groups, method=method, swaps=swaps, generator=generator)
     return chosen.kept.cpu(), f"{chosen.method}, tied"
 
@@ -81,13 +83,9 @@ def choose_together(
 def order_together(problems: Sequence[Problem], shrinkage: float | str = "auto") -> torch.Tensor:
     """`(units,)` int64, all units in the order in which greedy, or else the rank, takes them for all blocks."""
     if _too_large(problems):
-        return _removal_costs(problems, _prior(shrinkage)).argsort(descending=True, stable=True)
-    H, C, groups = _joint(problems, _prior(shrinkage))
+        return _removal_costs(problems, selection_shrinkage(shrinkage)).argsort(descending=True, stable=True)
+    H, C, groups = _joint(problems, selection_shrinkage(shrinkage))
     return greedy(H, C, len(groups), groups=groups).order.cpu()
-
-
-def _prior(shrinkage: float | str) -> float:
-    return PRIOR_SHRINKAGE if shrinkage == "auto" else min(float(shrinkage), 1e6)
 
 
 def _too_large(problems: Sequence[Problem]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +26,20 @@ class Line:
     def length(self) -> int:
         """Number of entries."""
         return self.source.tensor.shape[self.axis]
+
+
+class Units(NamedTuple):
+    """How a consumer's columns fall into units.
+
+    Args:
+        columns: `(units, c)` int64.
+        owner: `(entries,)` int64, the unit that owns each entry of the sources, or `NO_UNIT` or `SHARED`.
+        heads: Where a unit is made of several heads that share entries: the heads as units, unit by unit.
+    """
+
+    columns: torch.Tensor
+    owner: torch.Tensor
+    heads: Units | None = None
 
 
 class Jacobian:
@@ -91,7 +106,7 @@ class Jacobian:
         return torch.cat(touched)
 
 
-def decode(jacobian: Jacobian) -> tuple[torch.Tensor, torch.Tensor] | None:
+def decode(jacobian: Jacobian) -> Units | None:
     """Partition a consumer's columns into units, and say which unit owns each entry of its sources.
 
     An MLP's columns each depend on entries of their own: binary codes of the column numbers find the map in
@@ -102,26 +117,25 @@ def decode(jacobian: Jacobian) -> tuple[torch.Tensor, torch.Tensor] | None:
         jacobian: Of the consumer's input.
 
     Returns:
-        `columns`: `(units, c)` int64, and `owner`: `(entries,)` int64, a unit, `NO_UNIT` or `SHARED`. `None` when the
-        columns do not fall into at least two equal units with entries of their own.
+        The units; `None` when the columns do not fall into at least two equal units with entries of their own.
     """
     width = _group_width(jacobian)
     if width is None:
         return None
     if width == 1:
         columns = torch.arange(jacobian.columns).unsqueeze(1)
-        owner = _owner_by_codes(jacobian)
+        units = Units(columns, _owner_by_codes(jacobian))
     else:
-        found = _owner_by_groups(jacobian, width)
+        found = _units_by_groups(jacobian, width)
         if found is None:
             return None
-        columns, owner = found
-    if len(columns) < 2 or not (owner >= 0).any():
+        units = found
+    if len(units.columns) < 2 or not (units.owner >= 0).any():
         return None
-    return columns, owner
+    return units
 
 
-def agrees(jacobian: Jacobian, columns: torch.Tensor, owner: torch.Tensor, first: torch.Tensor) -> bool:
+def agrees(jacobian: Jacobian, units: Units, first: torch.Tensor) -> bool:
     """Whether units that were decoded elsewhere (in another layer) hold here too: three products.
 
     A random half of the units must touch exactly their own entries and the shared ones, and so must the other half.
@@ -129,10 +143,10 @@ def agrees(jacobian: Jacobian, columns: torch.Tensor, owner: torch.Tensor, first
 
     Args:
         jacobian: Of the consumer's input here.
-        columns: `(units, c)` int64.
-        owner: `(entries,)` int64.
+        units: As decoded there.
         first: `(entries,)` bool, what the first column touched there.
     """
+    columns, owner, _ = units
     if not torch.equal(jacobian.touched(first_column(jacobian)), first):
         return False
     chosen = torch.rand(len(columns), generator=torch.Generator().manual_seed(2)) < 0.5
@@ -195,8 +209,8 @@ def _owner_by_codes(jacobian: Jacobian) -> torch.Tensor:
     return owner.masked_fill(several, SHARED).masked_fill(~reached, NO_UNIT)
 
 
-def _owner_by_groups(jacobian: Jacobian, width: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Units made of groups of `width` adjacent columns, and the owner of each entry; `None` if units are unequal."""
+def _units_by_groups(jacobian: Jacobian, width: int) -> Units | None:
+    """Units made of groups of `width` adjacent columns; `None` if units are unequal."""
     groups = jacobian.columns // width
     group_of = torch.arange(jacobian.columns) // width
     touched = torch.stack([jacobian.touched(group_of == group) for group in range(groups)])
@@ -215,4 +229,11 @@ def _owner_by_groups(jacobian: Jacobian, width: int) -> tuple[torch.Tensor, torc
     columns = torch.stack([(unit_of_group[group_of] == one).nonzero().flatten() for one in range(len(names))])
     first_group = touched.float().argmax(0)
     owner = unit_of_group[first_group].masked_fill(common, SHARED).masked_fill(~touched.any(0), NO_UNIT)
-    return columns, owner
+    if counts[0] == 1:
+        return Units(columns, owner)
+    # The heads of a unit one after the other, wherever they are.
+    order = unit_of_group.argsort(stable=True)
+    several = touched.sum(0) > 1
+    owner_head = order.argsort()[first_group].masked_fill(several, SHARED).masked_fill(~touched.any(0), NO_UNIT)
+    heads = torch.arange(jacobian.columns).view(groups, width)[order]
+    return Units(columns, owner, Units(heads, owner_head))

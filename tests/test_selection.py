@@ -1,6 +1,7 @@
 """Selection against direct transcriptions of its definition: one least squares problem per candidate."""
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -237,3 +238,46 @@ def test_misuse_is_refused_with_what_was_found():
     H[0, 0] = float("nan")
     with pytest.raises(ValueError, match="missing values"):
         select(H, C, 3)
+
+
+@pytest.mark.parametrize("c", [1, 2])
+@pytest.mark.parametrize("removal", [False, True])
+def test_equally_many_units_of_each_set_are_taken_as_by_the_definition(c, removal):
+    H, C, t, B, Y = problem(n=12 * c)
+    groups = torch.randperm(12 * c, generator=torch.Generator().manual_seed(1)).view(12, c)
+    chosen, order = {0: 0, 1: 0, 2: 0}, []  # of the sets 0..3, 4..7 and 8..11, two each
+    for _ in range(6):
+
+        def value(u):
+            units = sorted(set(range(12)) - {*order, u}) if removal else [*order, u]
+            return explained(B, Y, groups[units].reshape(-1))
+
+        best = max((u for u in range(12) if u not in order and chosen[u // 4] < 2), key=value)
+        chosen[best // 4] += 1
+        order.append(best)
+    path = (backward if removal else greedy)(H, C, 6, groups=groups, sets=3, t=t)
+    assert (path.order[6:].flip(0) if removal else path.order).tolist() == order
+
+
+def test_units_change_places_within_their_set_until_none_improves():
+    for seed in range(4):
+        H, C, t, B, Y = problem(n=24, seed=seed)
+        groups = torch.arange(24).view(8, 3)
+        values = {
+            (*one, *other): explained(B, Y, groups[[*one, *other]].reshape(-1))
+            for one in combinations(range(4), 2)
+            for other in combinations(range(4, 8), 2)
+        }
+        chosen = select(H, C, 4, groups=groups, sets=2, t=t)
+        kept = tuple(chosen.kept.tolist())
+        assert chosen.objective == pytest.approx(values[kept], rel=1e-6)
+        assert all(values[other] <= chosen.objective * (1 + 1e-6) for other in values if len({*other} - {*kept}) == 1)
+        assert max(values.values()) * chosen.guarantee <= chosen.objective * (1 + 1e-6)
+    # Without sets, the first and the second half need not keep equally many.
+    assert {int((select(*problem(n=24, seed=s)[:2], 4, groups=groups).kept < 4).sum()) for s in range(4)} != {2}
+
+
+def test_sets_that_cannot_keep_equally_many_are_refused():
+    H, C, *_ = problem(n=12)
+    with pytest.raises(ValueError, match="multiples of the 3 sets"):
+        select(H, C, 4, groups=torch.arange(12).view(6, 2), sets=3)
