@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import combinations
+from itertools import chain, combinations, islice
 from typing import Any
 
 import torch
 from torch import nn
 
+from .arguments import Place, argument, argument_sets
 from .blocks import Attribute, Block, by_tie
+from .forwards import INNER_WIDTH, reading_inner_width
 from .ties import alike, tied_together
 from .verification import EquivalenceError, verify
 
@@ -23,6 +25,8 @@ WIDTH = re.compile(r"size|dim|width|d_model|features|channels|embed|inner|hidden
 """Names of attributes that give a number of features: `all_head_size`, `inner_dim`, `split_size`, `embed_dim`, ..."""
 MOST = 6
 """Attributes of one sort that are tried in every combination."""
+LIKELIEST = 16
+"""Sets of attributes that are tried with each set of arguments."""
 
 
 def settle(
@@ -43,18 +47,18 @@ def settle(
     order = {block.name: i for i, block in enumerate(blocks)}
     number = _numbers(blocks)
     kept = {block.name: _half(block, i, number[block.name]) for i, tie in enumerate(by_tie(blocks)) for block in tie}
-    settled: dict[tuple, list[tuple[str, str]] | EquivalenceError] = {}
+    settled: dict[tuple, _Settled | EquivalenceError] = {}
     exact: list[Block] = []
     inexact: list[tuple[Block, str]] = []
     for group in by_tie(blocks):
         key = tuple(_signature(model, block) for block in group)
         if key not in settled:
             settled[key] = _search(model, group, kept, inputs)
-        names = settled[key]
-        if isinstance(names, EquivalenceError):
-            inexact += [(block, names.reason) for block in group]
+        found = settled[key]
+        if isinstance(found, EquivalenceError):
+            inexact += [(block, found.reason) for block in group]
         else:
-            exact += [replace(block, attributes=_attributes(model, block, names)) for block in group]
+            exact += [found.of(model, block) for block in group]
     exact.sort(key=lambda block: order[block.name])
     # As a rule one check of all blocks at once. If it fails, each is checked alone, and those that pass once more.
     checks = [exact]
@@ -62,7 +66,8 @@ def settle(
         # A single unit left of a few fits several by broadcasting: leave every other block whole.
         checks.append([block for block in exact if number[block.name] % 2])
     if any(_failure(model, some, kept, inputs) is not None for some in checks if some):
-        alone = [(group, _failure(model, group, kept, inputs)) for group in by_tie(exact)]
+        alone = [_alone(model, group, kept, inputs) for group in by_tie(exact)]
+        exact = sorted((block for group, _ in alone for block in group), key=lambda block: order[block.name])
         failed = {block.name: error.reason for group, error in alone if error is not None for block in group}
         tied = _tied(model, exact, failed, kept, inputs)
         inexact += [(block, failed[block.name]) for block in exact if block.name in failed.keys() - tied.keys()]
@@ -72,6 +77,19 @@ def settle(
             inexact += [(block, error.reason) for block in culprit]
             exact = [block for block in exact if block not in culprit]
     return exact, inexact
+
+
+def _alone(
+    model: nn.Module, group: list[Block], kept: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]
+) -> tuple[list[Block], EquivalenceError | None]:
+    """A block, or a tie, with what must follow its own units where that is not as in others of its class."""
+    error = _failure(model, group, kept, inputs)
+    if error is not None:
+        found = _search(model, group, kept, inputs)
+        if isinstance(found, _Settled):
+            group = [found.of(model, block) for block in group]
+            error = _failure(model, group, kept, inputs)
+    return group, error
 
 
 def _tied(
@@ -140,37 +158,58 @@ def _signature(model: nn.Module, block: Block) -> tuple:
     return (type(model.get_submodule(owner)), block.kind, tuple(block.columns.shape), *pieces)
 
 
+@dataclass(frozen=True)
+class _Settled:
+    """What must follow the units of blocks of one class, by module path within a block's owner.
+
+    Args:
+        names: Of attributes, with their modules.
+        places: Of arguments that are cut.
+    """
+
+    names: tuple[tuple[str, str], ...]
+    places: tuple[Place, ...] = ()
+
+    def of(self, model: nn.Module, block: Block) -> Block:
+        """A block of this class with its own attributes and arguments."""
+        places = [(block.owner + path, name, dim, entries) for path, name, dim, entries in self.places]
+        cut = tuple(argument(model, block, place) for place in places)
+        return replace(block, attributes=_attributes(model, block, self.names), arguments=cut)
+
+
 def _search(
     model: nn.Module, group: list[Block], kept: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]
-) -> list[tuple[str, str]] | EquivalenceError:
-    """Attributes, by module path within a block's owner and name, with which one block, or a tie, shrinks exactly."""
+) -> _Settled | EquivalenceError:
+    """What must follow the units for one block, or a tie, to shrink exactly; least first."""
     block = group[-1]
-
-    def names(attributes: tuple[Attribute, ...]) -> list[tuple[str, str]]:
-        return [(attribute.module.removeprefix(block.owner), attribute.name) for attribute in attributes]
-
-    def failure(attributes: tuple[Attribute, ...]) -> EquivalenceError | None:
-        members = [replace(one, attributes=_attributes(model, one, names(attributes))) for one in group]
-        # What comes after the consumer is left to the check of all blocks: this one is repeated.
-        return _failure(model, members, kept, inputs, to_consumer=True)
-
     first: EquivalenceError | None = None
-    for attributes in attribute_sets(model, block):
-        error = failure(attributes)
-        if error is None:
-            for attribute in attributes:
-                fewer = tuple(one for one in attributes if one != attribute)
-                # A width, or a number of heads of one set, that the forward does not need may be something else's.
-                counts_all = attribute.per_unit.denominator == 1 and not is_width(attribute)
-                if not counts_all and failure(fewer) is None:
-                    attributes = fewer
-            return names(attributes)
-        first = first or error
+    for places in chain([[]], argument_sets(model, block, _holders(block), inputs)):
+        cut = tuple((path.removeprefix(block.owner), name, dim, entries) for path, name, dim, entries in places)
+
+        def settled(attributes: tuple[Attribute, ...], cut: tuple[Place, ...] = cut) -> _Settled:
+            return _Settled(tuple((one.module.removeprefix(block.owner), one.name) for one in attributes), cut)
+
+        def failure(attributes: tuple[Attribute, ...]) -> EquivalenceError | None:
+            members = [settled(attributes).of(model, one) for one in group]
+            # What comes after the consumer is left to the check of all blocks: this one is repeated.
+            return _failure(model, members, kept, inputs, to_consumer=True)
+
+        for attributes in islice(attribute_sets(model, block), LIKELIEST if cut else None):
+            error = failure(attributes)
+            if error is None:
+                for attribute in attributes:
+                    fewer = tuple(one for one in attributes if one != attribute)
+                    # A width, or a number of heads of one set, that the forward does not need may be something else's.
+                    counts_all = attribute.per_unit.denominator == 1 and not is_width(attribute)
+                    if not counts_all and failure(fewer) is None:
+                        attributes = fewer
+                return settled(attributes)
+            first = first or error
     assert first is not None  # the empty set is always tried
     return first
 
 
-def _attributes(model: nn.Module, block: Block, names: list[tuple[str, str]]) -> tuple[Attribute, ...]:
+def _attributes(model: nn.Module, block: Block, names: Sequence[tuple[str, str]]) -> tuple[Attribute, ...]:
     owner = block.owner
     found = {(one.module, one.name): one for group in candidates(model, block) for one in group}
     return tuple(found[owner + module, name] for module, name in names if (owner + module, name) in found)
@@ -191,11 +230,13 @@ def attribute_sets(model: nn.Module, block: Block) -> Iterator[tuple[Attribute, 
     Yields:
         Tuples of attributes, without repetition, the empty one among them.
     """
-    counts, widths, configured = candidates(model, block)
+    counts, widths, configured, inner = candidates(model, block)
     owned = {piece.index.numel() for piece in block.slices}
     likely = tuple(width for width in widths if width.before in owned)
     choices = [(some, few) for some in ((), likely, widths) for few in _subsets(counts)]
     choices += [(some, few) for some in _subsets(widths) for few in (counts, ())]
+    # A forward that takes the width of its heads to be that of its input is rewritten.
+    choices += [((*some, width), few) for width in inner for some in ((), likely, widths) for few in _subsets(counts)]
     # A forward that reads the config needs a copy of it for its layer: the last resort.
     choices += [(some, few) for some in _subsets(configured) for few in _subsets(counts)]
     seen = set()
@@ -207,12 +248,16 @@ def attribute_sets(model: nn.Module, block: Block) -> Iterator[tuple[Attribute, 
 
 
 def candidates(model: nn.Module, block: Block) -> tuple[tuple[Attribute, ...], ...]:
-    """Head counts and widths among the integers of the modules that hold the block; head counts in their config."""
+    """Head counts and widths among the integers of the modules that hold the block; head counts in their config; and
+    widths that forwards of them derive from their input.
+    """
     owned = {piece.index.numel() for piece in block.slices}
-    counts, widths, configured = [], [], []
+    counts, widths, configured, inner = [], [], [], []
     heads = block.kind == "attention"
     for path in _holders(block):
         module = model.get_submodule(path)
+        if reading_inner_width(type(module).forward) is not None:
+            inner.append(Attribute(path, INNER_WIDTH, block.columns.numel(), block.columns.shape[1]))
         for name, value in module.__dict__.items():
             attribute = _attribute(block, path, name, value)
             if attribute is not None and is_width(attribute):
@@ -225,7 +270,7 @@ def candidates(model: nn.Module, block: Block) -> tuple[tuple[Attribute, ...], .
             if attribute is not None and not is_width(attribute) and _counts_heads(block, attribute):
                 configured.append(attribute)
     widths.sort(key=lambda attribute: attribute.before not in owned)
-    return tuple(counts[:MOST]), tuple(widths[:MOST]), tuple(configured[:MOST])
+    return tuple(counts[:MOST]), tuple(widths[:MOST]), tuple(configured[:MOST]), tuple(inner)
 
 
 def _attribute(block: Block, path: str, name: str, value: object) -> Attribute | None:

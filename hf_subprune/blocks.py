@@ -47,6 +47,25 @@ class Attribute:
 
 
 @dataclass(frozen=True, eq=False)
+class Argument:
+    """An argument of a module's forward, made outside of it, with entries for every unit: it is cut to those kept.
+
+    Args:
+        module: Dotted path of the module.
+        name: Of the argument, e.g. `"alibi"`.
+        dim: Dimension along which its units lie.
+        entries: Along that dimension with all units, before anything is cut.
+        index: `(units, r)` int64; row `u` holds the entries, among those that are not cut, that unit `u` reads.
+    """
+
+    module: str
+    name: str
+    dim: int
+    entries: int
+    index: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """One consumer linear, the producers whose output rows feed it, and its units.
 
@@ -68,6 +87,7 @@ class Block:
         sets: Units come in this many sets of equal size, one set after the other, which keep equally many units each.
         queries: Under grouped-query attention, where a unit is a key/value head with all of its query heads: the same
             block with the query heads as units, in one set for each key/value head. Its keys and values stay.
+        arguments: What the forward is given for each unit, such as ALiBi biases, and must be cut with them.
     """
 
     name: str
@@ -81,6 +101,7 @@ class Block:
     stack: str | None = None
     sets: int = 1
     queries: "Block | None" = None
+    arguments: tuple[Argument, ...] = ()
 
     @property
     def owner(self) -> str:

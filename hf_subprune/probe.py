@@ -20,7 +20,7 @@ from .offload import device_of
 from .probe_inputs import probe_inputs
 from .ties import tie_shared
 from .tracing import OUTPUT, Read, Source, Trace, traced
-from .units import SHARED, Jacobian, Line, Units, agrees, decode, first_column
+from .units import NO_UNIT, SHARED, Jacobian, Line, Units, agrees, decode, first_column
 from .verification import first_line, undisturbed
 
 __all__ = ["discover", "probe_inputs"]
@@ -87,13 +87,20 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     found, clashes = _without_clashes(found)
     found = _with_exact_queries(model, found, inputs)
     blocks, inexact = settle(model, found, inputs)
+    failed = {block.name for block, _ in inexact if block.tie is not None}
+    if failed:
+        # What all layers share stays whole, and each cuts what it is given of it.
+        found = [_without_shared(model, block) if block.name in failed else block for block in found]
+        blocks, inexact = settle(model, found, inputs)
     for block, reason in inexact:
         if seek.shared[block.consumer]:
             reason = f"its units share rows of {_listed(seek.shared[block.consumer])}, and {reason}"
+        elif block.consumer in seek.outside:
+            reason = f"{seek.outside[block.consumer]}, and {reason}"
         refusals.append(Refusal(block.name, seek.presumed[block.consumer], reason, NO_ATTRIBUTE))
     refusals += [Refusal(block.name, block.kind, reason, LEFT_WHOLE) for block, reason in unequal]
     refusals += _functional(model, readers, blocks)
-    refusals += _unreached(model, {read.reader for read in trace.reads})
+    refusals += _unreached(model, {read.reader for read in trace.reads}, blocks)
     layers = {layer for name, _ in model.named_modules() if name and (layer := layer_of(model, name)) is not None}
     refusals += refuse_stacks(model, blocks, layers)
     blocks, parts = whole_stacks(model, blocks)
@@ -140,20 +147,23 @@ def _functional(model: nn.Module, readers: Mapping[str, set[str]], blocks: Seque
     return list(refusals.values())
 
 
-def _unreached(model: nn.Module, readers: Collection[str]) -> list[Refusal]:
+def _unreached(model: nn.Module, readers: Collection[str], blocks: Sequence[Block]) -> list[Refusal]:
     """Refuse the modules with linears that the batch did not run while it ran others like them: experts."""
-    like = {re.sub(r"\d+", "*", name) for name in readers}
-    silent = [
-        name
+    found = {piece.tensor.rpartition(".")[0]: block.kind for block in blocks for piece in block.slices}
+    like = {_numberless(name): "whole" for name in readers} | {_numberless(name): found[name] for name in found}
+    silent = {
+        name.rpartition(".")[0]: like[_numberless(name)]
         for name, module in model.named_modules()
-        if is_linear(module)
-        and not is_convolution(module)
-        and name not in readers
-        and re.sub(r"\d+", "*", name) in like
-    ]
+        if is_linear(module) and not is_convolution(module)
+        if name not in found and name not in readers and _numberless(name) in like
+    }
     reason = "the probe batch does not reach it, as it reaches others like it"
     advice = "Pass `inputs` of more tokens (to `prune`: longer or more samples), until some are sent to it."
-    return [Refusal(path, "mlp", reason, advice) for path in dict.fromkeys(name.rpartition(".")[0] for name in silent)]
+    return [Refusal(path, kind, reason, advice) for path, kind in silent.items()]
+
+
+def _numberless(path: str) -> str:
+    return re.sub(r"\b\d+\b", "*", path)
 
 
 class _RefusedError(Exception):
@@ -174,6 +184,8 @@ class _Seeker:
         for read, sources in zip(trace.reads, trace.sources, strict=True):
             self.calls.setdefault(read.reader, []).append((read, sources))
         self.shared: dict[str, list[str]] = {}
+        self.outside: dict[str, str] = {}
+        """By consumer, why a producer is not shrunk with it."""
         self.presumed: dict[str, str] = {}
         """By consumer, the kind as which it is refused: units that share rows or mix positions may be of any."""
         self._maps: dict[tuple, tuple[Units, torch.Tensor]] = {}
@@ -216,13 +228,13 @@ class _Seeker:
                     "nothing but a product of two linears: a low-rank pair, not a layer with units", "whole"
                 )
             if kind != "channels":
-                _check_layer(model, consumer, block.slices)
+                block = self._inside(block)
             _check_untied(model, block.slices)
         except _RefusedError as refused:
             return Refusal(consumer, refused.kind or self.presumed[consumer], str(refused), LEFT_WHOLE)
         if kind == "attention" and decoded.heads is not None:
             with suppress(_RefusedError):  # then whole groups are all there is
-                queries = self._block(read, jacobian, decoded.heads, kind)
+                queries = self._inside(self._block(read, jacobian, decoded.heads, kind))
                 return replace(block, queries=replace(queries, sets=block.units))
         return block
 
@@ -247,6 +259,23 @@ class _Seeker:
             attributes=(),
             parameters_per_unit=parameters_per_unit(model, slices),
         )
+
+    def _inside(self, block: Block) -> Block:
+        """The block within its layer: what producers outside of it make is an argument there, that can be cut."""
+        layer = layer_of(self.model, block.consumer)
+        if layer is None:
+            raise _RefusedError(
+                "it is not in a repeated layer: heads and projectors are small, and other code reads their widths"
+            )
+        inside = tuple(piece for piece in block.slices if piece.shared or piece.tensor.startswith(f"{layer}."))
+        outside = [piece.tensor for piece in block.slices if piece not in inside]
+        if not outside:
+            return block
+        reason = f"its producer {outside[0]!r} lies outside of its layer {layer!r}"
+        if not any(_is_row_of_linear(self.model, piece) for piece in inside):
+            raise _RefusedError(reason)
+        self.outside[block.consumer] = reason
+        return replace(block, slices=inside, parameters_per_unit=parameters_per_unit(self.model, inside))
 
     def _residual(self, consumer: str, sources: list[Source]) -> Refusal | None:
         """A refusal for a convolution whose channels are handed from layer to layer: several layers read them."""
@@ -357,8 +386,11 @@ def _shared_parameters(trace: Trace, read: Read, lines: list[tuple[Line, torch.T
                 rows = elsewhere.split(touched)[elsewhere.lines.index(_line(elsewhere, line))]
                 if (rows & (owners >= 0)).any():
                     if not parameter:
+                        # Two that read the same features read a stream of them, not units of their own.
+                        same = other.tensor.shape == read.tensor.shape and torch.equal(other.tensor, read.tensor)
                         raise _RefusedError(
-                            f"rows of {line.source.name!r} that its units own also feed {other.reader!r}"
+                            f"rows of {line.source.name!r} that its units own also feed {other.reader!r}",
+                            "whole" if same else None,
                         )
                     shared.add(line.source.name)
     return shared
@@ -395,6 +427,7 @@ def _is_rearrangement(tensor: torch.Tensor) -> bool:
 
 def _slices(model: nn.Module, line: Line, owners: torch.Tensor, units: int) -> list[Slice]:
     """Slices of the tensors behind one line: a producer's weight and bias, or the parameter itself."""
+    owners = _filled(owners, units)
     counts = owners[owners >= 0].bincount(minlength=units)
     if (counts != counts[0]).any():
         raise _RefusedError(f"its units own different numbers of entries of {line.source.name!r}")
@@ -411,6 +444,17 @@ def _slices(model: nn.Module, line: Line, owners: torch.Tensor, units: int) -> l
     if module.bias is not None:
         slices.append(Slice(f"{line.source.name}.bias", 0, index))
     return slices
+
+
+def _filled(owners: torch.Tensor, units: int) -> torch.Tensor:
+    """Owners with the gaps filled where units own equal parts side by side.
+
+    A batch may leave some entries without effect: points that are sampled outside of an image.
+    """
+    if len(owners) % units:
+        return owners
+    parts = torch.arange(units).repeat_interleave(len(owners) // units)
+    return parts if bool(((owners == parts) | (owners == NO_UNIT)).all()) else owners
 
 
 def _without_repeats(slices: list[Slice]) -> list[Slice]:
@@ -440,16 +484,9 @@ def _is_outside(model: nn.Module, consumer: str) -> bool:
     return layer is None or sum(map(is_linear, model.get_submodule(layer).modules())) == 1
 
 
-def _check_layer(model: nn.Module, consumer: str, slices: Sequence[Slice]) -> None:
-    """All of a block lies in one repeated layer, so that layers can be run one after another."""
-    layer = layer_of(model, consumer)
-    if layer is None:
-        raise _RefusedError(
-            "it is not in a repeated layer: heads and projectors are small, and other code reads their widths"
-        )
-    outside = [piece.tensor for piece in slices if not piece.shared and not piece.tensor.startswith(f"{layer}.")]
-    if outside:
-        raise _RefusedError(f"its producer {outside[0]!r} lies outside of its layer {layer!r}")
+def _is_row_of_linear(model: nn.Module, piece: Slice) -> bool:
+    module = model.get_submodule(piece.tensor.rpartition(".")[0])
+    return is_linear(module) and piece.tensor.endswith(".weight") and piece.dim != input_dim(module)
 
 
 def _check_untied(model: nn.Module, slices: Sequence[Slice]) -> None:
@@ -484,6 +521,11 @@ def _with_exact_queries(model: nn.Module, blocks: list[Block], inputs: Mapping[s
     offered = [replace(block.queries, name=block.name) for block in blocks if block.queries and not block.tie]
     exact = {block.name: block for block in settle(model, offered, inputs)[0] if block.tie is None}
     return [replace(block, queries=exact.get(block.name)) for block in blocks]
+
+
+def _without_shared(model: nn.Module, block: Block) -> Block:
+    slices = [piece for piece in block.slices if not piece.shared]
+    return replace(block, tie=None, slices=tuple(slices), parameters_per_unit=parameters_per_unit(model, slices))
 
 
 def _without_clashes(blocks: list[Block]) -> tuple[list[Block], list[Refusal]]:

@@ -182,7 +182,18 @@ def _tokens(sizes: Sizes, model: nn.Module) -> torch.Tensor:
     size = sizes.get("vocab_size", "text_vocab_size", "src_vocab_size", default=100, within="text")
     special = {value for one in sizes.configs for value in _special_ids(one)}
     usual = torch.tensor([i for i in range(min(size, 1000)) if i not in special] or [0])
-    return usual[torch.randint(len(usual), (SAMPLES, TOKENS), generator=sizes.random)]
+    tokens = usual[torch.randint(len(usual), (SAMPLES, TOKENS), generator=sizes.random)]
+    # A model that holds the tokens between which words attend to each other lets a word alone attend to itself only.
+    held = [token for name, buffer in model.named_buffers() if name.endswith("special_tokens") for token in buffer]
+    if held and held[0] < size:
+        tokens[:, :: TOKENS // 2] = tokens[:, -1] = held[0]
+    return tokens
+
+
+def _channel_tokens(sizes: Sizes, model: nn.Module) -> torch.Tensor:
+    """Tokens of a codec, one per channel at each time."""
+    channels = sizes.get("num_channels", default=1, within="decoder")
+    return torch.stack([_tokens(sizes, model) for _ in range(channels)], -1)
 
 
 def _special_ids(config: Any) -> Iterator[int]:
@@ -309,7 +320,7 @@ def _boxes(sizes: Sizes, model: nn.Module) -> torch.Tensor:
 MAKERS: dict[str, tuple[Layout, ...]] = {
     "input_ids": (_tokens,),
     "attention_mask": (_padded,),
-    "decoder_input_ids": (_tokens,),
+    "decoder_input_ids": (_tokens, _channel_tokens),
     "qformer_input_ids": (_tokens,),
     "bbox": (_boxes,),
     "pixel_values": (

@@ -1,7 +1,7 @@
 """Loading ragged models where hf_subprune is not installed: `from_pretrained(..., trust_remote_code=True)`.
 
 A file of code beside the weights holds the classes that the config can build, each shaped to the stored widths when it
-is constructed. It contains `spec.py` as it is, so both ways of loading run the same code.
+is constructed. It contains `forwards.py` and `spec.py` as they are, so both ways of loading run the same code.
 """
 
 import inspect
@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from . import spec
+from . import forwards, spec
 from .layout import QUANT_METHOD
 
 MODULE = "modeling_subprune"
@@ -98,5 +98,6 @@ def _native_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def _source(classes: set[type[PreTrainedModel]]) -> str:
     ordered = sorted(classes, key=lambda cls: cls.__name__)
     modules = "\n".join(f"import {module}" for module in sorted({cls.__module__ for cls in ordered}))
-    shared = inspect.getsource(spec).replace("from torch import nn\n", f"{modules}\nfrom torch import nn\n", 1)
+    imported = next(line for line in inspect.getsource(spec).splitlines(True) if line.startswith("from .forwards"))
+    shared = inspect.getsource(forwards) + "\n\n" + inspect.getsource(spec).replace(imported, f"{modules}\n", 1)
     return shared + _PRUNED + "".join(_CLASS.format(name=cls.__name__, module=cls.__module__) for cls in ordered)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .spec import LayoutSpec
+from .spec import LayoutSpec, adaptations
 
 
 def describe(model: PreTrainedModel) -> LayoutSpec:
@@ -27,6 +27,7 @@ def describe(model: PreTrainedModel) -> LayoutSpec:
         if name in mine and _is_smaller(mine[name].shape, expected.shape)
     }
     attributes: dict[str, dict[str, int]] = {}
+    arguments: dict[str, dict[str, tuple[int, int, int]]] = {}
     expected_modules = dict(built.named_modules())
     shared = _shared_configs(model)
     for path, module in model.named_modules():
@@ -36,9 +37,12 @@ def describe(model: PreTrainedModel) -> LayoutSpec:
             if isinstance(config, PreTrainedConfig) and id(config) not in shared:
                 own = _smaller_integers(vars(config), vars(expected_modules[path].config))
                 smaller |= {f"config.{name}": value for name, value in own.items()}
-            if smaller:
-                attributes[path] = smaller
-    return LayoutSpec(shapes, attributes)
+            width, cut = adaptations(module)
+            if smaller | width:
+                attributes[path] = smaller | width
+            if cut:
+                arguments[path] = cut
+    return LayoutSpec(shapes, attributes, arguments)
 
 
 def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """The widths of a pruned model that its config does not say, and how a freshly built model takes them.
 
-Nothing here is imported but torch: `remote_code` copies this file as it is beside the weights, so that a pruned model
-also loads where hf_subprune is not installed.
+Nothing here is imported but torch and `forwards`: `remote_code` copies both files as they are beside the weights, so
+that a pruned model also loads where hf_subprune is not installed.
 """
 
 import copy
@@ -10,7 +10,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
+
+from .forwards import CUT_ARGUMENTS, INNER_WIDTH, adapted, kept_entries
 
 FORMAT = 1
 """Version of the stored entry; files of a later version are refused."""
@@ -24,18 +27,21 @@ class LayoutSpec:
         shapes: Dotted path of a parameter or buffer -> its shape. Every dimension is at most what the config builds.
         attributes: Dotted path of a module (`""` is the model) -> integer attributes that the forward reads, such as
             `{"in_features": 40}`. A name `"config.x"` is the value `x` of a config that this module alone reads.
+        arguments: Dotted path of a module -> what its forward is given and cuts: argument -> `(dim, entries, kept)`,
+            the dimension, how many entries the argument has along it, and how many of them are kept.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)
+    arguments: dict[str, dict[str, tuple[int, int, int]]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.shapes or self.attributes)
+        return bool(self.shapes or self.attributes or self.arguments)
 
     @property
     def modules(self) -> dict[str, set[str]]:
         """Dotted path of each module that differs -> names of its tensors that differ."""
-        names: dict[str, set[str]] = {path: set() for path in self.attributes}
+        names: dict[str, set[str]] = {path: set() for path in (*self.attributes, *self.arguments)}
         for tensor in self.shapes:
             path, _, leaf = tensor.rpartition(".")
             names.setdefault(path, set()).add(leaf)
@@ -44,8 +50,9 @@ class LayoutSpec:
     def restricted_to(self, prefix: str) -> "LayoutSpec":
         """The entries below the module `prefix`, under their full names."""
         shapes = {name: shape for name, shape in self.shapes.items() if _is_below(name, prefix)}
+        attributes = {path: values for path, values in self.attributes.items() if _is_below(path, prefix)}
         return LayoutSpec(
-            shapes, {path: values for path, values in self.attributes.items() if _is_below(path, prefix)}
+            shapes, attributes, {path: cut for path, cut in self.arguments.items() if _is_below(path, prefix)}
         )
 
     def to_dict(self) -> dict:
@@ -55,6 +62,10 @@ class LayoutSpec:
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "attributes": {path: dict(values) for path, values in self.attributes.items()},
         }
+        if self.arguments:
+            content["arguments"] = {
+                path: {name: list(sizes) for name, sizes in cut.items()} for path, cut in self.arguments.items()
+            }
         return {**content, "digest": _digest(content)}
 
     @classmethod
@@ -81,9 +92,17 @@ class LayoutSpec:
         for path, values in attributes.items() if isinstance(attributes, dict) else [("attributes", attributes)]:
             if not isinstance(values, dict) or not all(type(value) is int for value in values.values()):
                 raise ValueError(damaged.format(f"attributes of {path!r} are {values!r}, not names with integers"))
-        if _digest({key: entry[key] for key in ("format", "shapes", "attributes")}) != entry["digest"]:
+        content = {key: entry[key] for key in ("format", "shapes", "attributes", "arguments") if key in entry}
+        if _digest(content) != entry["digest"]:
             raise ValueError(damaged.format("its digest does not match its shapes and attributes"))
-        return cls({name: tuple(shape) for name, shape in shapes.items()}, {p: dict(v) for p, v in attributes.items()})
+        return cls(
+            {name: tuple(shape) for name, shape in shapes.items()},
+            {path: dict(values) for path, values in attributes.items()},
+            {
+                path: {name: (dim, entries, kept) for name, (dim, entries, kept) in cut.items()}
+                for path, cut in entry.get("arguments", {}).items()
+            },
+        )
 
 
 def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
@@ -113,9 +132,35 @@ def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
         if path in rename:
             module = model.get_submodule(rename[path])
             for name, value in values.items():
-                _set_integer(module, name, value, path)
+                if name != INNER_WIDTH:
+                    _set_integer(module, name, value, path)
             applied.attributes[rename[path]] = dict(values)
+    for path in spec.modules:
+        width, cut = spec.attributes.get(path, {}).get(INNER_WIDTH), spec.arguments.get(path, {})
+        if path in rename and (width is not None or cut):
+            _adapt(model.get_submodule(rename[path]), width, cut)
+            if cut:
+                applied.arguments[rename[path]] = dict(cut)
     return applied
+
+
+def _adapt(module: nn.Module, width: int | None, cut: dict[str, tuple[int, int, int]]) -> None:
+    """Let the forward of `module` follow an inner width and cut arguments; which entries, the checkpoint says."""
+    device = next(module.parameters()).device
+    for name, (_, _, kept) in cut.items():
+        if kept_entries(name) not in module._buffers:
+            module.register_buffer(kept_entries(name), torch.arange(kept, device=device))
+    vars(module).update(adapted(module, width, {name: (dim, entries) for name, (dim, entries, _) in cut.items()}))
+
+
+def adaptations(module: nn.Module) -> tuple[dict[str, int], dict[str, tuple[int, int, int]]]:
+    """How the forward of `module` was adapted, as in a `LayoutSpec`: attributes, and arguments."""
+    held = vars(module)
+    cut = {
+        name: (dim, entries, len(module.get_buffer(kept_entries(name))))
+        for name, (dim, entries) in held.get(CUT_ARGUMENTS, {}).items()
+    }
+    return ({INNER_WIDTH: held[INNER_WIDTH]} if INNER_WIDTH in held else {}), cut
 
 
 def _set_integer(module: nn.Module, name: str, value: int, path: str) -> None:

@@ -13,8 +13,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .blocks import Block
+from .forwards import CUT_ARGUMENTS, INNER_WIDTH, adapted, kept_entries
 from .linears import as_matrix, as_weight, feature_axis, taps
 from .offload import cut, device_of, put_away, stored
+
+_ABSENT: Any = object()
+"""What an entry is before it is made."""
 
 
 @dataclass
@@ -62,13 +66,16 @@ class Edit:
 
     def _swap(self, swaps: list[tuple[_Change, Any, Any]], action: str) -> None:
         for change, present, _ in swaps:
-            if not _same(change.entries.get(change.name), present):
+            if not _same(change.entries.get(change.name, _ABSENT), present):
                 raise RuntimeError(
                     f"Cannot {action} the surgery of {self.block!r}: {change.name!r} is not the one that it left. "
                     f"Undo later edits first, in the reverse of the order in which they were made."
                 )
         for change, _, wanted in swaps:
-            change.entries[change.name] = wanted
+            if wanted is _ABSENT:
+                del change.entries[change.name]
+            else:
+                change.entries[change.name] = wanted
 
 
 def shrink(
@@ -125,10 +132,11 @@ def shrink(
         after = parameter_like(entries[name], tensor) if is_parameter else tensor
         changes.append(_Change(entries, name, entries[name], after))
     changes.extend(_attribute_changes(model, block, units.numel()))
+    changes.extend(_forward_changes(model, block, units))
     for owner in owners.values():
         changes.extend(_Change(owner.__dict__, name, before, {}) for name, before in caches(owner))
     for change in changes:
-        if not _same(change.entries.get(change.name), change.before):
+        if not _same(change.entries.get(change.name, _ABSENT), change.before):
             raise ValueError(
                 f"Block {block.name!r}: {change.name!r} was {change.before!r} when the block was discovered and is "
                 f"{change.entries.get(change.name)!r} now. Discover the blocks of this model again."
@@ -253,9 +261,34 @@ def _attribute_changes(model: nn.Module, block: Block, units: int) -> list[_Chan
                 configs[attribute.module] = copy.copy(owner.config)
                 changes.append(_Change(owner.__dict__, "config", owner.config, configs[attribute.module]))
             setattr(configs[attribute.module], name, after)
-        else:
+        elif attribute.name != INNER_WIDTH:
             changes.append(_Change(owner.__dict__, attribute.name, attribute.before, after))
     return changes
+
+
+def _forward_changes(model: nn.Module, block: Block, units: torch.Tensor) -> list[_Change]:
+    """Forwards that follow an inner width or cut arguments, with what they read."""
+    changes = []
+    widths = {one.module: int(one.per_unit * units.numel()) for one in block.attributes if one.name == INNER_WIDTH}
+    for path in dict.fromkeys([*widths, *(argument.module for argument in block.arguments)]):
+        module = model.get_submodule(path)
+        cut = dict(vars(module).get(CUT_ARGUMENTS, {}))
+        for argument in block.arguments:
+            if argument.module == path:
+                name = kept_entries(argument.name)
+                before = module._buffers.get(name, _ABSENT)
+                own = argument.index[units].flatten().sort().values
+                after = own.to(_device(module)) if before is _ABSENT else before[own.to(before.device)]
+                changes.append(_Change(module._buffers, name, before, after))
+                cut[argument.name] = (argument.dim, argument.entries)
+        width = widths.get(path, vars(module).get(INNER_WIDTH))
+        for name, after in adapted(module, width, cut).items():
+            changes.append(_Change(vars(module), name, vars(module).get(name, _ABSENT), after))
+    return changes
+
+
+def _device(module: nn.Module) -> torch.device:
+    return device_of(next(module.parameters()))
 
 
 def _checked_units(block: Block, kept: Sequence[int] | torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from .linears import feature_axis, is_linear
+from .linears import feature_axis, input_dim, is_linear
 from .verification import floating_tensors, undisturbed
 
 OUTPUT = "the model's output"
@@ -100,7 +100,7 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
                 parameters.append(Source(name, parameter, None))
-        parameters += _frozen_norms(model)
+        parameters += _factors(model)
         try:
             for name, module in linears.items():
                 handles.append(
@@ -109,7 +109,7 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
                         with_kwargs=True,
                     )
                 )
-            with _SmoothRectifiers():
+            with _Connected():
                 output = model(**inputs)
         finally:
             for handle in handles:
@@ -118,10 +118,15 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
         yield _connected(reads, [*leaves, *parameters])
 
 
-class _SmoothRectifiers(TorchFunctionMode):
-    """Functions with flat pieces are replaced by smooth ones: a unit that is dead in a forward is still connected."""
+class _Connected(TorchFunctionMode):
+    """Functions with flat pieces are replaced by smooth ones: a unit that is dead in a forward is still connected.
+
+    Parts that a model runs without gradients are recorded as well.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            args = (True,)
         smooth = _SMOOTH.get(func)
         return (
             func(*args, **(kwargs or {})) if smooth is None else smooth(args[0] if args else (kwargs or {})["input"])
@@ -139,16 +144,22 @@ _SMOOTH: dict[Any, Any] = {
 }
 
 
-def _frozen_norms(model: nn.Module) -> list[Source]:
-    """Buffers of batch norms that were written out in tensor operations, as fresh leaves in the buffers' places."""
+def _factors(model: nn.Module) -> list[Source]:
+    """Buffers that scale features, as fresh leaves in the buffers' places.
+
+    They are those of batch norms that were written out in tensor operations (what PyTorch's own does with its running
+    statistics cannot be differentiated), and those beside a linear that are as long as its output.
+    """
     sources = []
     for path, module in model.named_modules():
-        # What PyTorch's own does with its running statistics cannot be differentiated.
-        if "running_mean" in module._buffers and not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    module._buffers[name] = buffer.detach().clone().requires_grad_()
-                    sources.append(Source(f"{path}.{name}", module._buffers[name], None))
+        norm = "running_mean" in module._buffers and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        lengths = {child.weight.shape[1 - input_dim(child)] for child in module.children() if is_linear(child)}
+        for name, buffer in module._buffers.items():
+            if buffer is None or not buffer.is_floating_point():
+                continue
+            if norm or (buffer.shape[-1:].numel() == buffer.numel() and buffer.numel() in lengths):
+                module._buffers[name] = buffer.detach().clone().requires_grad_()
+                sources.append(Source(f"{path}.{name}", module._buffers[name], None))
     return sources
 
 

@@ -12,7 +12,6 @@ from hf_subprune.verification import floating_tensors, verify
 # Families without heads that can be removed exactly, and those with channels.
 KINDS = {
     "olmo2": {"mlp"},
-    "bloom": {"mlp"},
     "resnet": {"channels"},
     "mobilenet_v2": {"channels"},
     "whisper": {"mlp", "attention", "channels"},
@@ -464,3 +463,38 @@ def test_a_single_head_and_matrices_outside_of_linears_are_refused():
     discovery = discover(Layers(), {"x": torch.randn(2, 5, 8)})
     assert not discovery.blocks
     assert any("is multiplied by other code" in one.reason for one in discovery.refusals)
+
+
+def test_what_a_model_runs_without_gradients_is_found_as_well():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = Layers(Mlp(), Mlp())
+
+        def forward(self, x):
+            with torch.no_grad():
+                return self.layers(x)
+
+    model = Frozen()
+    assert len(discover(model, X).blocks) == 2
+    assert not model(**X).requires_grad
+
+
+def test_features_that_two_linears_read_alike_are_a_stream():
+    refusals = {refusal.name: refusal for refusal in discover(tiny_model("mobilebert")).refusals}
+    query = refusals["encoder.layer.0.attention.self.query"]
+    assert query.kind == "whole" and "bottleneck.attention.dense" in query.reason
+
+
+def test_modules_that_are_never_run_are_as_those_that_are():
+    class Optional(nn.Module):
+        def __init__(self, runs):
+            super().__init__()
+            self.runs, self.mlp, self.extra = runs, Mlp(), nn.Linear(12, 12)
+
+        def forward(self, x):
+            return self.extra(self.mlp(x)) if self.runs else x
+
+    refusals = discover(Layers(Optional(True), Optional(False)), X).refusals
+    kinds = {refusal.name: refusal.kind for refusal in refusals if "does not reach it" in refusal.reason}
+    assert kinds == {"layers.1.mlp": "mlp", "layers.1": "whole"}

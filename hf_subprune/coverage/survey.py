@@ -195,7 +195,8 @@ def _nothing_found(model: PreTrainedModel, discovery: Discovery, kind: str) -> K
     likely = [
         f"{path}."
         for path, module in model.named_modules()
-        if kind in LIKELY and LIKELY[kind].search(type(module).__name__)
+        # A single matrix cannot make queries and keys: it is a gate.
+        if kind in LIKELY and LIKELY[kind].search(type(module).__name__) and (kind != "attention" or _matrices(module))
     ]
     inside = [piece.tensor for block in discovery.blocks for piece in block.slices]
     inside += [f"{refusal.name}." for refusal in discovery.refusals]
@@ -207,6 +208,11 @@ def _nothing_found(model: PreTrainedModel, discovery: Discovery, kind: str) -> K
         if refusal.kind == "unknown" and any(f"{refusal.name}.".startswith(path) for path in likely)
     }
     return KindOutcome("refused" if unknown else "absent", 0, unknown)
+
+
+def _matrices(module: nn.Module) -> bool:
+    """Whether the module holds more than one."""
+    return sum(parameter.ndim > 1 for parameter in module.parameters()) > 1
 
 
 def half(block: Block, seed: int) -> torch.Tensor:

@@ -18,6 +18,8 @@ from .architectures import model_class
 
 WIDTH, INNER, HEADS, KEY_VALUE_HEADS, HEAD_DIM, VOCABULARY, POSITIONS = 64, 96, 4, 2, 16, 128, 512
 EXPERTS, LAYERS, QUERIES, FRAMES, PATCHES = 4, 2, 8, 64, 4
+LARGE_IMAGE = 480
+"""Pixels of a side above which a model is made for large images."""
 MOST_LAYERS = 8
 """Layers that a model may have to show all types of layers."""
 MOST_PARAMETERS = 20_000_000
@@ -256,6 +258,9 @@ def shrink_field(name: str, value: Any, defaults: dict[str, Any]) -> Any:
     if IMAGE_SIZE.search(name):
         patch = defaults.get("patch_size") or 16
         side = tiny_image_side(patch if isinstance(patch, int) else max(patch))
+        # Where stages or a neck halve the image again and again, the last one is to see more than one position.
+        if is_list(defaults.get("hidden_sizes")) or max(numbers) > LARGE_IMAGE:
+            side *= 2
         return type(value)(min(v, side) for v in value) if is_list(value) else min(value, side)
     if name == "num_attention_heads" and is_list(defaults.get("hidden_sizes")):
         return at_most(2)(value)

@@ -1,0 +1,141 @@
+"""Forwards that compute with sizes of the unpruned model, adapted to a module with fewer units.
+
+Two things that no attribute of a module says: the width of its heads together where its forward takes it to be that of
+what it is given (`batch, length, width = hidden_states.size()`), and arguments with entries for every unit that are
+made elsewhere (ALiBi biases, masks by head). The first is read from an attribute after adaptation, the second are cut
+to the entries of the units that are left.
+
+Only Python's own library is imported: `remote_code` copies this file as it is beside the weights.
+"""
+
+import __future__
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+INNER_WIDTH = "inner_width"
+"""Attribute of an adapted module: the width of its units together, which its forward takes for that of its input."""
+CUT_ARGUMENTS = "cut_arguments"
+"""Attribute of an adapted module: argument -> `(dim, entries)`, before it is cut; its buffers say what is kept."""
+
+
+def kept_entries(argument: str) -> str:
+    """Name of the buffer of an adapted module with the entries of `argument` to keep: `(k,)` int64, increasing."""
+    return f"kept_{argument}"
+
+
+def adapted(module: Any, inner_width: int | None, cut: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """What to set in `vars(module)` so that its forward follows an inner width and cuts arguments.
+
+    Args:
+        module: The module; it is not changed.
+        inner_width: Features of its units together; `None` where its forward does not derive it from its input.
+        cut: Argument -> the dimension along which it is cut, and its entries for all units. A dimension that is a
+            multiple of those (the batch times the heads) is taken as that many times all units.
+
+    Raises:
+        ValueError: the forward does not take apart the shape of what it is given.
+    """
+    forward = type(module).forward
+    entries: dict[str, Any] = {}
+    if inner_width is not None:
+        rewritten = reading_inner_width(forward)
+        if rewritten is None:
+            raise ValueError(
+                f"the forward of {type(module).__name__} was adapted to an inner width of {inner_width}, but here it "
+                "takes no shape apart: load with the version of transformers that config.json names"
+            )
+        forward = rewritten
+        entries[INNER_WIDTH] = inner_width
+    if cut:
+        forward = _cutting(forward)
+        entries[CUT_ARGUMENTS] = dict(cut)
+    # Where accelerate runs a module through hooks of its own, the module's forward has this name.
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    return {**entries, name: MethodType(forward, module)}
+
+
+@functools.cache
+def reading_inner_width(forward: Callable) -> Callable | None:
+    """`forward` with the last size of the first shape that it takes apart read from `self.inner_width` instead.
+
+    Returns:
+        The function, compiled from the source of `forward` under its own lines; `None` if it takes none apart.
+    """
+    plain = inspect.unwrap(forward)
+    if plain is not forward or not isinstance(plain, FunctionType) or plain.__code__.co_freevars:
+        return None  # what a decorator or a class around it adds would be lost
+    try:
+        lines, first = inspect.getsourcelines(plain)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, SyntaxError):  # no source, or no function of its own, such as a lambda
+        return None
+    if getattr(tree.body[0], "decorator_list", True):
+        return None
+    found = next(((node, size) for node in _in_order(tree) if (size := _last_size(node)) is not None), None)
+    if found is None:
+        return None
+    statement, (name, given) = found
+    body = next(body for body in _bodies(tree) if statement in body)
+    # Statements that say something of the tensor itself mean its own width.
+    last = max(i for i, node in enumerate(body) if node is statement or _speaks_of(node, given, name))
+    set_width = ast.parse(f"{name} = self.{INNER_WIDTH}").body[0]
+    body.insert(last + 1, ast.copy_location(set_width, body[last]))
+    ast.increment_lineno(ast.fix_missing_locations(tree), first - 1)
+    future = plain.__code__.co_flags & __future__.annotations.compiler_flag
+    code = compile(tree, plain.__code__.co_filename, "exec", flags=future, dont_inherit=True)
+    defined: dict[str, Any] = {}
+    exec(code, plain.__globals__, defined)
+    return defined[plain.__name__]
+
+
+def _in_order(tree: ast.AST) -> list[ast.stmt]:
+    return sorted((node for node in ast.walk(tree) if isinstance(node, ast.stmt)), key=lambda node: node.lineno)
+
+
+def _bodies(tree: ast.AST) -> list[list[ast.stmt]]:
+    lists = [value for node in ast.walk(tree) for value in vars(node).values() if isinstance(value, list)]
+    return [body for body in lists if body and all(isinstance(one, ast.stmt) for one in body)]
+
+
+def _last_size(node: ast.AST) -> tuple[str, str] | None:
+    """`("c", "x")` for a statement `a, b, c = x.size()`, `a, b, c = x.shape` or `c = x.shape[-1]`, else `None`."""
+    if not isinstance(node, ast.Assign):
+        return None
+    found = re.fullmatch(r"(?:\(?.*, )?(\w+)\)? = (\w+)\.(?:size\((-1)?\)|shape(\[-1\])?)", ast.unparse(node))
+    if found is None:
+        return None
+    name, given, *single = found.groups()
+    return (name, given) if isinstance(node.targets[0], ast.Name) == any(single) else None
+
+
+def _speaks_of(node: ast.AST, given: str, size: str) -> bool:
+    """Whether a statement reads `size` and a method or attribute of `given`."""
+    within = list(ast.walk(node))
+    subject = any(isinstance(one, ast.Attribute) and ast.unparse(one.value) == given for one in within)
+    return subject and any(isinstance(one, ast.Name) and one.id == size for one in within)
+
+
+@functools.cache
+def _cutting(forward: Callable) -> Callable:
+    """`forward` of a module that first cuts its arguments as `cut_arguments` says."""
+    names = [name for name in inspect.signature(forward).parameters if name != "self"]
+
+    @functools.wraps(forward)
+    def cutting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name, (dim, entries) in self.cut_arguments.items():
+            value = given.get(name)
+            if value is not None:
+                kept = getattr(self, kept_entries(name)).to(value.device)
+                repeated = value.unflatten(dim, (-1, entries))
+                given[name] = repeated.index_select(dim + 1, kept).flatten(dim, dim + 1)
+        return forward(self, *(given.pop(name) for name in names[: len(args)]), **given)
+
+    return cutting
