@@ -82,19 +82,30 @@ class _PrunedFirst(HfQuantizer):
                 f"SubpruneConfig(then={type(config.then).__name__}(...))"
             )
         self.spec = config.spec
+        self.model: PreTrainedModel | None = None
         inner = config.stored or config.then
         super().__init__(inner or config, pre_quantized=inner is None or config.stored is not None, **kwargs)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
-        self.files = list(checkpoint_files or ())
+        self.files, self.model = list(checkpoint_files or ()), model
         self.applied = apply_spec(model, self.spec)
         super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
 
-    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
-        """Called once it is known how names in files become names in the model: the time to compare shapes."""
-        conversions = super().update_weight_conversions(weight_conversions, model)
+    def update_weight_conversions(self, weight_conversions: list, *model: PreTrainedModel) -> list:
+        """Called once it is known how names in files become names in the model: the time to compare shapes.
+
+        Transformers passes the model from 5.22 on.
+        """
+        conversions = super().update_weight_conversions(weight_conversions, *model)
+        if self.model is not None:
+            self._check_files(self.model, conversions)
+            self.model = None  # saving calls this as well
+        return conversions
+
+    def _check_files(self, model: PreTrainedModel, conversions: list) -> None:
+        """Compare the shapes in the checkpoint with those of the model."""
         renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
         converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
         built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -104,8 +115,6 @@ class _PrunedFirst(HfQuantizer):
                 name, merged = rename_source_key(key, renamings, converters, model.base_model_prefix, built)
                 if merged is None and name in built and not listed.isdisjoint((key, name)):
                     self._check_shape(file, key, tuple(tensor.shape), built[name])
-        self.files = []
-        return conversions
 
     def _check_shape(self, file: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
         """Refuse a checkpoint that does not have the widths of its config, whatever `ignore_mismatched_sizes` says."""

@@ -59,6 +59,16 @@ def test_halves_of_neighbours_differ(found):
     assert first[0] >= 0 and first[-1] < block.units
 
 
+def test_halves_hold_as_many_of_each_set():
+    block = next(
+        block for block in discover(tiny_model("mistral", "base")).blocks if block.queries is not None
+    ).queries
+    size = block.units // block.sets
+    for seed in (0, 1):
+        counts = half(block, seed).div(size, rounding_mode="floor").bincount(minlength=block.sets).tolist()
+        assert counts == [max(1, min(size // 2 + seed, size))] * block.sets
+
+
 def test_right_blocks_make_no_difference(found):
     model, inputs, discovery = found
     before = [p.shape for p in model.parameters()]

@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_subprune.curves import loss_curve
+from hf_subprune.curves import expected_loss, loss_curve
 from hf_subprune.moments import MomentAccumulator
 from hf_subprune.problem import columns_of
 from hf_subprune.reweighting import relative_error, reweight
@@ -51,6 +51,16 @@ def test_points_are_weighed_errors_a_row_and_the_full_width_has_none():
     energy, rows = sum(fold.t for fold in folds), sum(fold.rows for fold in folds)
     assert [p for _, p in alike.points[:-1]] == pytest.approx([e * energy / rows for *_, e in alike.errors])
     assert alike.points[-1] == (6, 0.0)
+
+
+@pytest.mark.parametrize("reweight_kept", [True, False])
+def test_the_loss_of_some_columns_is_that_of_the_curve(reweight_kept):
+    folds, W, groups = problem()
+    settings = {"output_metric": torch.diag(torch.arange(5.0, dtype=torch.float64)), "reweight_kept": reweight_kept}
+    curve = loss_curve(folds, W, groups, **settings)
+    for width, point in curve.points[:-1]:
+        columns = columns_of(curve.order[:width].sort().values, groups)
+        assert expected_loss(folds, W, columns, **settings) == pytest.approx(point)
 
 
 def test_one_fold_has_fitted_errors_only():

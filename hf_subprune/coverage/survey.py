@@ -45,7 +45,8 @@ class KindOutcome:
             returned does not shrink exactly. What is never pruned (refusals of kind `"whole"`) does not count.
         found: Number of blocks.
         refused: Names of what was refused, with the reasons.
-        difference: Largest relative difference between the shrunk and the masked model, over the found blocks.
+        difference: Largest relative difference between the shrunk and the masked model, over the found blocks; with
+            query heads removed in place of whole key/value heads as well, where blocks offer both.
     """
 
     verdict: str
@@ -186,6 +187,8 @@ def judge(model: PreTrainedModel, discovery: Discovery, kind: str, inputs: Mappi
     if not blocks:
         return KindOutcome("refused", 0, refused)
     difference = shrunk_difference(model, blocks, inputs)
+    if queries := [block.queries for block in blocks if block.queries is not None]:
+        difference = max(difference, shrunk_difference(model, queries, inputs))
     verdict = "wrong" if not difference <= TOLERANCE else "partly" if refused else "exact"
     return KindOutcome(verdict, len(blocks), refused, difference)
 
@@ -216,12 +219,14 @@ def _matrices(module: nn.Module) -> bool:
 
 
 def half(block: Block, seed: int) -> torch.Tensor:
-    """About half of a block's units, a different choice and number for neighbouring seeds; `(k,)` int64, sorted."""
+    """About half of a block's units (of each set), other ones for neighbouring seeds; `(k,)` int64, sorted."""
     random = torch.Generator().manual_seed(1000 + seed)
-    count = min(max(block.units // 2 + seed % 2, 1), block.units)
+    size = block.units // block.sets
+    count = min(max(size // 2 + seed % 2, 1), size)
     if block.stack is not None:  # grouped matrix products take multiples of 8 only
         count = max(count - count % 8, 1)
-    return torch.randperm(block.units, generator=random)[:count].sort().values
+    chosen = [start + torch.randperm(size, generator=random)[:count] for start in range(0, block.units, size)]
+    return torch.cat(chosen).sort().values
 
 
 def _halves(blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
