@@ -10,12 +10,12 @@ any language model of yours is pruned instead.
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from missing_word import make_tokenizer
-from tables import print_table
+from tables import before_and_after, print_table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 from transformers.utils import logging
 
@@ -25,6 +25,7 @@ from hf_subprune.datafiles import load_model
 from hf_subprune.demo import docstrings
 from hf_subprune.tasks import Perplexity, Trial
 
+LENGTH = 64  # tokens of a text
 WAYS = {
     "greedy, new weights": {},
     "weight x activation, new weights": {"importance": "wanda"},
@@ -43,14 +44,14 @@ def make_model(vocabulary: int) -> LlamaForCausalLM:
             num_hidden_layers=4,
             num_attention_heads=8,
             num_key_value_heads=4,
-            max_position_embeddings=64,
+            max_position_embeddings=LENGTH,
         )
     )
 
 
 def train(model: PreTrainedModel, texts: Sequence[str], tokenizer: Any, steps: int) -> None:
     """So many steps of AdamW on batches of 16 texts, labels being the tokens themselves."""
-    batches = list(batch_all(model, texts, tokenizer, max_length=64, batch_size=16))
+    batches = list(batch_all(model, texts, tokenizer, max_length=LENGTH, batch_size=16))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in range(steps):
@@ -60,6 +61,33 @@ def train(model: PreTrainedModel, texts: Sequence[str], tokenizer: Any, steps: i
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+
+
+def load_or_train(
+    model: str | None, make: Callable[[int], PreTrainedModel], texts: Sequence[str], steps: int
+) -> tuple[PreTrainedModel, Any]:
+    """A language model and its tokenizer: one of yours, or one made here; trained on the texts if there are steps.
+
+    Args:
+        model: Folder or Hub id; if left out, `make` is called with the number of tokens.
+        make: Makes a model at random.
+        texts: To train on, and to make the tokenizer from.
+        steps: Of training.
+    """
+    if model:
+        loaded, tokenizer = load_model(model)
+    else:
+        tokenizer = make_tokenizer(texts)
+        loaded = make(len(tokenizer))
+    if steps:
+        train(loaded, texts, tokenizer, steps)
+    return loaded.eval(), tokenizer
+
+
+def perplexity_trial(original: PreTrainedModel, tokenizer: Any, texts: Sequence[str]) -> Trial:
+    """What pruned models are compared with the original by."""
+    rows = [{"text": text} for text in texts]
+    return Trial(Perplexity(rows, tokenizer, dataset="docstrings", max_length=LENGTH), original)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -73,26 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
     unseen, texts = docstrings(options.unseen), docstrings(2800, offset=options.unseen)
-    if options.model:
-        original, tokenizer = load_model(options.model)
-    else:
-        tokenizer = make_tokenizer(texts)
-        original = make_model(len(tokenizer))
-    if options.steps:
-        train(original, texts, tokenizer, options.steps)
-    original.eval()
-
-    task = Perplexity([{"text": text} for text in unseen], tokenizer, dataset="docstrings", max_length=64)
-    trial = Trial(task, original)
-    common = {"keep": options.keep, "samples": options.samples, "held_out": max(2, options.samples // 4)}
+    original, tokenizer = load_or_train(options.model, make_model, texts, options.steps)
+    trial = perplexity_trial(original, tokenizer, unseen)
+    common = {"samples": options.samples, "held_out": max(2, options.samples // 4), "max_length": LENGTH}
     rows = []
     for name, way in WAYS.items():
         model = copy.deepcopy(original)
-        report = prune(model, texts, PruneConfig(**common, **way, max_length=64), tokenizer)
-        (metric,) = trial.score(model)
-        before, after, change = metric.cells()
-        row = {"chosen by": name, "parameters": report.parameters.ratio}
-        rows.append(row | {"perplexity before": before, "after": after, "change": change})
+        report = prune(model, texts, PruneConfig(**common, **way, keep=options.keep), tokenizer)
+        rows.append({"chosen by": name, "parameters": report.parameters.ratio, **before_and_after(trial, model)})
     print_table("Perplexity of unseen docstrings, with 95% intervals of the paired bootstrap", rows)
     return rows
 

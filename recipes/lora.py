@@ -17,7 +17,7 @@ from typing import Any
 
 from missing_word import PARAGRAPHS, make_classifier, make_data, train
 from peft import LoraConfig, PeftModel, get_peft_model
-from tables import print_table
+from tables import before_and_after, print_table
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
@@ -61,10 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
     rows = []
     for name, model, tuned in (("pruned", pruned, 0), ("pruned, then LoRA", recovered, trained)):
-        (metric,) = trial.score(model)
-        before, after, change = metric.cells()
         row = {"model": name, "parameters": model.num_parameters(), "trained": tuned}
-        rows.append(row | {"original's accuracy": before, "accuracy": after, "change": change})
+        rows.append(row | before_and_after(trial, model))
     print_table("Which word is missing? With 95% intervals of the paired bootstrap", rows)
     return rows
 

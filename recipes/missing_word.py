@@ -56,26 +56,32 @@ def gaps(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[d
                 yield {"input_ids": ids, "attention_mask": mask, "labels": labels[token]}
 
 
-def make_data(paragraphs: int) -> tuple[Dataset, Dataset, PreTrainedTokenizerFast]:
-    """Data to train on, data to test on from other paragraphs, and the tokenizer."""
+def make_data(paragraphs: int, validate: bool = False) -> tuple[Dataset, Dataset, PreTrainedTokenizerFast]:
+    """Data to train on, data to test on from other paragraphs, and the tokenizer.
+
+    Args:
+        paragraphs: Two thirds to train on and one third to test on.
+        validate: Test on paragraphs beyond those instead, to choose settings by.
+    """
     texts = docstrings(paragraphs)
     split = 2 * paragraphs // 3
+    unseen = docstrings(split // 3, offset=paragraphs) if validate else texts[split:]
     tokenizer = make_tokenizer(texts[:split])
     training, test = (
-        Dataset.from_list(list(gaps(part, tokenizer))).shuffle(seed=0) for part in (texts[:split], texts[split:])
+        Dataset.from_list(list(gaps(part, tokenizer))).shuffle(seed=0) for part in (texts[:split], unseen)
     )
     return training, test, tokenizer
 
 
 def make_classifier(vocabulary: int, seed: int) -> BertForSequenceClassification:
-    """Two layers of four heads and 128 neurons each, at random."""
+    """Two layers of eight heads and 128 neurons each, at random."""
     set_seed(seed)
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=vocabulary,
             hidden_size=64,
             num_hidden_layers=2,
-            num_attention_heads=4,
+            num_attention_heads=8,
             intermediate_size=128,
             max_position_embeddings=2 * CONTEXT + 2,
             hidden_dropout_prob=0.0,

@@ -14,16 +14,13 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from causal_lm import train
-from missing_word import make_tokenizer
-from tables import print_table
+from causal_lm import LENGTH, load_or_train, perplexity_trial
+from tables import before_and_after, print_table
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 from transformers.utils import logging
 
 from hf_subprune import PruneConfig, prune
-from hf_subprune.datafiles import load_model
 from hf_subprune.demo import docstrings
-from hf_subprune.tasks import Perplexity, Trial
 
 WAYS = {
     "neurons of all experts": {"units": ("mlp",), "keep": 0.25},
@@ -46,8 +43,9 @@ def make_model(vocabulary: int) -> Qwen3MoeForCausalLM:
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=32,
-            max_position_embeddings=64,
+            max_position_embeddings=LENGTH,
             router_aux_loss_coef=0.01,
+            output_router_logits=True,  # the loss then asks for experts that share the work
         )
     )
 
@@ -62,30 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
     unseen, texts = docstrings(options.unseen), docstrings(2800, offset=options.unseen)
-    if options.model:
-        original, tokenizer = load_model(options.model)
-    else:
-        tokenizer = make_tokenizer(texts)
-        original = make_model(len(tokenizer))
-    if options.steps:
-        original.config.output_router_logits = True  # the loss then asks for experts that share the work
-        train(original, texts, tokenizer, options.steps)
-        original.config.output_router_logits = False
-    original.eval()
-
-    task = Perplexity([{"text": text} for text in unseen], tokenizer, dataset="docstrings", max_length=64)
-    trial = Trial(task, original)
-    common = {"samples": options.samples, "held_out": max(2, options.samples // 4), "max_length": 64}
+    original, tokenizer = load_or_train(options.model, make_model, texts, options.steps)
+    original.config.output_router_logits = False
+    trial = perplexity_trial(original, tokenizer, unseen)
+    common = {"samples": options.samples, "held_out": max(2, options.samples // 4), "max_length": LENGTH}
     rows = []
     for name, way in WAYS.items():
         for reweight in (True, False):
             model = copy.deepcopy(original)
             report = prune(model, texts, PruneConfig(**common, **way, reweight=reweight), tokenizer)
-            (metric,) = trial.score(model)
-            before, after, change = metric.cells()
             row = {"removed": name, "weights": "new" if reweight else "old", "layout": report.layout}
             row |= {"parameters": report.parameters.ratio, "MACs": report.macs.ratio}
-            rows.append(row | {"perplexity before": before, "after": after, "change": change})
+            rows.append(row | before_and_after(trial, model))
     print_table("Perplexity of unseen docstrings, with 95% intervals of the paired bootstrap", rows)
     return rows
 

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from tables import print_table
+from tables import before_and_after, print_table
 from torch.nn.functional import interpolate
 from transformers import ResNetConfig, ResNetForImageClassification, set_seed
 from transformers.utils import logging
@@ -64,10 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for name, way in WAYS.items():
         model = copy.deepcopy(original)
         report = prune(model, images, PruneConfig(**common, **way))
-        (metric,) = trial.score(model)
-        before, after, change = metric.cells()
         row = {"pruned": name, "parameters": report.parameters.ratio, "MACs": report.macs.ratio}
-        rows.append(row | {"accuracy before": before, "after": after, "change": change})
+        rows.append(row | before_and_after(trial, model))
     print_table("Handwritten digits, with 95% intervals of the paired bootstrap", rows)
     return rows
 

@@ -5,6 +5,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
+
+from hf_subprune.tasks import Trial
+
+
+def before_and_after(trial: Trial, model: PreTrainedModel) -> dict[str, str]:
+    """The figure of a trial as cells of a row: before, after and change, each with its 95% interval."""
+    (metric,) = trial.score(model)
+    before, after, change = metric.cells()
+    return {f"{metric.name} before": before, "after": after, "change": change}
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

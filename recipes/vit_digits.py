@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
-from tables import print_table
+from tables import before_and_after, print_table
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, set_seed
 from transformers.utils import logging
 
@@ -81,10 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     configs = [PruneConfig(keep=keep, layout=layout, **common) for keep in options.keep for layout in LAYOUTS]
     rows = []
     for config, report in zip(configs, prune_sizes(model, images, configs), strict=True):
-        (metric,) = trial.score(model)
-        before, after, change = metric.cells()
         row = {"keep": config.keep, "widths": LAYOUTS[config.layout], "MACs": report.macs.ratio}
-        rows.append(row | {"accuracy before": before, "after": after, "change": change})
+        rows.append(row | before_and_after(trial, model))
     print_table("Handwritten digits, with 95% intervals of the paired bootstrap", rows)
     return rows
 
