@@ -246,6 +246,7 @@ def prune(
     """Prune a model on unlabeled samples and save it; with several values of --keep, each size in a folder of OUT."""
     from .checkpoint import prune_checkpoint
     from .datafiles import load_data, load_model
+    from .hub import check_repo_name, push_folder
     from .processes import processes, state
     from .pruning import prune as prune_model
     from .saving import check_output, save_pruned
@@ -268,6 +269,8 @@ def prune(
         return
     (config,) = configs
     check_output(out)
+    if push is not None:
+        check_repo_name(push)
     samples = load_data(data, split=split, column=column)
     if offload:
         options: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "command": command_line()}
@@ -280,8 +283,6 @@ def prune(
     console.print(summary_table(report), block_table(report))
     console.print(f"Saved to {out}.", soft_wrap=True)
     if push is not None and state().is_main_process:
-        from .hub import push_folder
-
         console.print(f"Pushed: {push_folder(out, push).commit_url}", soft_wrap=True)
 
 

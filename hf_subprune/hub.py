@@ -81,7 +81,7 @@ def push_model(
         ValueError: `repo_id` is not a valid one; nothing was saved.
         PushError: as `push_folder`. The temporary folder is kept and named, otherwise it is removed.
     """
-    _check_name(repo_id)
+    check_repo_name(repo_id)
     folder = Path(tempfile.mkdtemp(prefix="hf_subprune_")) / repo_id.split("/")[-1]
     save_pruned(folder, model, processing_class, report)
     commit = push_folder(folder, repo_id, card_data=card_data, **options)
@@ -123,7 +123,7 @@ def push_folder(
         PushError: nothing was committed: no network, token or permission, the repo is another model's, or the upload
             was cut.
     """
-    _check_name(repo_id)
+    check_repo_name(repo_id)
     folder = Path(folder).absolute()
     report = _check_folder(folder)
     if not (folder / CARD_NAME).is_file():
@@ -162,7 +162,12 @@ class _RefusedError(Exception):
     """The Hub would take the push, we do not."""
 
 
-def _check_name(repo_id: str) -> None:
+def check_repo_name(repo_id: str) -> None:
+    """Refuse what is no name of a repo to push to.
+
+    Raises:
+        ValueError: it is not `user/name`.
+    """
     validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise ValueError(f"A repo to push to is named 'user/name' or 'organization/name', got {repo_id!r}.")

@@ -9,8 +9,10 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from tiny import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -356,6 +358,57 @@ def test_seq2seq_trainer(tmp_path):
         train_dataset=data,
     )
     callback = gradual()
+    callback.attach(trainer)
+    trainer.train()
+    assert callback.report.parameters.after == trainer.model.num_parameters() < callback.report.parameters.before
+
+
+TEXTS = [" ".join(str((7 * i + j * j) % 90) for j in range(6)) for i in range(24)]
+
+
+def numbers_tokenizer():
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[EOS]": 2, **{str(i): i for i in range(3, 90)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
+
+
+@pytest.mark.slow
+def test_the_trainer_of_sentence_transformers(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    losses = pytest.importorskip("sentence_transformers.losses")
+    tiny("bert", num_hidden_layers=1).bert.save_pretrained(tmp_path / "encoder")
+    numbers_tokenizer().save_pretrained(tmp_path / "encoder")
+    model = sentence_transformers.SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
+    trainer = sentence_transformers.SentenceTransformerTrainer(
+        model,
+        sentence_transformers.SentenceTransformerTrainingArguments(
+            str(tmp_path), max_steps=4, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no"
+        ),
+        train_dataset=Dataset.from_dict({"anchor": TEXTS, "positive": TEXTS[::-1]}),
+        loss=losses.MultipleNegativesRankingLoss(model),
+    )
+    callback = gradual()
+    callback.attach(trainer)
+    trainer.train()
+    assert callback.report.parameters.ratio < 1
+    model.save(str(tmp_path / "small"))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "small"), device="cpu")
+    assert torch.allclose(*(m.encode(TEXTS, convert_to_tensor=True) for m in (model, again)), atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["begin", "end", "gradual"])
+def test_the_supervised_trainer_of_trl(tmp_path, when):
+    trl = pytest.importorskip("trl")
+    settings = {"max_steps": 4, "report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    trainer = trl.SFTTrainer(
+        tiny("llama", num_hidden_layers=1),
+        args=trl.SFTConfig(str(tmp_path), **settings, bf16=False, max_length=16),
+        train_dataset=Dataset.from_dict({"text": TEXTS}),
+        processing_class=numbers_tokenizer(),
+    )
+    callback = SubpruneCallback(CONFIG, when=when, schedule=SCHEDULE)
     callback.attach(trainer)
     trainer.train()
     assert callback.report.parameters.after == trainer.model.num_parameters() < callback.report.parameters.before

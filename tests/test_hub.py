@@ -16,7 +16,9 @@ from huggingface_hub import constants
 from sample_report import make_report
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from hf_subprune.cli import app
 from hf_subprune.hub import PushError, push_command, push_folder
 from hf_subprune.report import PruneReport
 
@@ -163,6 +165,21 @@ def test_a_pull_request_may_be_opened_on_anybodys_model(hub, folder):
     assert commit.pr_url.endswith("/other/model/discussions/1")
     assert hub.files("other/model") == theirs
     assert "subprune_report.json" in hub.files("other/model", "refs/pr/1")
+
+
+def test_prune_and_push_in_one_command(hub, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.txt").write_text("\n".join(" ".join("ab"[i >> j & 1] for j in range(6)) for i in range(20)))
+    words = ["prune", str(tmp_path / "model"), "--data", str(tmp_path / "texts.txt"), "--units", "mlp", "--quiet"]
+
+    refused = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "none"), "--push", "small"])
+    assert isinstance(refused.exception, ValueError) and not (tmp_path / "none").exists()
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out"), "--push", REPO])
+    assert done.exit_code == 0, done.output
+    assert f"{hub.url}/{REPO}/commit/" in done.output.replace("\n", "")
+    assert hub.files(REPO)["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert "## Before and after" in hub.files(REPO)["README.md"].decode()
 
 
 # What is refused
