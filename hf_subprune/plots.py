@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .report import BlockReport, Change, PruneReport
+from .tables import in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,8 +25,8 @@ PLOTS = {
 
 # Colour-blind safe: what was, what is, what was measured on unseen rows.
 BEFORE, AFTER, UNSEEN, BOUND = "#c9ced6", "#2f6db5", "#d1495b", "#4a4a4a"
-NOTE: dict[str, Any] = {"fontsize": 8.5, "color": "#6b7078", "x": 0.01, "ha": "left"}
 LINES = (AFTER, UNSEEN, "#3a9d7c", "#e09f3e", "#7b5ea7")
+GUARANTEE = "≥: of the objective that any choice of as many units could reach, those kept reach at least this part"
 MOST_LABELS = 16  # beside one another
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a dotted path
 STYLE: dict[Any, Any] = {
@@ -75,8 +76,6 @@ def save_plots(report: PruneReport, folder: str | Path) -> dict[str, Path]:
 
 def plot_cost(report: PruneReport) -> "Figure":
     """Parameters, multiply-accumulates and latency, before and after."""
-    on = report.measured_on
-    where = f"batch {on.get('batch_size')}, length {on.get('length')}, {on.get('device')}, {on.get('threads')} threads"
     costs: list[tuple[str, Change, float, str]] = [
         ("Parameters", report.parameters, 1e-6, "M"),
         ("MACs a sample", report.macs, 1e-9, "G"),
@@ -96,7 +95,8 @@ def plot_cost(report: PruneReport) -> "Figure":
             axes.tick_params(left=False, labelleft=axes is figure.axes[0])
             axes.grid(False)
         if report.latency is not None:
-            figure.supxlabel(f"Latency: median of a forward, {where}", **NOTE)
+            text = f"Latency: median of a forward, {in_words(report.measured_on)}"
+            figure.supxlabel(text, fontsize=8.5, color="#6b7078", x=0.01, ha="left")
     return figure
 
 
@@ -140,8 +140,7 @@ def plot_error(report: PruneReport) -> "Figure":
             axes.set_ylabel("relative error")
             axes.set_title(name)
             _depth_axis(axes, blocks)
-        _legend(figure)
-        _explain_guarantees(figure)
+        _legend(figure, GUARANTEE if any(axes.texts for axes in panels) else None)
     return figure
 
 
@@ -177,8 +176,7 @@ def plot_curves(report: PruneReport) -> "Figure":
             row[0].set_ylabel("relative error")
             row[0].set_ylim(bottom=max(row[0].get_ylim()[0], 1e-5))
             row[0].set_xlim(0, 1.05 * max(block.units_before for block in blocks))
-        _legend(figure)
-        _explain_guarantees(figure)
+        _legend(figure, GUARANTEE if any(axes.texts for axes in grid.flat) else None)
     return figure
 
 
@@ -273,24 +271,24 @@ def _depth_axis(axes: "Axes", blocks: Sequence[BlockReport]) -> None:
 
 
 def _write_guarantee(axes: "Axes", block: BlockReport, x: float, y: float) -> None:
-    """The block's guarantee above a point, if it has one."""
+    """The block's guarantee beside a point, if it has one."""
     if block.guarantee is not None:
-        place: dict[str, Any] = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        place: dict[str, Any] = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
         axes.annotate(f"≥{math.floor(100 * block.guarantee)}%", (x, y), color=BOUND, **place)
 
 
-def _explain_guarantees(figure: "Figure") -> None:
-    text = (
-        "≥: part of what any choice of as many units could capture, of the objective, that those kept capture at least"
-    )
-    if any(axes.texts for axes in figure.axes):
-        figure.supxlabel(text, **NOTE)
-
-
-def _legend(figure: "Figure") -> None:
+def _legend(figure: "Figure", title: str | None = None) -> None:
     """One legend below all panels, each entry once."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=9,
+        title=title,
+        title_fontsize=9,
+    )

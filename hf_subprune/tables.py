@@ -1,7 +1,7 @@
 """Reports as tables to read, in a terminal and as Markdown."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 def summary_table(report: "PruneReport") -> Table:
     """The whole model before and after, as a rich table."""
-    on = report.measured_on
     table = Table(title=f"{report.architecture} pruned, {report.layout} layout", title_justify="left")
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
@@ -27,14 +26,13 @@ def summary_table(report: "PruneReport") -> Table:
     if report.latency is not None:
         table.add_row("latency", *change_row(report.latency, 1e-3, "ms"))
     for metric in report.metrics:
-        table.add_row(f"{metric.name}, {metric.data}", *metric.cells()[:2], f"{metric.value.ratio:.3f}")
+        table.add_row(
+            f"{metric.name.replace('_', ' ')}, {metric.data}", *metric.cells()[:2], f"{metric.value.ratio:.3f}"
+        )
     for name, value in report.drift_figures.items():
         table.add_row(f"held-out {name.replace('_', ' ')}", "", f"{value:.4g}", "")
-    measured = (
-        f"Latency: batch {on.get('batch_size')}, length {on.get('length')}, {on.get('device')}, "
-        f"{on.get('threads')} threads. "
-    )
-    table.caption = f"{measured if report.latency else ''}Layout: {report.layout_reason}"
+    measured = f"Latency: {in_words(report.measured_on)}. " if report.latency else ""
+    table.caption = f"{measured}Layout: {report.layout_reason}"
     table.caption_justify = "left"
     return table
 
@@ -121,6 +119,13 @@ def metric_table(metrics: Sequence["TaskMetric"]) -> Table:
     table.caption = f"In brackets: 95% intervals of the paired bootstrap over {metrics[0].samples} samples."
     table.caption_justify = "left"
     return table
+
+
+def in_words(measured_on: Mapping[str, Any]) -> str:
+    """What a latency was measured on: batch, length, device and threads."""
+    length, threads = measured_on.get("length"), measured_on.get("threads")
+    parts = [f"batch {measured_on.get('batch_size')}", f"length {length}" if length else "", measured_on.get("device")]
+    return ", ".join(filter(None, [*parts, f"{threads} thread" + "s" * (threads != 1)]))
 
 
 def change_row(change: "Change", scale: float = 1.0, unit: str = "") -> tuple[str, str, str]:

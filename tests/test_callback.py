@@ -25,7 +25,7 @@ from hf_subprune.config import PruneConfig
 from hf_subprune.schedules import Schedule
 
 CONFIG = PruneConfig(samples=12, held_out=6, batch_size=6)
-SCHEDULE = Schedule(end=0.5, steps=3)
+SCHEDULE = Schedule("cubic", start=0.0, end=0.5, steps=3)
 
 
 def dataset(rows=24, length=6, seq2seq=False):

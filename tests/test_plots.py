@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from sample_report import make_block, make_report
 
-from hf_subprune.plots import plot_cost, plot_curves, plot_error, plot_kept, plot_tradeoff, save_plots
+from hf_subprune.plots import GUARANTEE, plot_cost, plot_curves, plot_error, plot_kept, plot_tradeoff, save_plots
 from hf_subprune.report import Change
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -64,8 +64,8 @@ def test_errors_are_shown_fitted_and_held_out_with_the_guarantee():
     assert lines(axes, "rows fitted on") == [[(0, 0.21), (1, 0.21)]]
     assert lines(axes, "rows held out") == [[(0, 0.3), (1, 0.3)]]
     assert [(text.get_text(), text.xy) for text in axes.texts] == [("≥90%", (0, 0.3))]
-    assert "that those kept capture at least" in figure.get_supxlabel()
-    assert not plot_error(make_report(blocks=blocks[1:])).get_supxlabel()
+    assert figure.legends[0].get_title().get_text() == GUARANTEE
+    assert not plot_error(make_report(blocks=blocks[1:])).legends[0].get_title().get_text()
 
 
 def test_blocks_that_were_left_whole_have_no_error():

@@ -24,7 +24,7 @@ def test_pruning_steps_are_spaced_equally_and_end_where_asked():
 
 
 def test_short_trainings_reach_every_pruning_step():
-    schedule = Schedule(end=0.5, steps=10)
+    schedule = Schedule(start=0.0, end=0.5, steps=10)
     assert [schedule.due(step, 4) for step in range(4)] == [0, 5, 10, 10]
 
 
@@ -32,7 +32,7 @@ def test_short_trainings_reach_every_pruning_step():
     ("fields", "message"),
     [
         ({"shape": "cosine"}, "'cubic', 'linear'; got 'cosine'"),
-        ({"start": 0.6}, "start=0.6, end=0.6"),
+        ({"start": 0.7}, "start=0.7, end=0.7"),
         ({"end": 1.0}, "end=1.0"),
         ({"steps": 0}, "got 0"),
     ],

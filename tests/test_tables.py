@@ -3,7 +3,7 @@ from dataclasses import replace
 
 from sample_report import make_block, make_report
 
-from hf_subprune.tables import markdown_table, metric_table, refusal_table, summary_table
+from hf_subprune.tables import in_words, markdown_table, metric_table, refusal_table, summary_table
 
 
 def test_tables_are_markdown_with_numbers_to_the_right_and_no_cell_lost():
@@ -35,3 +35,9 @@ def test_a_terminal_sees_every_block():
     assert all(block.name in text for block in make_report(layers=3).blocks)
     assert ">=90.0%" in text
     assert ">=" not in str(make_report(blocks=(make_block(guarantee=None),)))
+
+
+def test_what_was_measured_on_is_said_in_words():
+    on = {"batch_size": 4, "length": 16, "device": "cpu", "threads": 1}
+    assert in_words(on) == "batch 4, length 16, cpu, 1 thread"
+    assert in_words({**on, "length": None, "threads": 2}) == "batch 4, cpu, 2 threads"
