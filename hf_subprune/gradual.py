@@ -41,8 +41,8 @@ class GradualPruning:
     Args:
         model: At full size; masked in place by `step`.
         data: What each step fits on and measures drift on, as for `prune`.
-        config: As for `prune`; the widths are those that it would choose for the model as it is now. Grouped-query
-            attention loses whole key/value heads only.
+        config: As for `prune`; the widths are those that it would choose for the model as it is when it is first
+            pruned. Grouped-query attention loses whole key/value heads only.
         processing_class: As for `prune`.
         progress: `state_dict()` of an earlier run of the same model and config, to go on from.
 
@@ -59,12 +59,9 @@ class GradualPruning:
         progress: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.config = model, config
-        with undisturbed(model), apart(model):
-            self._calibrated = Calibrated(model, prepare(model, data, config, processing_class), [config])
-            self._calibrated.stored = None  # training makes these moments out of date
-            self.blocks, self.calibration = self._calibrated.blocks, self._calibrated.calibration
-            if progress is None:
-                self.targets = self._calibrated.widths(config)
+        with undisturbed(model):
+            self.calibration = prepare(model, data, config, processing_class)
+        self._calibrate()
         self.kept = {b.name: torch.arange(b.units) for b in self.blocks}
         self.drift: dict[str, float] = {}
         self._solutions: dict[str, dict[str, Any]] = {}
@@ -73,6 +70,13 @@ class GradualPruning:
             self._load(progress)
         self._masks = self._make_masks()
         self.mask()
+
+    def _calibrate(self) -> None:
+        """Find the blocks, and the widths that they are to reach, of the model as it is now."""
+        with undisturbed(self.model), apart(self.model):
+            self._calibrated = Calibrated(self.model, self.calibration, [self.config])
+            self._calibrated.stored = None  # training makes these moments out of date
+            self.blocks, self.targets = self._calibrated.blocks, self._calibrated.widths(self.config)
 
     @property
     def kept_fraction(self) -> float:
@@ -101,6 +105,8 @@ class GradualPruning:
             stays that of an earlier step.
         """
         start = time.perf_counter()
+        if not self._solutions and self.config.allocation() != "uniform":  # it has trained since it was calibrated
+            self._calibrate()
         widths = {b.name: self._width(b, removed) for b in self.blocks}
         shrinking = [b for b in self.blocks if widths[b.name] < len(self.kept[b.name])]
         if not shrinking:

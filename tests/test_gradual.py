@@ -1,6 +1,7 @@
 """Masks, and gradual pruning without a trainer."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,6 +108,21 @@ def test_kept_units_are_nested_from_step_to_step():
     gradual.step(0.9)
     for name, kept in gradual.kept.items():
         assert set(kept.tolist()) <= first[name]
+
+
+def test_widths_are_those_of_the_model_when_it_is_first_pruned():
+    config = replace(CONFIG, layout="ragged")
+    model, gradual = started("bert", config)
+    before = gradual.targets
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layer.0" in name and "output.dense.weight" in name:
+                parameter.mul_(30)
+    expected = GradualPruning(copy.deepcopy(model), batches(model), config).targets
+    gradual.step(0.5)
+    assert gradual.targets == expected != before
+    gradual.step(1.0)
+    assert gradual.targets == expected == {name: len(kept) for name, kept in gradual.kept.items()}
 
 
 def test_tied_blocks_keep_the_same_units_all_along():
