@@ -5,7 +5,8 @@ Where to find what, in the order in which a run comes by:
 - Asked for: `config`. Read: `datafiles`, `calibration`, `features`, `padding`, `decoding`.
 - Found: `blocks`, by `probe` with `probe_inputs`, `tracing`, `units`, `attributes` and `ties`; the layers that it
   knows are in `linears` and `experts`.
-- Collected: `moments`, by `collection`, which walks the model with `advance`; `sensitivity`.
+- Collected: `moments`, by `collection`, which walks the model with `advance` and `taps`, and with `residuals`;
+  `sensitivity`.
 - Solved, on tensors only: `solver` joins `importance`, `selection` (on `elimination` and `swaps`), `certificates`,
   `reweighting` and `factorisation`; `tied` does so for blocks that keep the same units.
 - Allocated: `targets`, `curves`, `budgets`, joined by `allocation`.

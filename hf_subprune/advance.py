@@ -7,13 +7,13 @@ and with the forward stopped right behind segment `t`. Whatever the model does b
 embeddings, a bias shared by all layers, the hand-over from encoder to decoder) runs as its authors wrote it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import send_to_device
@@ -30,6 +30,11 @@ _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 class _Reached(BaseException):
     """Ends a forward at the module that was asked for; not an `Exception`, so that no model code swallows it."""
+
+
+def stop() -> NoReturn:
+    """End the forward of `Stream.run` in which something is called; the segment's output is then not computed."""
+    raise _Reached
 
 
 @dataclass(frozen=True)
@@ -135,32 +140,33 @@ class Stream:
         self,
         index: int,
         *,
-        inputs: Mapping[str, Callable[[torch.Tensor], None]] | None = None,
-        outputs: Mapping[str, Callable[[torch.Tensor], None]] | None = None,
+        inputs: Iterable[tuple[str, Callable[[torch.Tensor], None]]] = (),
+        outputs: Iterable[tuple[str, Callable[[Any], None]]] = (),
         stop_at: str | None = None,
     ) -> None:
         """Run the current segment on one batch; its output is remembered until `step`.
 
         Args:
             index: Of the batch.
-            inputs: For each module path, what to call with the module's first input whenever it is called.
-            outputs: For each module path, what to call with the module's output.
+            inputs: Pairs of a module path and what to call with the module's first input whenever it is called; it may
+                `stop` the forward.
+            outputs: Pairs of a module path and what to call with the module's output, likewise.
             stop_at: Path of a block's consumer: end behind its last call instead of at the end of the segment (the
                 segment's output is then not computed).
         """
         segment = self.segment
         with ExitStack() as stack:
-            for path, tap in (inputs or {}).items():
+            for path, tap in inputs:
                 hook = self.model.get_submodule(path).register_forward_pre_hook(_input_hook(tap), with_kwargs=True)
                 stack.callback(hook.remove)
-            for path, tap in (outputs or {}).items():
+            for path, tap in outputs:
                 hook = self.model.get_submodule(path).register_forward_hook(lambda _m, _a, y, tap=tap: tap(y))
                 stack.callback(hook.remove)
             remaining = 1
             if stop_at is not None:
                 remaining = dict(zip((b.consumer for b in segment.blocks), segment.calls, strict=True))[stop_at]
 
-            def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+            def ended(_module: nn.Module, _args: Any, output: Any) -> None:
                 nonlocal remaining
                 remaining -= 1
                 if remaining == 0:
@@ -168,7 +174,7 @@ class Stream:
                     raise _Reached
 
             target = self.model.get_submodule(segment.path if stop_at is None else stop_at)
-            stack.callback(target.register_forward_hook(stop).remove)
+            stack.callback(target.register_forward_hook(ended).remove)
             finished = {path: self._read(output) for path, output in self._outputs[index].items()}
             stack.enter_context(_stubbed(self.model, self.plan, self.position, finished))
             call(self.model, self.batches[index])
@@ -210,15 +216,20 @@ def call(model: nn.Module, batch: Batch) -> Any:
 
     Returns `None` when the forward was stopped on purpose.
     """
+    with torch.no_grad():
+        try:
+            return model(**placed(model, batch))
+        except _Reached:
+            return None
+
+
+def placed(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Arguments of the model's forward, on the model's device, without key/value cache."""
     device = input_device(model)
     arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     if "use_cache" in signature(model.forward).parameters:
         arguments.setdefault("use_cache", False)
-    with torch.no_grad():
-        try:
-            return model(**arguments)
-        except _Reached:
-            return None
+    return arguments
 
 
 def _ancestors(path: str) -> list[str]:

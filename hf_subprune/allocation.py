@@ -19,11 +19,11 @@ from .budgets import (
     uniform_widths,
 )
 from .calibration import Batch, CalibrationSet
-from .collection import FOLDS
 from .config import PruneConfig
 from .curves import LossCurve, Trial
 from .evaluation import Drift, Outputs, drift, model_outputs
 from .surgery import shrink
+from .taps import FOLDS
 from .targets import Part, Target
 
 Points = tuple[tuple[int, float], ...]

@@ -26,8 +26,8 @@ from .allocation import (
 from .blocks import Block, Discovery, Refusal, by_tie, by_width
 from .budgets import interpolate
 from .calibration import CalibrationSet
-from .collection import FOLDS, BlockMoments, collect
-from .config import PruneConfig
+from .collection import collect
+from .config import TWO_STREAMS, PruneConfig
 from .curves import LossCurve, loss_curve
 from .durable import check_space, once
 from .evaluation import Costs, Outputs, count, model_outputs, times_in_turn
@@ -41,6 +41,7 @@ from .progress import Clock, progress, timed
 from .report import Allocation, Change
 from .sensitivity import Means, output_metrics
 from .surgery import Edit, taken_back
+from .taps import FOLDS, BlockMoments
 from .targets import Target, narrowed, resolve
 from .tied import Problem, order_together
 
@@ -158,7 +159,7 @@ class Calibrated:
         itemsize = self.model.dtype.itemsize
         batches = (*self.calibration.fit, *self.calibration.held_out)
         rows = sum(next(iter(batch.values())).numel() for batch in batches)
-        states = 2 * rows * max(m for _, m in shapes) * itemsize * (2 if self.configs[0].variant == "asym" else 1)
+        states = 2 * rows * max(m for _, m in shapes) * itemsize * (2 if self.configs[0].variant in TWO_STREAMS else 1)
         return states + sum(8 * m * m + 2 * n * m * itemsize for n, m in shapes)
 
     def _measure(self) -> tuple[list[Outputs], Costs]:

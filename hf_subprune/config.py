@@ -14,7 +14,9 @@ import yaml
 CONFIG_NAME = "subprune_config.json"
 
 UNIT_KINDS = ("mlp", "attention", "channels", "experts")
-VARIANTS = ("layer", "seq", "asym")
+VARIANTS = ("layer", "seq", "asym", "residual")
+TWO_STREAMS = ("asym", "residual")
+"""Variants with targets of the original model and inputs of the pruned one."""
 LAYOUTS = ("auto", "stock", "ragged")
 IMPORTANCES = ("greedy", "random", "weight_norm", "wanda", "fluctuation")
 METHODS = ("auto", "greedy", "backward", "stochastic")
@@ -138,8 +140,9 @@ class PruneConfig:
             mixture-of-experts layers, as many in each layer, before anything else is removed; always chosen on the
             original model).
         variant (`str`, default `"layer"`):
-            The paper's reweighting objective: `"layer"` (LayerInChange), `"seq"` (SeqInChange) or `"asym"`
-            (AsymInChange).
+            The reweighting objective: the paper's `"layer"` (LayerInChange), `"seq"` (SeqInChange) or `"asym"`
+            (AsymInChange), or `"residual"`: `asym` for the sum that the output goes into, so that later layers mend
+            what earlier ones have done to the residual stream.
         layout (`str`, default `"auto"`):
             How the pruned model is stored. `"stock"`: equal widths in every layer, loads without this package;
             `"ragged"`: widths differ by layer; `"auto"`: stock where the architecture's config can say the widths.

@@ -16,7 +16,7 @@ from .advance import plan
 from .blocks import Block, by_tie
 from .calibrated import Calibrated
 from .calibration import prepare
-from .collection import BlockMoments, collect
+from .collection import collect
 from .config import PruneConfig
 from .evaluation import circumstances, count, drift, model_outputs
 from .experts import apart, put_together
@@ -29,6 +29,7 @@ from .report import BlockReport, Change, PruneReport
 from .reweighting import relative_error
 from .solver import solve_block
 from .surgery import Edit, kept_columns, shrink, taken_back, undo_all
+from .taps import BlockMoments
 from .tied import Problem, choose_together
 from .verification import undisturbed, verify
 

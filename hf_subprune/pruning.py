@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .blocks import Block, by_stack, by_tie
 from .calibrated import Calibrated
 from .calibration import CalibrationSet, prepare
-from .collection import BlockMoments, finished_segments
+from .collection import finished_segments
 from .config import TARGETS, PruneConfig
 from .durable import once
 from .evaluation import Costs, Outputs, circumstances, count, drift, measure_latency, model_outputs
@@ -34,6 +34,7 @@ from .report import BlockReport, Change, PruneReport
 from .reweighting import relative_error
 from .solver import BlockSolution, solve_block
 from .surgery import Edit, shrink, taken_back, undo_all
+from .taps import BlockMoments
 from .tied import choose_together
 from .verification import verify
 

@@ -284,7 +284,7 @@ def tokens_of(model: nn.Module, layers: Sequence[RoutedLayer], calibration: Cali
     for segment in stream.plan.segments:
         inside = [RoutedTokens(model, by_name[block.name], calibration) for block in segment.blocks]
         for index in range(len(batches)):
-            stream.run(index, inputs={tokens.routed.layer: tokens.add for tokens in inside})
+            stream.run(index, inputs=[(tokens.routed.layer, tokens.add) for tokens in inside])
         stream.step()
         while inside:
             yield inside.pop(0)

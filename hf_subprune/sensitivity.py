@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .advance import forward_replaced
+from .advance import forward_replaced, placed
 from .blocks import Block, by_stack
 from .calibration import Batch, is_divisible
 from .evaluation import compared_output
@@ -87,7 +86,7 @@ def output_metrics(
             for number, batch in _parts(batches, part):
                 # The same draws, whichever process runs the batch.
                 generator.manual_seed(seed + 2**32 * (part * len(batches) + number))
-                arguments = _arguments(model, batch)
+                arguments = placed(model, batch)
                 for _ in range(probes):
                     for total in sums:
                         total.batch = batch
@@ -191,14 +190,6 @@ class _GradientSum:
     def result(self) -> tuple[torch.Tensor | Path, int, int, torch.device]:
         """As `Means` takes it."""
         return (self._sum if self.file is None else self.file), self.m, self.rows, self.device
-
-
-def _arguments(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    device = input_device(model)
-    arguments: dict[str, Any] = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    if "use_cache" in signature(model.forward).parameters:
-        arguments.setdefault("use_cache", False)
-    return arguments
 
 
 def _probe(model: PreTrainedModel, batch: Batch, output: Any, generator: torch.Generator) -> torch.Tensor | None:

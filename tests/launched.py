@@ -14,6 +14,7 @@ from hf_subprune.processes import state
 RUNS = {
     "layer": ("bert", {}),
     "asym": ("bert", {"variant": "asym"}),
+    "residual": ("llama", {"variant": "residual"}),
     "seq": ("llama", {"variant": "seq"}),
     "global": ("llama", {"budget": "global", "layout": "ragged"}),
     "tied": ("mpnet", {}),

@@ -81,7 +81,7 @@ def test_every_consumer_sees_what_it_sees_in_a_plain_forward(family):
     stream = Stream(model, plan(model, blocks, batch), [batch])
     for segment in stream.plan.segments:
         seen = {b.consumer: [] for b in segment.blocks}
-        stream.run(0, inputs={path: (lambda x, into=into: into.append(x.clone())) for path, into in seen.items()})
+        stream.run(0, inputs=[(path, lambda x, into=into: into.append(x.clone())) for path, into in seen.items()])
         for path, values in seen.items():
             assert len(values) == len(plain[path])
             assert all(torch.equal(x, y) for x, y in zip(values, plain[path], strict=True))
@@ -123,7 +123,7 @@ def test_a_layer_that_is_called_twice_is_advanced_with_all_around_it():
     assert segment.calls == (2,)
     seen = []
     Stream(model, plan(model, [block("layers.0")], {"x": torch.ones(2, 4)}), [{"x": torch.ones(2, 4)}]).run(
-        0, inputs={"layers.0": seen.append}
+        0, inputs=[("layers.0", seen.append)]
     )
     assert len(seen) == 2
 

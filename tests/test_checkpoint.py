@@ -50,6 +50,7 @@ def expected_files(source, batches, config, folder, **options):
     [
         ("llama", {}),
         ("llama", {"variant": "asym"}),
+        ("llama", {"variant": "residual"}),
         ("llama", {"variant": "seq", "layout": "ragged", "budget": "uniform", "units": ("mlp",)}),
         ("gpt2", {"layout": "ragged"}),
         ("qwen2", {"importance": "wanda", "reweight": False}),
@@ -95,7 +96,7 @@ class StoppedError(Exception):
     pass
 
 
-@pytest.mark.parametrize("variant", ["layer", "asym"])
+@pytest.mark.parametrize("variant", ["layer", "residual"])
 @pytest.mark.parametrize("solved", [0, 1, 4])
 def test_a_stopped_run_goes_on_behind_the_last_finished_layer(tmp_path, monkeypatch, variant, solved):
     import hf_subprune.pruning as pruning

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from batches import ready_batches
@@ -123,6 +125,48 @@ def test_asym_pairs_pruned_inputs_with_original_targets(family):
     run(model, calibration, blocks, "asym", inspect)
 
 
+RESIDUALS = {  # modules that read what the consumer's output is added to
+    "bert": {"attention": "", "mlp": "intermediate"},
+    "llama": {"attention": "input_layernorm", "mlp": "post_attention_layernorm"},
+}
+
+
+@pytest.mark.parametrize("family", RESIDUALS)
+def test_residual_adds_to_the_targets_what_the_residual_stream_has_lost(family):
+    model, calibration, blocks, _ = prepared(family)
+    original, *_ = prepared(family)
+    lost = []
+
+    def inspect(block, moments):
+        consumer = original.get_submodule(block.consumer)
+        Y = rows(original, calibration, block.consumer, output=True)
+        if consumer.bias is not None:
+            Y = Y - consumer.bias.double()
+        layer = re.match(r".*layers?\.\d+", block.name).group()
+        path = f"{layer}.{RESIDUALS[family][block.kind]}".rstrip(".")
+        rest = rows(original, calibration, path) - rows(model, calibration, path)
+        lost.append(float(rest.norm()))
+        check(moments, model, block, rows(model, calibration, block.consumer), Y + rest)
+
+    run(model, calibration, blocks, "residual", inspect)
+    assert lost[0] == 0 and all(lost[1:])
+
+
+def test_residual_is_asym_where_outputs_are_normalised_before_they_are_added():
+    sums = {}
+    for variant in ("asym", "residual"):
+        model, calibration, blocks, _ = prepared("gemma2")
+        blocks = [block for block in blocks if block.kind == "mlp"]
+
+        def inspect(block, moments, variant=variant):
+            sums.setdefault(block.name, {})[variant] = moments.folds[0].sums()
+
+        run(model, calibration, blocks, variant, inspect)
+    for found in sums.values():
+        for one, other in zip(found["asym"], found["residual"], strict=True):
+            assert torch.equal(one, other)
+
+
 def test_folds_split_the_batches_and_the_held_out_ones_stay_apart():
     model, calibration, _, segments = prepared("bert")
     _, moments = next(collect(model, segments, calibration, "layer", {}))
@@ -131,7 +175,7 @@ def test_folds_split_the_batches_and_the_held_out_ones_stay_apart():
     assert moments.held_out.rows == sum(int(batch["attention_mask"].sum()) for batch in calibration.held_out)
 
 
-@pytest.mark.parametrize("variant", ["layer", "seq", "asym"])
+@pytest.mark.parametrize("variant", ["layer", "seq", "asym", "residual"])
 def test_activations_that_are_not_finite_name_the_block_and_the_sample(variant):
     model = tiny("vit")
     batches = ready_batches(model)

@@ -8,8 +8,8 @@ import hf_subprune.pruning as pruning
 from hf_subprune import PruneConfig, prune, prune_checkpoint
 from hf_subprune.advance import Stream
 from hf_subprune.calibration import prepare
-from hf_subprune.collection import BlockMoments
 from hf_subprune.execution import full_precision
+from hf_subprune.taps import BlockMoments
 
 OUT_OF_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from hf_subprune import PruneConfig, prune
 from hf_subprune.blocks import by_stack
-from hf_subprune.collection import BlockMoments
 from hf_subprune.coverage.tiny import tiny_model
 from hf_subprune.evaluation import count_macs
 from hf_subprune.experts import Expert, all_running, apart, put_together, take_apart, together
@@ -21,6 +20,7 @@ from hf_subprune.pruning import prune_sizes
 from hf_subprune.solver import solve_block
 from hf_subprune.surgery import shrink
 from hf_subprune.tables import block_table
+from hf_subprune.taps import BlockMoments
 from hf_subprune.verification import EquivalenceError, verify
 
 # Plain, transposed, interleaved with biases, without a gate, with a norm behind, tokens in turn, shared experts.

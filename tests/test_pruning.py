@@ -64,7 +64,7 @@ def test_every_family_shrinks_to_half_and_runs(family):
     call(model, batches[0])
 
 
-@pytest.mark.parametrize("variant", ["layer", "seq", "asym"])
+@pytest.mark.parametrize("variant", ["layer", "seq", "asym", "residual"])
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_new_weights_beat_plain_removal(family, variant):
     errors = {}

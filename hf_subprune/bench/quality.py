@@ -127,7 +127,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 if not line:
                     continue
                 label = f"{importance}, {variant}" if reweight else f"{importance}, old weights"
-                marker = {"layer": "o", "seq": "s", "asym": "^"}[variant] if reweight else "x"
+                marker = {"layer": "o", "seq": "s", "asym": "^", "residual": "D"}[variant] if reweight else "x"
                 axes.plot(
                     *zip(*sorted(line), strict=True),
                     color=f"C{color}",

@@ -1,0 +1,244 @@
+"""What is taken from the inputs and outputs of one block's consumer as batches run by."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+
+from .advance import stop
+from .blocks import Block
+from .calibration import CalibrationSet
+from .durable import read_objects, write_objects
+from .experts import routed_tokens
+from .linears import feature_axis, input_rows, matrix_shape, output_positions, output_rows
+from .moments import MomentAccumulator, Moments, combine, unseen
+from .offload import device_of
+from .residuals import Addition, first_tensor
+
+FOLDS = 2
+"""Parts of the calibration batches whose moments are kept apart."""
+
+Hooks = list[tuple[str, Callable[[Any], None]]]
+"""Paths of modules, and what to call with the input or output of each."""
+
+
+@dataclass(frozen=True)
+class BlockMoments:
+    """Sums of second moments of one block.
+
+    Args:
+        folds: Of the calibration batches, split by the parity of their index; one if there is one batch.
+        held_out: Of the held-out batches.
+    """
+
+    folds: tuple[MomentAccumulator, ...]
+    held_out: MomentAccumulator
+
+    @property
+    def rows(self) -> int:
+        """Rows of the calibration batches."""
+        return sum(fold.rows for fold in self.folds)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are."""
+        return self.held_out.device
+
+    def to(self, device: torch.device | str) -> "BlockMoments":
+        """The same sums on a device."""
+        return BlockMoments(tuple(fold.to(device) for fold in self.folds), self.held_out.to(device))
+
+    def of_folds(self, W: torch.Tensor) -> list[Moments]:
+        """The moments of each fold; a fold that sends no token to an expert knows nothing but its weights.
+
+        Args:
+            W: `(n, m)`, the consumer's weight, inputs by outputs.
+        """
+        # Of a single row, centred moments are zero.
+        seen = [fold.moments(W) for fold in self.folds if fold.rows > fold.intercept]
+        return seen + [unseen(W, seen, self.held_out.intercept)] * (len(self.folds) - len(seen))
+
+    def of_held_out(self, W: torch.Tensor) -> Moments:
+        """The moments of the held-out rows; of those fitted on for an expert that gets none of the held-out ones.
+
+        In float32: they are reported on, in a few digits.
+        """
+        held_out = self.held_out
+        if held_out.rows > held_out.intercept:
+            return held_out.moments(W, torch.float32)
+        return combine(self.of_folds(W))
+
+
+class Targets:
+    """What consumers put out in the original model, until the pruned one has come as far; in files if asked for.
+
+    Args:
+        folder: For the files.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._waiting: dict[tuple[str, int], list[Any]] = defaultdict(list)
+
+    def put(self, block: str, index: int, target: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        """Keep one call's target of batch `index`."""
+        waiting = self._waiting[block, index]
+        if self.folder is not None:
+            path = self.folder / f"{block}-{index}-{len(waiting)}.pt"
+            write_objects(path, target)
+            waiting.append(path)
+        else:
+            waiting.append(target)
+
+    def pop(self, block: str, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The targets in the order in which they came."""
+        target = self._waiting[block, index].pop(0)
+        if self.folder is None:
+            return target
+        read = read_objects(target)
+        target.unlink()  # what is mapped into memory stays until it is let go of
+        return read
+
+
+class Tap:
+    """Feeds the rows that reach one consumer into the accumulators of the batch's fold."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        block: Block,
+        calibration: CalibrationSet,
+        targets: Targets | None,
+        addition: Addition | None,
+        calls: int,
+    ):
+        self.block, self.calibration, self.addition, self.calls = block, calibration, addition, calls
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+        self.consumer: Any = model.get_submodule(block.consumer)
+        self._bias = None if targets is None else getattr(self.consumer, "bias", None)
+        self._targets = targets
+        self._accumulators: BlockMoments | None = None
+
+    @property
+    def moments(self) -> BlockMoments:
+        """Of the rows seen so far; memory is taken when they are first asked for."""
+        if self._accumulators is None:
+            n, m = matrix_shape(self.consumer)
+            targets = None if self._targets is None else m
+            intercept = getattr(self.consumer, "bias", None) is not None
+            count, device = min(FOLDS, len(self.calibration.fit)) + 1, device_of(self.consumer.weight)
+            try:
+                made = [_accumulator(n, targets, intercept, device) for _ in range(count)]
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                made = [_accumulator(n, targets, intercept, torch.device("cpu")) for _ in range(count)]
+            self._accumulators = BlockMoments(tuple(made[:-1]), made[-1])
+        return self._accumulators
+
+    def start(self, index: int) -> None:
+        """The rows to come belong to batch `index` (calibration batches first, held-out ones behind)."""
+        self._index, self._fitted, self._left = index, len(self.calibration.fit), self.calls
+
+    def target_hooks(self) -> tuple[Hooks, Hooks]:
+        """What to call with inputs and with outputs of which modules, in a pass of the original model."""
+        if self.addition is None:
+            return [], [(self.block.consumer, self.add_target)]
+        return self._around(self.addition, [], self._add_target_with_rest)
+
+    def hooks(self) -> tuple[Hooks, Hooks]:
+        """Likewise in a pass of the model as pruned so far."""
+        if self.addition is None:
+            return [(self.block.consumer, self.add)], []
+        return self._around(self.addition, [(self.block.consumer, self._hold_input)], self._add_with_rest)
+
+    def _around(self, addition: Addition, inputs: Hooks, at_sum: Callable[[Any], None]) -> tuple[Hooks, Hooks]:
+        outputs: Hooks = [(self.block.consumer, self._hold_output)]
+        (inputs if addition.is_input else outputs).append((addition.path, at_sum))
+        return inputs, outputs
+
+    def _hold_input(self, inputs: torch.Tensor) -> None:
+        self._input = inputs.clone()  # what comes between may write into it
+
+    def _hold_output(self, output: torch.Tensor) -> None:
+        self._output = output.clone()
+
+    def _add_target_with_rest(self, values: Any) -> None:
+        output = self._output
+        if (rest := self._rest(values)) is not None:
+            self.add_target(output + rest)  # type: ignore[operator]
+
+    def _add_with_rest(self, values: Any) -> None:
+        if (rest := self._rest(values)) is not None:
+            self.add(self._input, rest)  # type: ignore[arg-type]
+            self._left -= 1
+            if self._left == 0:
+                stop()
+
+    def _rest(self, values: Any) -> torch.Tensor | None:
+        """What was added to the consumer's output; `None` if the consumer has not been called since the last time."""
+        output, self._output = self._output, None
+        return None if output is None else self.addition.rest(first_tensor(values), output)  # type: ignore
+
+    def add_target(self, output: torch.Tensor) -> None:
+        rows = self._output_rows(output)
+        rows = rows if self._bias is None else rows - self._bias.detach()
+        self._targets.put(self.block.name, self._index, (rows, self._tokens()))  # type: ignore[union-attr]
+
+    def add(self, inputs: torch.Tensor, rest: torch.Tensor | None = None) -> None:
+        targets, sent = (None, None)
+        if self._targets is not None:
+            targets, sent = send_to_device(self._targets.pop(self.block.name, self._index), inputs.device)
+        if rest is not None:
+            targets = targets - self._output_rows(rest)  # type: ignore[operator]
+        fitted = self._index < self._fitted
+        into = self.moments.folds[self._index % len(self.moments.folds)] if fitted else self.moments.held_out
+        start = done = 0
+        positions = output_positions(self.consumer, inputs.shape)
+        for part in input_rows(self.consumer, inputs):
+            rows = self._real(part, (*positions, part.shape[1]), start)
+            start += len(part)
+            target = None if targets is None else targets[done : done + len(rows)]
+            done += len(rows)
+            if not torch.isfinite(rows.sum(dtype=torch.float64)):  # what is not finite stays so in a sum
+                what = f"calibration batch {self._index}" if fitted else "a held-out batch"
+                raise ValueError(
+                    f"Block {self.block.name}: the input of {self.block.consumer} holds NaN or inf in {what}"
+                    f"{self._culprits(inputs)}. Check these samples, or load the model in float32 or bfloat16."
+                )
+            if target is not None and sent is not None and (tokens := self._tokens()) is not None:
+                # Routers of the two models may differ: only tokens that both send to this expert tell it what to do.
+                rows, target = rows[torch.isin(tokens, sent)], targets[torch.isin(sent, tokens)]  # type: ignore[index]
+            into.update(rows, target)
+
+    def _output_rows(self, output: torch.Tensor) -> torch.Tensor:
+        shape = output.movedim(feature_axis(self.consumer), -1).shape
+        return self._real(output_rows(self.consumer, output), shape)
+
+    def _tokens(self) -> torch.Tensor | None:
+        """Which tokens the rows of an expert are, in increasing order; `None` where all tokens pass."""
+        routed = routed_tokens(self.calibration.model, self.block.consumer)
+        return None if routed is None else self._real(routed[1], (len(routed[1]), 1))
+
+    def _culprits(self, inputs: torch.Tensor) -> str:
+        """Which samples of the batch are not finite, where the first dimension counts samples."""
+        if inputs.ndim < 3:
+            return ""
+        bad = (~torch.isfinite(inputs)).flatten(1).any(1).nonzero().flatten().tolist()
+        return f", samples {bad} of the batch"
+
+    def _real(self, rows: torch.Tensor, shape: Sequence[int], start: int = 0) -> torch.Tensor:
+        """Those of some rows, the first of which is row `start` of a tensor of `shape`, that are no padding."""
+        mask = self.calibration.mask(shape, self._index, self.block.consumer)
+        return rows if mask is None else rows[mask[start : start + len(rows)].to(rows.device)]
+
+
+def _accumulator(n: int, m: int | None, intercept: bool, device: torch.device) -> MomentAccumulator:
+    return MomentAccumulator(n, m, intercept=intercept, device=device)
