@@ -2,13 +2,16 @@
 
 import importlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from batches import ready_batches
+from tiny import tiny
 from transformers import BertConfig, BertModel
 
-from hf_subprune import PruneConfig
+from hf_subprune import PruneConfig, prune
 from hf_subprune.demo import docstrings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -48,6 +51,18 @@ def test_the_list_of_recipes_is_complete():
 def test_every_config_is_valid_and_says_its_command(path):
     PruneConfig.from_pretrained(path)
     assert f"--config recipes/{path.name}" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("half", "bert"), ("sentence_encoder", "bert"), ("causal_lm", "llama"), ("speech", "whisper")],
+)
+def test_a_config_prunes_what_it_is_for(name, family):
+    config = PruneConfig.from_pretrained(RECIPES / f"{name}.yaml")
+    model = tiny(family)
+    report = prune(model, ready_batches(model), replace(config, samples=20, held_out=4, batch_size=4))
+    assert report.parameters.ratio < 1 and report.macs.ratio < 0.99
 
 
 @pytest.mark.slow
