@@ -60,7 +60,7 @@ class SubpruneCallback(TrainerCallback, ExportableState):
         data: What to calibrate on, as for `prune`. Left out, samples of the train dataset (else the eval dataset) as
             the trainer's data collator makes them, labels dropped.
         when: `"end"`, `"begin"` or `"gradual"`.
-        schedule: For `"gradual"`: a `Schedule`, a dict of its fields, or `"linear"` or `"cubic"`.
+        schedule: For `"gradual"`: a `Schedule`, a dict of its fields, or `"cubic"` or `"linear"`.
 
     Attributes:
         report: What was done; `None` before it was.
@@ -75,7 +75,7 @@ class SubpruneCallback(TrainerCallback, ExportableState):
         config: PruneConfig | Mapping[str, Any] | None = None,
         data: Any = None,
         when: str = "end",
-        schedule: Schedule | Mapping[str, Any] | str = "linear",
+        schedule: Schedule | Mapping[str, Any] | str = "cubic",
     ) -> None:
         if when not in WHEN:
             raise ValueError(f"SubpruneCallback.when takes one of {', '.join(map(repr, WHEN))}; got {when!r}.")

@@ -11,12 +11,12 @@ SHAPES = {"cubic": 3, "linear": 1}
 class Schedule:
     """Widths over training: all units before `start`, the target widths from `end` on.
 
-    `"linear"` removes equally many units at each step. With `"cubic"`, after pruning step `i` of `steps`, the fraction
-    `1 - (1 - i / steps)^3` of the units to remove is gone: most go early, while there is training left to recover (Zhu
-    & Gupta 2017, arXiv 1710.01878, eq. 1).
+    After pruning step `i` of `steps`, the fraction `1 - (1 - i / steps)^3` of the units to remove is gone: most go
+    early, while there is training left to recover (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1). `"linear"` removes
+    equally many at each step.
 
     Args:
-        shape: `"linear"` or `"cubic"`.
+        shape: `"cubic"` or `"linear"`.
         start: Fraction of the training steps after which the first interval begins; the first pruning step comes at
             its end.
         end: Fraction of the training steps at which the last pruning step comes.
@@ -26,9 +26,9 @@ class Schedule:
         ValueError: the shape is unknown, or not `0 <= start < end < 1`, or there is no step.
     """
 
-    shape: str = "linear"
-    start: float = 0.3
-    end: float = 0.7
+    shape: str = "cubic"
+    start: float = 0.0
+    end: float = 0.5
     steps: int = 8
 
     def __post_init__(self) -> None:
