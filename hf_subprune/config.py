@@ -135,14 +135,14 @@ class PruneConfig:
         units (`tuple[str, ...]`, default `("mlp", "attention")`):
             Which kinds of units may be removed: `"mlp"` (neurons), `"attention"` (heads; under grouped-query
             attention, key/value heads with all of their query heads, or as many query heads of each of them, whichever
-            loses less), `"channels"` (of convolutions; a speech model
-            depends on its first ones more than their parameters count for) and `"experts"` (whole experts of
-            mixture-of-experts layers, as many in each layer, before anything else is removed; always chosen on the
-            original model).
-        variant (`str`, default `"layer"`):
+            loses less), `"channels"` (of convolutions; a speech model depends on its first ones more than their
+            parameters count for) and `"experts"` (whole experts of mixture-of-experts layers, as many in each layer,
+            before anything else is removed; always chosen on the original model).
+        variant (`str`, default `"residual"`):
             The reweighting objective: the paper's `"layer"` (LayerInChange), `"seq"` (SeqInChange) or `"asym"`
             (AsymInChange), or `"residual"`: `asym` for the sum that the output goes into, so that later layers mend
-            what earlier ones have done to the residual stream.
+            what earlier ones have done to the residual stream. `"layer"` is the fastest, at half of the forwards, and
+            several sizes share its moments.
         layout (`str`, default `"auto"`):
             How the pruned model is stored. `"stock"`: equal widths in every layer, loads without this package;
             `"ragged"`: widths differ by layer; `"auto"`: stock where the architecture's config can say the widths.
@@ -204,7 +204,7 @@ class PruneConfig:
 
     keep: Annotated[float | dict[str, float] | None, _optional(_KEEP)] = None
     units: Annotated[tuple[str, ...], _UNITS] = ("mlp", "attention")
-    variant: Annotated[str, _one_of(VARIANTS)] = "layer"
+    variant: Annotated[str, _one_of(VARIANTS)] = "residual"
     layout: Annotated[str, _one_of(LAYOUTS)] = "auto"
     budget: Annotated[str, _one_of(BUDGETS)] = "auto"
     params: Annotated[int | None, _optional(_whole(1))] = None

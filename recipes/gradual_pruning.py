@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, dict[str, flo
     options = parser.parse_args(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = PruneConfig(keep=options.keep, samples=options.samples, held_out=max(1, options.samples // 4))
+    held_out = max(1, options.samples // 4)
+    # Training mends the residual stream: a step need not.
+    config = PruneConfig(keep=options.keep, variant="layer", samples=options.samples, held_out=held_out)
     training, test, tokenizer = make_data(options.paragraphs, validate=options.validate)
     print(f"{len(training)} gaps to train on, {len(test)} to test on")
     print("seed  " + "".join(f"{name:>10}" for name in ("original", *WAYS)))

@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             samples=options.samples,
             held_out=held_out,
             batch_size=options.batch_size,
-            loss_aware=False,  # random weights have no sensitivities worth a backward
+            variant="layer",  # random weights have neither errors worth mending
+            loss_aware=False,  # nor sensitivities worth a backward
         ),
         out,
     )

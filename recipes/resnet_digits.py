@@ -23,6 +23,7 @@ from hf_subprune import PruneConfig, prune
 from hf_subprune.tasks import Classification, Trial
 
 WAYS = {
+    "new weights, residual stream mended": {"variant": "residual"},
     "new weights, earlier errors mended": {"variant": "asym"},
     "new weights, layer by layer": {"variant": "layer"},
     "old weights": {"reweight": False},

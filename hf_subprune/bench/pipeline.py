@@ -12,11 +12,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from ..advance import call
 from ..calibration import prepare
-from ..config import PruneConfig
+from ..config import VARIANTS, PruneConfig
 from ..demo import demo_model_folder, docstrings
 from ..pruning import prune
-
-VARIANTS = ("layer", "seq", "asym")
 
 
 def bench_pipeline(samples: int = 128, variants: tuple[str, ...] = VARIANTS) -> list[dict[str, Any]]:
