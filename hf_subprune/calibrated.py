@@ -39,7 +39,7 @@ from .probe import discover
 from .processes import from_all, from_process, is_mine, processes
 from .progress import Clock, progress, timed
 from .report import Allocation, Change
-from .sensitivity import Means, output_metrics
+from .sensitivity import Means, activation_gradients, output_metrics
 from .surgery import Edit, taken_back
 from .taps import FOLDS, BlockMoments
 from .targets import Target, narrowed, resolve
@@ -73,6 +73,7 @@ class Calibrated:
         losses: By block name, `(width, predicted drift)` points; empty when every budget is uniform.
         curves: By block name, what the points were made from.
         metrics: By block name, `M` of `sensitivity.output_metrics`; blocks left out weigh outputs equally.
+        gradients: By block name, `sensitivity.activation_gradients`, where the importance reads them.
         stored: By block name, the moments of the original model; `None` where they are collected again for each size.
         owners: By block name, the process that solves the block.
         reference: The original's outputs on `calibration.own_held_out`.
@@ -111,9 +112,12 @@ class Calibrated:
         with self.clock("evaluation"):
             self.reference, self.before = once(self._file("original.pt"), self._measure)
         self.metrics: Mapping[str, torch.Tensor] = {}
-        if needs_metrics:
-            with self.clock("sensitivity"):
-                self.metrics = self.sensitivities(first)
+        self.gradients: Mapping[str, torch.Tensor] = {}
+        with self.clock("sensitivity"):
+            if needs_metrics:
+                self.metrics = once(self._file("sensitivities.pt"), self._sensitivities)
+            if first.importance == "activation_gradient":
+                self.gradients = once(self._file("gradients.pt"), self._activation_gradients)
         self.curves: dict[str, LossCurve] = {}
         self.losses: dict[str, Points] = {}
         self.stored: dict[str, BlockMoments] | None = None
@@ -166,18 +170,35 @@ class Calibrated:
         calibration = self.calibration
         return model_outputs(self.model, calibration.own_held_out), count(self.model, calibration.held_out[0])
 
-    def sensitivities(self, config: PruneConfig) -> Mapping[str, torch.Tensor]:
-        """`metrics` of the model as it is now."""
-        return once(self._file("sensitivities.pt"), lambda: self._sensitivities(config))
+    def look_again(self) -> None:
+        """Replace `metrics` and `gradients` by those of the model as it is now."""
+        self.metrics = self._sensitivities() if self.metrics else {}
+        self.gradients = self._activation_gradients() if self.gradients else {}
 
-    def _sensitivities(self, config: PruneConfig) -> Means:
-        recomputed = [segment.path for segment in self.plan.segments] if is_offloaded(self.model) else []
+    def _activation_gradients(self) -> Mapping[str, torch.Tensor]:
+        return activation_gradients(
+            self.model,
+            self.candidates,
+            self.calibration.fit,
+            seed=self.configs[0].seed,
+            recomputed=self._recomputed(),
+        )
+
+    def _recomputed(self) -> list[str]:
+        """Modules that a backward runs once more, so that it need not hold weights that are offloaded."""
+        return [segment.path for segment in self.plan.segments] if is_offloaded(self.model) else []
+
+    def _sensitivities(self) -> Means:
         folder = self._file("sensitivities")
         if folder is not None:
             folder.mkdir(exist_ok=True)
-        batches = self.calibration.fit
         metrics = output_metrics(
-            self.model, self.candidates, batches, seed=config.seed, recomputed=recomputed, folder=folder
+            self.model,
+            self.candidates,
+            self.calibration.fit,
+            seed=self.configs[0].seed,
+            recomputed=self._recomputed(),
+            folder=folder,
         )
         silent = [name for name, M in metrics.items() if not float(M.diagonal().sum()) > 0]
         if silent:
@@ -309,7 +330,7 @@ class Calibrated:
         W = weight_matrix(self.model.get_submodule(block.consumer)).to(moments.device)
         metric = self.metrics.get(block.name)
         metric = None if metric is None else metric.to(moments.device)
-        return Problem(moments.of_folds(W), W, block.columns, metric, block.sets)
+        return Problem(moments.of_folds(W), W, block.columns, metric, block.sets, self.gradients.get(block.name))
 
     def predictions(self, block: Block) -> dict[str, Any]:
         """The block's curves, for the report; there are none of query heads."""

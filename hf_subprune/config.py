@@ -18,7 +18,7 @@ VARIANTS = ("layer", "seq", "asym", "residual")
 TWO_STREAMS = ("asym", "residual")
 """Variants with targets of the original model and inputs of the pruned one."""
 LAYOUTS = ("auto", "stock", "ragged")
-IMPORTANCES = ("greedy", "random", "weight_norm", "wanda", "fluctuation")
+IMPORTANCES = ("greedy", "random", "weight_norm", "activation_gradient", "wanda", "fluctuation")
 METHODS = ("auto", "greedy", "backward", "stochastic")
 BUDGETS = ("auto", "global", "equal_loss", "uniform")
 TARGETS = ("keep", "params", "macs", "latency", "size")
@@ -172,8 +172,8 @@ class PruneConfig:
             Most samples in one calibration batch; few samples make smaller ones, so that both folds have some.
         importance (`str`, default `"greedy"`):
             What units are chosen by: `"greedy"` maximises the paper's objective; the baselines score units one by one:
-            `"random"`, `"weight_norm"` (LayerWeightNorm), `"wanda"` (weight norm times activation norm),
-            `"fluctuation"` (FLAP).
+            `"random"`, `"weight_norm"` (LayerWeightNorm), `"activation_gradient"` (LayerActGrad, of a function of the
+            output that needs no labels), `"wanda"` (weight norm times activation norm), `"fluctuation"` (FLAP).
         method (`str`, default `"auto"`):
             How importance `"greedy"` searches: forward `"greedy"`, `"backward"` elimination, `"stochastic"` greedy, or
             `"auto"`: backward where few units go, else forward.

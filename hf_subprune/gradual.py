@@ -117,8 +117,7 @@ class GradualPruning:
         with undisturbed(self.model), apart(self.model), ExitStack() as on_failure:
             on_failure.callback(undo_all, edits)
             reference = model_outputs(self.model, self.calibration.held_out)
-            if self._calibrated.metrics:
-                self._calibrated.metrics = self._calibrated.sensitivities(self.config)
+            self._calibrated.look_again()
             for tie in by_tie(b for b in shrinking if b.tie):
                 with taken_back(edits):
                     moments = list(self._moments(tie, "layer", {}))
@@ -238,6 +237,7 @@ class GradualPruning:
         """What there is to choose from: the block's units that are not masked."""
         W = weight_matrix(self.model.get_submodule(block.consumer))
         columns = kept_columns(block, self.kept[block.name])
+        gradient = self._calibrated.gradients.get(block.name)
         position = torch.full((len(W),), -1)
         position[columns] = torch.arange(len(columns))
         return Problem(
@@ -245,6 +245,7 @@ class GradualPruning:
             W[columns.to(W.device)],
             position[block.columns[self.kept[block.name]]].to(W.device),
             self._calibrated.metrics.get(block.name),
+            gradient=None if gradient is None else gradient[columns],
         )
 
     def _prune(
@@ -263,6 +264,7 @@ class GradualPruning:
             width,
             reweight_kept=self.config.reweight,
             output_metric=problem.output_metric,
+            gradient=problem.gradient,
             chosen=chosen,
             **self._selection(),
         )

@@ -126,6 +126,7 @@ def _loss(calibrated: Calibrated, block: Block, moments: BlockMoments, width: in
         method=config.method,
         swaps=None if config.swaps < 0 else config.swaps,
         output_metric=problem.output_metric,
+        gradient=problem.gradient,
         generator=torch.Generator().manual_seed(config.seed),
     )
     return expected_loss(

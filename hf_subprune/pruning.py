@@ -383,6 +383,7 @@ def _solution(
         swaps=None if config.swaps < 0 else config.swaps,
         reweight_kept=config.reweight,
         output_metric=problem.output_metric,
+        gradient=problem.gradient,
         generator=torch.Generator().manual_seed(config.seed),
         chosen=chosen,
     )

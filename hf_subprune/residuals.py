@@ -1,6 +1,6 @@
 """Where a consumer's output is added to the residual stream."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,7 @@ def find_additions(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, Addi
 
     One forward and some short backwards show it: there, and only there, the derivative by the consumer's output is the
     same diagonal matrix for all rows while the values differ. Blocks for which there is none have no entry: their
-    output is normalised first, as in Gemma 2, or reordered, or is that of some of the tokens.
+    output is normalised first, as in Gemma 2, or reordered, or they are experts, which see some of the tokens.
 
     Args:
         model: In eval mode.
@@ -56,7 +56,7 @@ def find_additions(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, Addi
         model.requires_grad_(False)
         for segment in plan.segments:
             layer = model.get_submodule(segment.path)
-            watch = _Watch(model, segment.blocks, found)
+            watch = _Watch(model, [block for block in segment.blocks if block.stack is None], found)
             # Hooks run in the order in which they are registered: the layer's output is looked at, then cut off.
             for path, module in layer.named_modules(prefix=segment.path):
                 stack.callback(module.register_forward_pre_hook(watch.at_input(path), with_kwargs=True).remove)
@@ -74,7 +74,7 @@ def first_tensor(values: Any) -> torch.Tensor | None:
 class _Watch:
     """Looks at every tensor in one segment, for those blocks whose consumer has been called."""
 
-    def __init__(self, model: nn.Module, blocks: tuple[Block, ...], found: dict[str, Addition]):
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], found: dict[str, Addition]):
         self.consumers = {block.consumer: block.name for block in blocks}
         self.axes = {block.consumer: feature_axis(model.get_submodule(block.consumer)) for block in blocks}
         self.found = found

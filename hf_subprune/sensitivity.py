@@ -17,7 +17,7 @@ from .advance import forward_replaced, placed
 from .blocks import Block, by_stack
 from .calibration import Batch, is_divisible
 from .evaluation import compared_output
-from .linears import feature_axis, matrix_shape
+from .linears import feature_axis, input_rows, matrix_shape, weight_matrix
 from .offload import device_of, input_device
 from .padding import token_mask
 from .processes import own_share, summed
@@ -71,6 +71,47 @@ def output_metrics(
     groups = by_stack(blocks)
     files = [None if folder is None else folder / f"{index}.bin" for index in range(len(groups))]
     sums = [_GradientSum(model, group, file) for group, file in zip(groups, files, strict=True)]
+    _run_backwards(model, sums, batches, probes=probes, seed=seed, recomputed=recomputed)
+    for total in sums:
+        total.add_up()
+    return Means({block.name: total.result() for total in sums for block in total.blocks})
+
+
+def activation_gradients(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    batches: Sequence[Batch],
+    *,
+    seed: int = 0,
+    recomputed: Sequence[str] = (),
+) -> dict[str, torch.Tensor]:
+    """Mean `|activation x gradient|` of each of a consumer's inputs, of the function of `output_metrics`.
+
+    The paper's LayerActGrad (Molchanov et al., 2017) takes the gradient of a loss, which needs labels; this does not.
+
+    Args:
+        model: As for `output_metrics`, and so are the others.
+
+    Returns:
+        By block name, `(n,)` float64, by column of the consumer.
+    """
+    sums = [_ActivationGradientSum(model, [block], None) for block in blocks]
+    _run_backwards(model, sums, batches, probes=1, seed=seed, recomputed=recomputed)
+    for total in sums:
+        total.add_up()
+    return {total.blocks[0].name: total.total / max(total.rows, 1) for total in sums}
+
+
+def _run_backwards(
+    model: PreTrainedModel,
+    sums: Sequence["_GradientSum"],
+    batches: Sequence[Batch],
+    *,
+    probes: int,
+    seed: int,
+    recomputed: Sequence[str],
+) -> None:
+    """Show the sums the gradients of some or all samples, see `output_metrics`."""
     generator = torch.Generator()
     with undisturbed(model), torch.enable_grad(), ExitStack() as stack:
         model.requires_grad_(False)
@@ -96,9 +137,6 @@ def output_metrics(
             rows = summed(torch.tensor([total.rows for total in sums], device=input_device(model))).tolist()
             if all(seen >= _ROWS_AN_OUTPUT * total.m for seen, total in zip(rows, sums, strict=True)):
                 break
-    for total in sums:
-        total.add_up()
-    return Means({block.name: total.result() for total in sums for block in total.blocks})
 
 
 def _parts(batches: Sequence[Batch], part: int) -> Iterator[tuple[int, Batch]]:
@@ -159,12 +197,15 @@ class _GradientSum:
         self.batch: Batch = {}
         self.device = device_of(consumer.weight)
         if file is None:
-            self._sum = torch.zeros(self.m, self.m, dtype=torch.float64, device=self.device)
+            self.total = self._zeros(consumer)
         else:
             with file.open("wb") as opened:  # now: to write into a mapped file on a full disk kills the process
                 os.posix_fallocate(opened.fileno(), 0, self.m * self.m * 8)
 
-    def watch(self, consumer: str, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+    def _zeros(self, consumer: nn.Module) -> torch.Tensor:
+        return torch.zeros(self.m, self.m, dtype=torch.float64, device=self.device)
+
+    def watch(self, consumer: str, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """Forward hook: the graph starts at the first consumer, gradients are read at every one."""
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # a leaf could not be written into by what follows
@@ -173,23 +214,48 @@ class _GradientSum:
 
         def add(gradient: torch.Tensor) -> None:
             g = gradient.movedim(self._axis, -1).reshape(-1, shape[-1])
-            g = (g if mask is None else g[mask.to(g.device)]).float()
-            total = self._sum if self.file is None else mapped(self.file, self.m)
-            total += (g.T @ g).to(total.device)
-            self.rows += len(g)
+            real = slice(None) if mask is None else mask.to(g.device)
+            self._add(g[real].float(), inputs, real)
+            self.rows += len(g[real])
 
+        inputs = self._held(args)
         output.register_hook(add)
         return output
+
+    def _held(self, args: Any) -> Any:
+        """What of a consumer's arguments the backward needs."""
+        return None
+
+    def _add(self, g: torch.Tensor, inputs: Any, real: Any) -> None:
+        """Gradients `(rows, m)` at the real tokens."""
+        total = self.total if self.file is None else mapped(self.file, self.m)
+        total += (g.T @ g).to(total.device)
 
     def add_up(self) -> None:
         """Add the sums of all processes."""
         if self.file is None:
-            self._sum, rows = summed(self._sum), summed(torch.tensor(self.rows, device=self.device))
+            self.total, rows = summed(self.total), summed(torch.tensor(self.rows, device=self.device))
             self.rows = int(rows)
 
     def result(self) -> tuple[torch.Tensor | Path, int, int, torch.device]:
         """As `Means` takes it."""
-        return (self._sum if self.file is None else self.file), self.m, self.rows, self.device
+        return (self.total if self.file is None else self.file), self.m, self.rows, self.device
+
+
+class _ActivationGradientSum(_GradientSum):
+    """Sums `|x * (W g)|` over rows, `x` a consumer's input and `g` the gradient at its output; in memory."""
+
+    def _zeros(self, consumer: nn.Module) -> torch.Tensor:
+        return torch.zeros(matrix_shape(consumer)[0], dtype=torch.float64, device=self.device)
+
+    def _held(self, args: Any) -> torch.Tensor:
+        return args[0].detach()
+
+    def _add(self, g: torch.Tensor, inputs: torch.Tensor, real: Any) -> None:
+        consumer = self.model.get_submodule(self.blocks[0].consumer)
+        x = torch.cat(list(input_rows(consumer, inputs)))[real].float()
+        W = weight_matrix(consumer).to(g)
+        self.total += (x * (g @ W.T)).abs().sum(0, dtype=torch.float64).to(self.device)
 
 
 def _probe(model: PreTrainedModel, batch: Batch, output: Any, generator: torch.Generator) -> torch.Tensor | None:

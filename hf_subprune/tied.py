@@ -27,6 +27,7 @@ class Problem:
         groups: `(units, c)` int64, columns of each unit.
         output_metric: `(m, m)`, `M` of `sensitivity.output_metrics`; `None` weighs all outputs equally.
         sets: Units come in this many sets of equal size, one after the other, of each of which equally many are kept.
+        gradient: `(n,)`, of `sensitivity.activation_gradients`, for importance `"activation_gradient"`.
     """
 
     folds: Sequence[Moments]
@@ -34,6 +35,7 @@ class Problem:
     groups: torch.Tensor
     output_metric: torch.Tensor | None = None
     sets: int = 1
+    gradient: torch.Tensor | None = None
 
 
 def choose_together(
@@ -68,7 +70,8 @@ def choose_together(
         raise ValueError(f"Tied blocks have one number of units, got {[len(p.groups) for p in problems]}.")
     if importance != "greedy":
         ranks = [
-            scores(importance, combine(p.folds), p.W, groups=p.groups, generator=generator).cpu() for p in problems
+            scores(importance, combine(p.folds), p.W, groups=p.groups, gradient=p.gradient, generator=generator).cpu()
+            for p in problems
         ]
         total = torch.stack([rank / rank.sum().clamp_min(torch.finfo(rank.dtype).tiny) for rank in ranks]).sum(0)
         return total.topk(k).indices.sort().values, f"{importance}, tied"

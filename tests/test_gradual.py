@@ -84,7 +84,7 @@ def test_a_mask_edit_is_undone_and_redone_exactly():
     assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("variant", ["layer", "seq", "asym"])
+@pytest.mark.parametrize("variant", ["layer", "seq", "asym", "residual"])
 def test_surgery_at_the_end_changes_no_output(variant):
     config = PruneConfig(samples=16, held_out=8, batch_size=8, variant=variant)
     model, gradual = started("llama", config)

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_subprune import sensitivity
 from hf_subprune.padding import token_mask
 from hf_subprune.probe import discover
-from hf_subprune.sensitivity import output_metrics
+from hf_subprune.sensitivity import activation_gradients, output_metrics
 
 
 def padded_batches(model):
@@ -158,3 +158,27 @@ def test_the_seed_decides_the_draws():
     first, second, other = (output_metrics(model, [block], batches, seed=s)[block.name] for s in (0, 0, 1))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_activation_gradients_are_those_at_the_consumer_s_input(monkeypatch, family):
+    monkeypatch.setattr(sensitivity, "_ROUNDS", 1)
+    model = tiny(family)
+    batches = padded_batches(model)
+    blocks = discover(model).blocks
+    found = activation_gradients(model, blocks, batches, seed=3)
+    for block in blocks:
+        consumer = model.get_submodule(block.consumer)
+        total, rows = 0.0, 0
+        for number, batch in enumerate(batches):
+            seen = []
+            hook = consumer.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
+            output = model(**batch)
+            hook.remove()
+            value = sensitivity._probe(model, batch, output, torch.Generator().manual_seed(3 + 2**32 * number))
+            (gradient,) = torch.autograd.grad(value, seen)
+            mask = token_mask(model, block.consumer, batch, seen[0].shape)
+            kept = slice(None) if mask is None else mask
+            product = (seen[0] * gradient).abs().flatten(0, -2)[kept].detach().double()
+            total, rows = total + product.sum(0), rows + len(product)
+        torch.testing.assert_close(found[block.name], total / rows, rtol=1e-4, atol=1e-9)
