@@ -21,6 +21,8 @@ from .verification import EquivalenceError, verify
 
 COUNT = re.compile(r"head|group")
 """Names of attributes that count heads: `num_heads`, `n_heads`, `num_key_value_groups`, ..."""
+GROUP = re.compile(r"group")
+"""Names of attributes that count the query heads of one key/value head: `num_key_value_groups`, ..."""
 WIDTH = re.compile(r"size|dim|width|d_model|features|channels|embed|inner|hidden")
 """Names of attributes that give a number of features: `all_head_size`, `inner_dim`, `split_size`, `embed_dim`, ..."""
 MOST = 6
@@ -199,9 +201,8 @@ def _search(
             if error is None:
                 for attribute in attributes:
                     fewer = tuple(one for one in attributes if one != attribute)
-                    # A width, or a number of heads of one set, that the forward does not need may be something else's.
-                    counts_all = attribute.per_unit.denominator == 1 and not is_width(attribute)
-                    if not counts_all and failure(fewer) is None:
+                    # A width that the forward does not need may be that of something else.
+                    if is_width(attribute) and failure(fewer) is None:
                         attributes = fewer
                 return settled(attributes)
             first = first or error
@@ -274,13 +275,18 @@ def candidates(model: nn.Module, block: Block) -> tuple[tuple[Attribute, ...], .
 
 
 def _attribute(block: Block, path: str, name: str, value: object) -> Attribute | None:
-    if type(value) is not int or value <= 0 or value * block.sets % block.units:
+    if type(value) is not int or value <= 0:
+        return None
+    per_unit = Fraction(value, block.units)
+    # Not left to the check: without a mask, attention may do without the number that it needs with one.
+    of_a_set = value * block.sets == block.units and GROUP.search(name)
+    if per_unit.denominator > 1 and not of_a_set:
         return None
     # How many query heads a key/value head has says nothing of the number of key/value heads.
     of_sets = () if block.queries is None else block.queries.attributes
     if any((path, name) == (one.module, one.name) and one.per_unit.denominator > 1 for one in of_sets):
         return None
-    return Attribute(path, name, value, Fraction(value, block.units))
+    return Attribute(path, name, value, per_unit)
 
 
 def _counts_heads(block: Block, attribute: Attribute) -> bool:

@@ -54,6 +54,19 @@ def test_the_queries_of_a_group_do_not_follow_two_key_value_heads(heads):
     assert all(block.queries is not None for block in attention)
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (6, 3)])
+def test_a_probe_without_a_mask_finds_the_number_of_queries_that_a_mask_needs(heads):
+    model = tiny("llama", num_attention_heads=heads[0], num_key_value_heads=heads[1], attn_implementation="sdpa")
+    tokens = torch.arange(1, 9).view(2, 4)
+    blocks = [block for block in discover(model, {"input_ids": tokens}).blocks if block.kind == "attention"]
+    shrink(model, blocks[0].queries, blocks[0].queries.first(heads[1]))
+    shrink(model, blocks[1], [0])
+    groups = [model.get_submodule(block.name).num_key_value_groups for block in blocks]
+    assert groups == [1, heads[0] // heads[1], heads[0] // heads[1]]
+    padded = call(model, {"input_ids": tokens, "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])})
+    assert torch.allclose(padded.logits[1], call(model, {"input_ids": tokens[1:]}).logits[0], atol=1e-5)
+
+
 def test_each_group_must_keep_equally_many():
     model = tiny("llama")
     with pytest.raises(ValueError, match=r"equally many units of each of its 3 sets, found \[2, 1, 0\]"):
