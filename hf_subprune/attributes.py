@@ -68,12 +68,16 @@ def settle(
         # A single unit left of a few fits several by broadcasting: leave every other block whole.
         checks.append([block for block in exact if number[block.name] % 2])
     if any(_failure(model, some, kept, inputs) is not None for some in checks if some):
-        alone = [_alone(model, group, kept, inputs) for group in by_tie(exact)]
-        exact = sorted((block for group, _ in alone for block in group), key=lambda block: order[block.name])
+        alone = [(group, _failure(model, group, kept, inputs)) for group in by_tie(exact)]
         failed = {block.name: error.reason for group, error in alone if error is not None for block in group}
-        tied = _tied(model, exact, failed, kept, inputs)
-        inexact += [(block, failed[block.name]) for block in exact if block.name in failed.keys() - tied.keys()]
-        exact = [tied.get(block.name, block) for block in exact if block.name in tied or block.name not in failed]
+        fitting = _tied(model, exact, failed, kept, inputs)
+        for group, _ in alone:
+            if group[0].name in failed.keys() - fitting.keys():
+                fitting |= _apart(model, group, kept, inputs)
+        inexact += [(block, failed[block.name]) for block in exact if block.name in failed.keys() - fitting.keys()]
+        exact = [
+            fitting.get(block.name, block) for block in exact if block.name in fitting or block.name not in failed
+        ]
         while exact and (error := _failure(model, exact, kept, inputs)) is not None:
             culprit = next(group for group in by_tie(exact) if error.block in {block.name for block in group})
             inexact += [(block, error.reason) for block in culprit]
@@ -81,17 +85,16 @@ def settle(
     return exact, inexact
 
 
-def _alone(
+def _apart(
     model: nn.Module, group: list[Block], kept: Mapping[str, torch.Tensor], inputs: Mapping[str, Any]
-) -> tuple[list[Block], EquivalenceError | None]:
-    """A block, or a tie, with what must follow its own units where that is not as in others of its class."""
-    error = _failure(model, group, kept, inputs)
-    if error is not None:
-        found = _search(model, group, kept, inputs)
-        if isinstance(found, _Settled):
-            group = [found.of(model, block) for block in group]
-            error = _failure(model, group, kept, inputs)
-    return group, error
+) -> dict[str, Block]:
+    """By name, a block or a tie that shrinks exactly with what others of its class do not take, if it does."""
+    found = _search(model, group, kept, inputs)
+    if isinstance(found, _Settled):
+        group = [found.of(model, block) for block in group]
+        if _failure(model, group, kept, inputs) is None:
+            return {block.name: block for block in group}
+    return {}
 
 
 def _tied(

@@ -15,7 +15,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -78,15 +78,14 @@ def reading_inner_width(forward: Callable) -> Callable | None:
         return None
     if getattr(tree.body[0], "decorator_list", True):
         return None
-    found = next(((node, size) for node in _in_order(tree) if (size := _last_size(node)) is not None), None)
-    if found is None:
+    given = set(inspect.signature(forward).parameters)
+    first_taken = next((node for node in _in_order(tree.body[0]) if _unpacked(node) or _taken(node, given)), None)
+    if first_taken is None:
         return None
-    statement, (name, given) = found
-    body = next(body for body in _bodies(tree) if statement in body)
-    # Statements that say something of the tensor itself mean its own width.
-    last = max(i for i, node in enumerate(body) if node is statement or _speaks_of(node, given, name))
-    set_width = ast.parse(f"{name} = self.{INNER_WIDTH}").body[0]
-    body.insert(last + 1, ast.copy_location(set_width, body[last]))
+    if _unpacked(first_taken):
+        _rebind(tree, first_taken)
+    else:
+        _ReadInnerWidth(_taken(first_taken, given)).visit(tree)
     ast.increment_lineno(ast.fix_missing_locations(tree), first - 1)
     future = plain.__code__.co_flags & __future__.annotations.compiler_flag
     code = compile(tree, plain.__code__.co_filename, "exec", flags=future, dont_inherit=True)
@@ -95,31 +94,50 @@ def reading_inner_width(forward: Callable) -> Callable | None:
     return defined[plain.__name__]
 
 
-def _in_order(tree: ast.AST) -> list[ast.stmt]:
-    return sorted((node for node in ast.walk(tree) if isinstance(node, ast.stmt)), key=lambda node: node.lineno)
+def _in_order(function: ast.stmt) -> list[ast.stmt]:
+    within = [node for node in ast.walk(function) if isinstance(node, ast.stmt) and node is not function]
+    return sorted(within, key=lambda node: node.lineno)
 
 
-def _bodies(tree: ast.AST) -> list[list[ast.stmt]]:
+def _unpacked(node: ast.stmt) -> tuple[str, str] | None:
+    """`("c", "x")` for a statement `a, b, c = x.size()` or `a, b, c = x.shape`, else `None`."""
+    found = re.fullmatch(r"\(?.*, (\w+)\)? = (\w+)\.(?:size\(\)|shape)", ast.unparse(node))
+    return None if found is None else (found[1], found[2])
+
+
+def _taken(node: ast.stmt, given: Collection[str]) -> str:
+    """The first expression in a statement such as `x.shape[-1]`, of an argument `x` that is `given`; else `""`."""
+    found = re.findall(r"\b((\w+)\.(?:shape\[(?:-1|2)\]|size\((?:-1|2)\)))", ast.unparse(node))
+    return next((expression for expression, name in found if name in given), "")
+
+
+def _rebind(tree: ast.AST, unpacking: ast.stmt) -> None:
+    """Insert `c = self.inner_width` behind the statements that mean the width of the tensor itself."""
+    name, tensor = _unpacked(unpacking) or ("", "")
     lists = [value for node in ast.walk(tree) for value in vars(node).values() if isinstance(value, list)]
-    return [body for body in lists if body and all(isinstance(one, ast.stmt) for one in body)]
+    body = next(body for body in lists if unpacking in body)
+    last = max(i for i, node in enumerate(body) if node is unpacking or _speaks_of(node, tensor, name))
+    set_width = ast.parse(f"{name} = self.{INNER_WIDTH}").body[0]
+    body.insert(last + 1, ast.copy_location(set_width, body[last]))
 
 
-def _last_size(node: ast.AST) -> tuple[str, str] | None:
-    """`("c", "x")` for a statement `a, b, c = x.size()`, `a, b, c = x.shape` or `c = x.shape[-1]`, else `None`."""
-    if not isinstance(node, ast.Assign):
-        return None
-    found = re.fullmatch(r"(?:\(?.*, )?(\w+)\)? = (\w+)\.(?:size\((-1)?\)|shape(\[-1\])?)", ast.unparse(node))
-    if found is None:
-        return None
-    name, given, *single = found.groups()
-    return (name, given) if isinstance(node.targets[0], ast.Name) == any(single) else None
-
-
-def _speaks_of(node: ast.AST, given: str, size: str) -> bool:
-    """Whether a statement reads `size` and a method or attribute of `given`."""
+def _speaks_of(node: ast.AST, tensor: str, size: str) -> bool:
+    """Whether a statement reads `size` and a method or attribute of `tensor`."""
     within = list(ast.walk(node))
-    subject = any(isinstance(one, ast.Attribute) and ast.unparse(one.value) == given for one in within)
+    subject = any(isinstance(one, ast.Attribute) and ast.unparse(one.value) == tensor for one in within)
     return subject and any(isinstance(one, ast.Name) and one.id == size for one in within)
+
+
+class _ReadInnerWidth(ast.NodeTransformer):
+    """Puts `self.inner_width` in the place of an expression."""
+
+    def __init__(self, expression: str) -> None:
+        self.expression = expression
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, (ast.Subscript, ast.Call)) and ast.unparse(node) == self.expression:
+            return ast.copy_location(ast.parse(f"self.{INNER_WIDTH}", mode="eval").body, node)
+        return self.generic_visit(node)
 
 
 @functools.cache

@@ -220,7 +220,7 @@ class _Seeker:
             self.presumed[consumer] = "unknown" if mixer else kind
             if kind == "attention" and features.shape[1] == 1:
                 raise _RefusedError("attention of a single head, which has to stay", "whole")
-            if not self._equal_at_every_call(consumer, features, owner):
+            if not self._equal_at_every_call(consumer, features):
                 raise _RefusedError("it is called several times, with units that are not the same each time")
             block = self._block(read, jacobian, decoded, kind)
             if features.shape[1] == 1 and _is_rearrangement(read.tensor):
@@ -303,14 +303,17 @@ class _Seeker:
             self._maps[key] = (decoded, jacobian.touched(first_column(jacobian)))
         return decoded
 
-    def _equal_at_every_call(self, consumer: str, columns: torch.Tensor, owner: torch.Tensor) -> bool:
-        first, *others = [_local_jacobian(read, sources) for read, sources in self.calls[consumer]]
-        names = [(line.source.name, line.axis) for line in first.lines]
-        for other in others:
-            decoded = self._decoded(other)
-            if decoded is None or names != [(line.source.name, line.axis) for line in other.lines]:
+    def _equal_at_every_call(self, consumer: str, columns: torch.Tensor) -> bool:
+        first: dict[tuple[str, int], list[int]] | None = None
+        for read, sources in self.calls[consumer]:
+            jacobian = _local_jacobian(read, sources)
+            decoded = self._decoded(jacobian)
+            if decoded is None or not torch.equal(decoded.columns, columns):
                 return False
-            if not torch.equal(decoded.columns, columns) or not torch.equal(decoded.owner, owner):
+            owners = zip(jacobian.lines, jacobian.split(decoded.owner), strict=True)
+            own = {(line.source.name, line.source.axis or line.axis): one.tolist() for line, one in owners}
+            first = first or own
+            if own != first:
                 return False
         return True
 

@@ -133,3 +133,15 @@ def test_forwards_that_cannot_be_rewritten_are_left():
     assert rewritten is reading_inner_width(Widths.forward)
     assert rewritten.__code__.co_filename == __file__
     assert rewritten.__code__.co_firstlineno == Widths.forward.__code__.co_firstlineno
+
+
+def test_a_size_that_is_taken_by_itself_is_read_as_well():
+    class Taken(Widths):
+        def forward(self, x):
+            heads = self.up(x).view(*x.shape[:2], self.num_heads, x.shape[-1] // self.num_heads)
+            return self.down(heads.reshape(*x.shape[:2], x.shape[-1]))
+
+    model, x = Taken(), torch.randn(2, 4, 6)
+    expected = masked(model, x)
+    shrink(model, block(INNER), [1])
+    assert torch.allclose(model(x), expected, atol=1e-6)
