@@ -66,6 +66,7 @@ def choose_layout(model: PreTrainedModel, layout: str = "auto", *, inputs: Mappi
     undo = _snapshot(model)
     try:
         _drop_entries(model)
+        chosen = _follow_choices(model)
         spec = describe(model)
         if not spec:
             kind, reason = "stock", "the config already says every width" + _prove(model, spec, inputs)
@@ -76,12 +77,29 @@ def choose_layout(model: PreTrainedModel, layout: str = "auto", *, inputs: Mappi
         if kind == "ragged":
             undo()
             _drop_entries(model)
+            _follow_choices(model)
             write_ragged(model, spec)
             reason += _prove(model, spec, inputs)
     except BaseException:
         undo()
         raise
-    return Layout(kind, reason, undo)
+    return Layout(kind, reason + chosen, undo)
+
+
+def _follow_choices(model: PreTrainedModel) -> str:
+    """Let configs name the variants that a model switched to since it was built, as BigBird does on short texts.
+
+    Returns:
+        What was changed, to be added to the reason; `""` if nothing.
+    """
+    changes = {}
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            for name, value in vars(part).items():
+                if type(value) is str and vars(part.config).get(name, value) != value:
+                    setattr(part.config, name, value)
+                    changes[name] = value
+    return "".join(f"; {name} is {value!r}, to which the model has switched" for name, value in changes.items())
 
 
 def _try_stock(model: PreTrainedModel, inputs: Mapping[str, Any], required: bool) -> tuple[str, str]:

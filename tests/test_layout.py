@@ -5,9 +5,12 @@ import torch
 import transformers as tf
 from hand_pruned import FAMILIES, TOKENS, outputs
 
+from hf_subprune.coverage import tiny_model
 from hf_subprune.layout import QUANT_METHOD, adopt, choose_layout
+from hf_subprune.probe import discover, probe_inputs
 from hf_subprune.skeleton import describe, nested_configs
 from hf_subprune.stock import find_stock_config
+from hf_subprune.surgery import shrink
 
 
 def config_state(model):
@@ -230,3 +233,15 @@ def test_adopt_sets_numbers_only_where_they_differ():
     adopt(model, config)
     assert model.config.intermediate_size == 40
     assert model.config is model.bert.config
+
+
+def test_a_variant_that_the_model_switched_to_is_stored():
+    model = tiny_model("big_bird")
+    inputs = probe_inputs(model)
+    heads = next(block for block in discover(model, inputs).blocks if block.kind == "attention")
+    shrink(model, heads, [1])
+    assert model.config.attention_type == "block_sparse"
+    layout = choose_layout(model, "ragged", inputs=inputs)
+    assert model.config.attention_type == "original_full" and "attention_type is 'original_full'" in layout.reason
+    layout.undo()
+    assert model.config.attention_type == "block_sparse"
