@@ -303,11 +303,13 @@ def is_width(attribute: Attribute) -> bool:
 
 
 def _holders(block: Block) -> list[str]:
-    """The owner and the modules between it and the block's linears, e.g. `attention`, `attention.self`."""
+    """The owner and the modules from it to those that hold the block's linears, e.g. `attention`, `attention.self`."""
     owner = block.owner
     paths = {owner: None}
     for piece in block.slices:
-        parts = piece.tensor.split(".")[:-2]
+        *parts, leaf = piece.tensor.split(".")
+        if leaf in ("weight", "bias"):
+            parts = parts[:-1]  # without the linear or the norm itself
         for end in range(owner.count(".") + 2 if owner else 1, len(parts) + 1):
             paths[".".join(parts[:end])] = None
     return list(paths)

@@ -150,6 +150,20 @@ def _remaining_outputs(
 
 
 @contextmanager
+def _stateless(model: nn.Module) -> Iterator[None]:
+    """On exit, tensors that modules keep between forwards as plain attributes (recurrent states) are as before."""
+    states = [
+        (module, {name: value for name, value in vars(module).items() if value is None or type(value) is torch.Tensor})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, state in states:
+            vars(module).update(state)
+
+
+@contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; on exit training flags, buffers, `requires_grad` and the RNG are as before."""
     training = [(module, module.training) for module in model.modules()]
@@ -157,7 +171,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     values = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     cached = [(module, name, value) for module in model.modules() for name, value in caches(module)]
-    with torch.random.fork_rng(), torch.inference_mode(False):
+    with torch.random.fork_rng(), torch.inference_mode(False), _stateless(model):
         try:
             model.eval()
             for module, name, _ in cached:
@@ -207,7 +221,7 @@ def _run(
 ) -> tuple[list, list[torch.Tensor]]:
     """Outputs of each block's consumer, one list of calls per block, and all floating outputs of the model."""
     calls: list[list[torch.Tensor]] = [[] for _ in blocks]
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), _stateless(model):
         for block, seen in zip(blocks, calls, strict=True):
             consumer = model.get_submodule(block.consumer)
             handle = consumer.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))

@@ -22,7 +22,7 @@ from ..layout import choose_layout
 from ..probe import discover
 from ..probe_inputs import probe_inputs
 from ..surgery import shrink
-from ..verification import floating_tensors
+from ..verification import floating_tensors, undisturbed
 from .architectures import model_types
 from .isolation import isolated
 from .tiny import NO_CLASS, CannotBuildError, first_line, tiny_model
@@ -182,6 +182,7 @@ def judge(model: PreTrainedModel, discovery: Discovery, kind: str, inputs: Mappi
     """What became of one kind of block in a model, after a check of the blocks found."""
     blocks = [block for block in discovery.blocks if block.kind == kind]
     refused = {refusal.name: refusal.reason for refusal in discovery.refusals if refusal.kind == kind}
+    refused |= _unknown(model, discovery, kind)
     if not blocks and not refused:
         return _nothing_found(model, discovery, kind)
     if not blocks:
@@ -194,23 +195,32 @@ def judge(model: PreTrainedModel, discovery: Discovery, kind: str, inputs: Mappi
 
 
 def _nothing_found(model: PreTrainedModel, discovery: Discovery, kind: str) -> KindOutcome:
-    """Whether modules that look like this kind were refused as something unknown, missed, or are no such thing."""
-    likely = [
+    """Whether modules that look like this kind were missed, or are no such thing."""
+    inside = [piece.tensor for block in discovery.blocks for piece in block.slices]
+    inside += [f"{refusal.name}." for refusal in discovery.refusals]
+    missed = any(not any(name.startswith(path) for name in inside) for path in _likely(model, kind))
+    return KindOutcome("missed" if missed else "absent")
+
+
+def _unknown(model: PreTrainedModel, discovery: Discovery, kind: str) -> dict[str, str]:
+    """What was refused as something unknown in modules that look like this kind and hold no block of it."""
+    inside = [piece.tensor for block in discovery.blocks if block.kind == kind for piece in block.slices]
+    without = [path for path in _likely(model, kind) if not any(name.startswith(path) for name in inside)]
+    return {
+        refusal.name: refusal.reason
+        for refusal in discovery.refusals
+        if refusal.kind == "unknown" and any(f"{refusal.name}.".startswith(path) for path in without)
+    }
+
+
+def _likely(model: PreTrainedModel, kind: str) -> list[str]:
+    """Paths, with a dot behind, of the modules whose class names look like this kind."""
+    return [
         f"{path}."
         for path, module in model.named_modules()
         # A single matrix cannot make queries and keys: it is a gate.
         if kind in LIKELY and LIKELY[kind].search(type(module).__name__) and (kind != "attention" or _matrices(module))
     ]
-    inside = [piece.tensor for block in discovery.blocks for piece in block.slices]
-    inside += [f"{refusal.name}." for refusal in discovery.refusals]
-    if any(not any(name.startswith(path) for name in inside) for path in likely):
-        return KindOutcome("missed")
-    unknown = {
-        refusal.name: refusal.reason
-        for refusal in discovery.refusals
-        if refusal.kind == "unknown" and any(f"{refusal.name}.".startswith(path) for path in likely)
-    }
-    return KindOutcome("refused" if unknown else "absent", 0, unknown)
 
 
 def _matrices(module: nn.Module) -> bool:
@@ -272,7 +282,7 @@ def _zero_removed(model: nn.Module, block: Block, kept: torch.Tensor) -> None:
 @torch.no_grad()
 def outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
     """Floating outputs of one forward in evaluation mode; models that draw random numbers draw the same ones."""
-    with torch.random.fork_rng(devices=[]):
+    with undisturbed(model):
         torch.manual_seed(0)
         return list(floating_tensors(model(**inputs)))
 
