@@ -279,10 +279,9 @@ def _zero_removed(model: nn.Module, block: Block, kept: torch.Tensor) -> None:
             tensor.index_fill_(piece.dim, piece.index[removed].flatten(), 0.0)
 
 
-@torch.no_grad()
 def outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
     """Floating outputs of one forward in evaluation mode; models that draw random numbers draw the same ones."""
-    with undisturbed(model):
+    with undisturbed(model), torch.no_grad():
         torch.manual_seed(0)
         return list(floating_tensors(model(**inputs)))
 
