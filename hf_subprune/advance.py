@@ -192,8 +192,8 @@ class Stream:
 
     @property
     def files(self) -> list[dict[str, str]]:
-        """By batch and segment, the file of each stored output, as plain JSON types."""
-        return [{path: file.name for path, file in stored.items()} for stored in self._outputs]
+        """By batch and segment, the file of each stored output, as plain JSON types; of batches that were run here."""
+        return [{path: file.name for path, file in stored.items() if file is not None} for stored in self._outputs]
 
     def resume(self, position: int, files: Sequence[Mapping[str, str]]) -> None:
         """Go on at a segment, with the outputs in the folder's files, which `files` named then."""

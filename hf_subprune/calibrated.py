@@ -31,6 +31,7 @@ from .config import TWO_STREAMS, PruneConfig
 from .curves import LossCurve, loss_curve
 from .durable import check_space, once
 from .evaluation import Costs, Outputs, count, model_outputs, times_in_turn
+from .execution import release_memory
 from .experts import together
 from .layout import choose_layout
 from .linears import matrix_shape, weight_matrix
@@ -97,7 +98,7 @@ class Calibrated:
             raise ValueError("Whole experts are removed by `prune`, to one size, not in training: leave them out.")
         self.probe = send_to_device(self.calibration.probe, input_device(model))
         self.configs = list(configs)
-        found = once(self._file("blocks.pt"), self._find)  # in one file: a block is one object everywhere
+        found = self._once("blocks.pt", self._find)  # in one file: a block is one object everywhere
         self.found, self.blocks, self.targets, self.candidates, self.plan = found
         self.targets = from_process(0, self.targets)  # latencies differ from process to process
         # Processes take turns; what a curve or a selection needs of several blocks goes to one of them.
@@ -110,14 +111,14 @@ class Calibrated:
         if folder is not None:
             check_space(folder, self._scratch_bytes() if needs_metrics else 0, "what the run keeps of each layer")
         with self.clock("evaluation"):
-            self.reference, self.before = once(self._file("original.pt"), self._measure)
+            self.reference, self.before = self._once("original.pt", self._measure)
         self.metrics: Mapping[str, torch.Tensor] = {}
         self.gradients: Mapping[str, torch.Tensor] = {}
         with self.clock("sensitivity"):
             if needs_metrics:
-                self.metrics = once(self._file("sensitivities.pt"), self._sensitivities)
+                self.metrics = self._once("sensitivities.pt", self._sensitivities)
             if first.importance == "activation_gradient":
-                self.gradients = once(self._file("gradients.pt"), self._activation_gradients)
+                self.gradients = self._once("gradients.pt", self._activation_gradients)
         self.curves: dict[str, LossCurve] = {}
         self.losses: dict[str, Points] = {}
         self.stored: dict[str, BlockMoments] | None = None
@@ -126,13 +127,21 @@ class Calibrated:
         if folder is None and share and sum(_moment_bytes(model, b) for b in self.candidates) <= _STORED_BYTES:
             self.stored = {}
         if needs_curves or self.stored is not None:
-            self.curves, self.losses = once(self._file("curves.pt"), lambda: self._survey(first, needs_curves))
+            self.curves, self.losses = self._once("curves.pt", lambda: self._survey(first, needs_curves))
+        release_memory()
 
     def _needs_curves(self) -> bool:
         return any(config.allocation() != "uniform" for config in self.configs) and bool(self.candidates)
 
     def _file(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name
+
+    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """`durable.once`, by all processes together: a stop may have come when only some had written their files."""
+        path = self._file(name)
+        if path is not None and not all(from_all(path.exists())):
+            path.unlink(missing_ok=True)
+        return once(path, compute)
 
     def _find(self) -> tuple[Discovery, list[Block], list[Target], list[Block], Plan]:
         model, calibration = self.model, self.calibration

@@ -27,7 +27,7 @@ from .durable import check_space, write_json
 from .execution import full_precision, with_fitting_batches
 from .experts import apart
 from .offload import taken_over
-from .processes import processes
+from .processes import processes, state
 from .progress import Clock
 from .pruning import check_prunable, prune_to
 from .report import PruneReport
@@ -59,6 +59,9 @@ def prune_checkpoint(
     batch, and experts that are stacked in one tensor. In float32 on a CPU, the weights are those that `prune` gives,
     to the last bit.
 
+    In a script that `accelerate launch` starts, every process runs its share of the batches, as in `prune`, and has
+    files of its own; the first one writes the result.
+
     After each layer, what was done is on disk. Started again with the same arguments, a run that was stopped, whatever
     stopped it, goes on behind the last layer that it finished and ends with the same files.
 
@@ -79,12 +82,10 @@ def prune_checkpoint(
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.
         ValueError: as `prune`; a file of the checkpoint is cut short; or the run that was stopped had another model,
-            config or data: the message says what differs.
+            config, data or number of processes: the message says what differs.
         OSError: the disk has no room. What is finished stays, and the same call goes on.
     """
     config, out = config or PruneConfig(), Path(out).absolute()
-    if processes() > 1:
-        raise ValueError("A checkpoint is pruned layer by layer in one process: start it without `accelerate launch`.")
     if config.latency is not None:
         raise ValueError("Latency is measured on a model in memory: choose another target, or use `prune`.")
     check_output(out)
@@ -92,7 +93,8 @@ def prune_checkpoint(
     shards = check_shards(source)
     out.parent.mkdir(parents=True, exist_ok=True)
     check_space(out.parent, sum(path.stat().st_size for path in shards), "the pruned model")
-    scratch = out.parent / f".{out.name}.partial"
+    started = out.parent / f".{out.name}.partial"
+    scratch = started / str(state().process_index)
     shutil.rmtree(scratch / "new", ignore_errors=True)  # weights of a run that was stopped; they are made again
     (scratch / "new").mkdir(parents=True)
     processing_class = processing_class or load_processing_class(str(source))
@@ -115,6 +117,18 @@ def prune_checkpoint(
             calibration = prepare(model, data, config, processing_class)
         _check_same_run(scratch / _RUN, _run(source, shards, config, calibration, model))
         report = with_fitting_batches(calibration, run)
+    if state().is_main_process:
+        _save(out, model, processing_class, report, max_shard_size)
+    state().wait_for_everyone()
+    shutil.rmtree(scratch)
+    state().wait_for_everyone()
+    shutil.rmtree(started, ignore_errors=True)
+    return report
+
+
+def _save(
+    out: Path, model: PreTrainedModel, processing_class: Any, report: PruneReport, max_shard_size: int | str
+) -> None:
     try:
         with warnings.catch_warnings():
             # It saves a shard at a time, and says that a shard must fit in memory.
@@ -122,8 +136,6 @@ def prune_checkpoint(
             save_pruned(out, model, processing_class, report, max_shard_size=max_shard_size)
     except SafetensorError as error:
         raise OSError(f"{out} could not be written: {error}. Make room and start the same command again.") from error
-    shutil.rmtree(scratch)
-    return report
 
 
 def check_shards(folder: Path) -> list[Path]:
@@ -209,6 +221,7 @@ def _run(
             "device": str(model.device),
             "files": files,
         },
+        "processes": {"number": processes()},
         "versions": {name: version(name) for name in ("hf_subprune", "torch", "transformers")},
     }
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from .calibration import CalibrationSet
 from .config import TWO_STREAMS
 from .durable import write_json
 from .offload import loaded
-from .processes import add_up, own_share
+from .processes import add_up, from_all, own_share, processes
 from .residuals import find_additions
 from .surgery import Edit, taken_back
 from .taps import BlockMoments, Hooks, Tap, Targets
@@ -118,11 +119,10 @@ def collect(
 
 
 def finished_segments(folder: Path | None) -> int:
-    """How many segments of the plan are finished, with all of their blocks, in a folder of `collect`."""
+    """How many segments of the plan are finished in every process, with all blocks, in a folder of `collect`."""
     if folder is None:
         return 0
-    path = folder / _STATE
-    return json.loads(path.read_text())["position"] if path.exists() else 0
+    return min(from_all(max((state["position"] for state in _states(folder)), default=0)))
 
 
 def _joined(pairs: Iterable[tuple[Hooks, Hooks]]) -> tuple[Hooks, Hooks]:
@@ -140,18 +140,26 @@ def _made(folder: Path | None, name: str) -> Path | None:
 def _resume(folder: Path, streams: Mapping[str, Stream]) -> int:
     position = finished_segments(folder)
     if position:
-        files = json.loads((folder / _STATE).read_text())["files"]
+        files = next(state["files"] for state in _states(folder) if state["position"] == position)
         for name, stream in streams.items():
             stream.resume(position, files[name])
     return position
 
 
+def _states(folder: Path) -> list[dict[str, Any]]:
+    """The last state; the last two where there are several processes, one of which may be a segment behind."""
+    path = folder / _STATE
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def _commit(folder: Path, streams: Mapping[str, Stream]) -> None:
     """One rename makes the segment finished for all streams; then what only earlier ones needed can go."""
-    files = {name: stream.files for name, stream in streams.items()}
-    write_json(folder / _STATE, {"position": streams["current"].position, "files": files})
-    for name, stored in files.items():
-        needed = {file for batch in stored for file in batch.values()}
+    position = streams["current"].position
+    before = [state for state in _states(folder) if state["position"] == position - 1] if processes() > 1 else []
+    states = [*before, {"position": position, "files": {name: stream.files for name, stream in streams.items()}}]
+    write_json(folder / _STATE, states)
+    for name in streams:
+        needed = {file for state in states for batch in state["files"][name] for file in batch.values()}
         for path in (folder / name).iterdir():
             if path.name not in needed:
                 path.unlink()

@@ -1,5 +1,7 @@
-"""How a run copes with its device: products in full precision, and smaller batches where memory runs out."""
+"""How a run copes with its device: products in full precision, memory given back, smaller batches where it ends."""
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -14,6 +16,9 @@ logger = logging.get_logger(__name__)
 
 _T = TypeVar("_T")
 
+# Of glibc; other C libraries give memory back by themselves, or not at all.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
@@ -24,6 +29,12 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def release_memory() -> None:
+    """Give the system back what was freed: the C library keeps it between pieces in use, more of it layer by layer."""
+    if _trim is not None:
+        _trim(0)
 
 
 def with_fitting_batches(calibration: CalibrationSet, run: Callable[[CalibrationSet, int], _T]) -> _T:

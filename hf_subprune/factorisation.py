@@ -38,7 +38,7 @@ def factorise(H: torch.Tensor, *, least: float = 0.0, dtype: torch.dtype = torch
             "The moments are not finite or have a negative diagonal: check the calibration activations."
         )
     scale = unit_scale(diagonal).to(dtype)
-    scaled = H.to(dtype) * scale[:, None] * scale
+    scaled = H.to(dtype, copy=True).mul_(scale[:, None]).mul_(scale)
     scaled.diagonal().add_(scale == 0)
     added = 0.0
     for jitter in (least, *(max(least, noise) * 10.0**e for e in range(5))):

@@ -262,7 +262,9 @@ def _is_large(owner: nn.Module, parameter: nn.Parameter) -> bool:
 def _taken(before: nn.Parameter, where: Stored, elsewhere: bool) -> nn.Parameter:
     if elsewhere:
         return _placeholder(nn.Parameter(before.detach(), requires_grad=before.requires_grad), where)  # type: ignore
-    return nn.Parameter(where.read(), requires_grad=before.requires_grad)
+    held = where.read()
+    # A view into a mapped file keeps the pages around it in memory, for each of a layer's vectors.
+    return nn.Parameter(held.clone() if held.ndim < 2 else held, requires_grad=before.requires_grad)
 
 
 def _tie(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from .collection import finished_segments
 from .config import TARGETS, PruneConfig
 from .durable import once
 from .evaluation import Costs, Outputs, circumstances, count, drift, measure_latency, model_outputs
-from .execution import full_precision, with_fitting_batches
+from .execution import full_precision, release_memory, with_fitting_batches
 from .expert_removal import remove_experts, without_experts
 from .experts import apart, put_together
 from .grouped_queries import better_units
@@ -183,6 +183,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
             edits[block.name] = shrink(model, block, kept, weight=V, bias=bias)
             bar.update()
         pending.clear()
+        release_memory()
 
     with progress(len(to_prune), "Pruning") as bar:
         for tie in by_tie(b for b in to_prune if b.tie):
@@ -370,6 +371,7 @@ def _solution(
 ) -> tuple[BlockSolution, float]:
     """The solution of one block, where its moments are, and its error on the held-out rows."""
     problem = calibrated.problem(block, moments)
+    W = problem.W
     solution = solve_block(
         problem.folds,
         None,
@@ -387,7 +389,8 @@ def _solution(
         generator=torch.Generator().manual_seed(config.seed),
         chosen=chosen,
     )
-    held_out = moments.of_held_out(problem.W)
+    del problem  # its moments are as large as the held-out ones to come
+    held_out = moments.of_held_out(W)
     return solution, relative_error(held_out, solution.kept_columns, solution.V, solution.bias_shift)
 
 

@@ -151,7 +151,9 @@ def cross_fit(
     """
     if len(folds) < 2 or not grid:
         raise ValueError(f"Cross-fitting takes two or more folds and a grid, got {len(folds)} and {len(grid)}.")
-    parts = [_LeftOut(folds, index, W, columns) for index in range(len(folds))]
+    dtype = torch.float32 if len(columns) > _DOUBLE_BELOW else torch.float64
+    kept = [restrict(fold, columns, dtype) for fold in folds]
+    parts = [_LeftOut(folds, kept, index, W.to(kept[0].H)[columns]) for index in range(len(folds))]
     held_out = {value: sum(part.error(value) for part in parts) for value in grid if value in _FIRST_TRIED}
     held_out = held_out or {value: sum(part.error(value) for part in parts) for value in grid[:1]}
     while True:
@@ -168,14 +170,12 @@ def cross_fit(
 class _LeftOut:
     """Fits on all folds but one, scored on that one, on the kept columns."""
 
-    def __init__(self, folds: Sequence[Moments], index: int, W: torch.Tensor, columns: torch.Tensor):
-        rest = combine([fold for other, fold in enumerate(folds) if other != index])
-        dtype = torch.float32 if len(columns) > _DOUBLE_BELOW else torch.float64
+    def __init__(self, folds: Sequence[Moments], kept: Sequence[Moments], index: int, W: torch.Tensor):
+        others = [other for other in range(len(folds)) if other != index]
         total = sum(fold.t for fold in folds)
         self.share = folds[index].t / total if total > 0 else 0.0
-        self.energy = float(rest.H.diagonal().mean())
-        self.rest, self.unseen = restrict(rest, columns, dtype), restrict(folds[index], columns, dtype)
-        self.W = W.to(self.rest.H)[columns]
+        self.energy = float(combine([folds[other] for other in others]).H.diagonal().mean())
+        self.rest, self.unseen, self.W = combine([kept[other] for other in others]), kept[index], W
 
     def error(self, shrinkage: float) -> float:
         """This fold's part of the relative error."""

@@ -20,7 +20,7 @@ from .evaluation import compared_output
 from .linears import feature_axis, input_rows, matrix_shape, weight_matrix
 from .offload import device_of, input_device
 from .padding import token_mask
-from .processes import own_share, summed
+from .processes import own_share, processes, summed
 from .verification import undisturbed
 
 # Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output.
@@ -234,8 +234,11 @@ class _GradientSum:
     def add_up(self) -> None:
         """Add the sums of all processes."""
         if self.file is None:
-            self.total, rows = summed(self.total), summed(torch.tensor(self.rows, device=self.device))
-            self.rows = int(rows)
+            self.total = summed(self.total)
+        elif processes() > 1:
+            total = mapped(self.file, self.m)
+            total.copy_(summed(total.to(self.device)))
+        self.rows = int(summed(torch.tensor(self.rows, device=self.device)))
 
     def result(self) -> tuple[torch.Tensor | Path, int, int, torch.device]:
         """As `Means` takes it."""

@@ -181,7 +181,10 @@ def solve_block(
         ValueError: `k`, a name or a shape does not fit.
         RuntimeError: the moments are not positive semi-definite.
     """
-    total = combine(folds) if total is None else total
+
+    def of_all_rows() -> Moments:
+        return combine(folds) if total is None else total  # when it is needed: it is as large as a fold
+
     units = len(W) if groups is None else len(groups)
     if not 1 <= k <= units:
         raise ValueError(f"A block of {units} units can keep 1 to {units} of them, not {k}.")
@@ -189,13 +192,13 @@ def solve_block(
         every = torch.arange(units, device=W.device)
         error = 0.0 if len(folds) > 1 else None
         columns = columns_of(every, groups)
-        zero = torch.zeros_like(total.target_mean)
+        zero = torch.zeros_like(of_all_rows().target_mean)
         return BlockSolution(every, columns, W[columns], zero, math.inf, 0.0, error, "all", 0, 0.0, 0.0, 1.0)
 
     prior = PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
     if chosen is None:
         choice = choose(
-            total,
+            of_all_rows(),
             W,
             groups,
             k,
@@ -211,23 +214,26 @@ def solve_block(
     else:
         choice = Choice(chosen[0].to(W.device), chosen[1])
         if importance == "greedy":
-            H, C, _ = _problem(total, W, shrinkage, output_metric)
+            H, C, _ = _problem(of_all_rows(), W, shrinkage, output_metric)
             choice = replace(choice, guarantee=certify(H, C, choice.kept, groups=groups).fraction)
+            del H, C  # as large as a fold
     kept, used, guarantee = choice.kept, choice.method, choice.guarantee
     count, gain = choice.swaps, choice.swap_gain
     columns = columns_of(kept, groups)
 
     if not reweight_kept:
-        V, zero = W.to(total.H)[columns], torch.zeros_like(total.target_mean)
-        fitted = relative_error(total, columns, V, zero)
+        whole = of_all_rows()
+        V, zero = W.to(whole.H)[columns], torch.zeros_like(whole.target_mean)
+        fitted = relative_error(whole, columns, V, zero)
         error = relative_error(combine(folds), columns, V, zero) if len(folds) > 1 else None
         return BlockSolution(kept, columns, V, zero, math.inf, fitted, error, used, count, gain, 0.0, guarantee)
     lam, held_out = prior, None
     if len(folds) > 1:
         fit = cross_fit(folds, W, columns, SHRINKAGE_GRID if shrinkage == "auto" else (prior,))
         lam, held_out = fit.shrinkage if shrinkage == "auto" else prior, min(fit.held_out)
-    new = reweight(total, W, columns, lam)
-    fitted = relative_error(total, columns, new.V, new.bias_shift)
+    whole = of_all_rows()
+    new = reweight(whole, W, columns, lam)
+    fitted = relative_error(whole, columns, new.V, new.bias_shift)
     return BlockSolution(
         kept, columns, new.V, new.bias_shift, lam, fitted, held_out, used, count, gain, new.jitter, guarantee
     )

@@ -24,6 +24,9 @@ from .residuals import Addition, first_tensor
 FOLDS = 2
 """Parts of the calibration batches whose moments are kept apart."""
 
+# Sums over more inputs than this are in float32, in half the memory: they alone would fill most of a machine's.
+_DOUBLE_UP_TO = 8192
+
 Hooks = list[tuple[str, Callable[[Any], None]]]
 """Paths of modules, and what to call with the input or output of each."""
 
@@ -241,4 +244,5 @@ class Tap:
 
 
 def _accumulator(n: int, m: int | None, intercept: bool, device: torch.device) -> MomentAccumulator:
-    return MomentAccumulator(n, m, intercept=intercept, device=device)
+    dtype = torch.float64 if n <= _DOUBLE_UP_TO else torch.float32
+    return MomentAccumulator(n, m, intercept=intercept, dtype=dtype, device=device)

@@ -185,3 +185,21 @@ def test_activations_that_are_not_finite_name_the_block_and_the_sample(variant):
     segments = plan(model, blocks, ready_batches(model, count=1)[0])
     with pytest.raises(ValueError, match=rf"{blocks[0].name}.*NaN or inf.*samples? .*2"):
         next(collect(model, segments, calibration, variant, {}))
+
+
+def test_sums_of_wide_blocks_take_half_the_memory_and_hold_six_digits(monkeypatch):
+    model, calibration, _, segments = prepared("llama")
+
+    def sums():
+        return {b.name: m for b, m in collect(model, segments, calibration, "layer", {})}
+
+    expected = sums()
+    wide = max(len(moments.held_out.sums()[1]) for moments in expected.values())
+    monkeypatch.setattr("hf_subprune.taps._DOUBLE_UP_TO", wide - 1)
+    for name, found in sums().items():
+        for one, other in zip(
+            (*found.folds, found.held_out), (*expected[name].folds, expected[name].held_out), strict=True
+        ):
+            gram, exact = one.sums()[0], other.sums()[0]
+            assert gram.dtype == (torch.float32 if len(gram) == wide else torch.float64)
+            assert float((gram - exact).norm() / exact.norm()) < 1e-6

@@ -1,3 +1,7 @@
+import platform
+import sys
+
+import psutil
 import pytest
 import torch
 from batches import ready_batches
@@ -8,7 +12,7 @@ import hf_subprune.pruning as pruning
 from hf_subprune import PruneConfig, prune, prune_checkpoint
 from hf_subprune.advance import Stream
 from hf_subprune.calibration import prepare
-from hf_subprune.execution import full_precision
+from hf_subprune.execution import full_precision, release_memory
 from hf_subprune.taps import BlockMoments
 
 OUT_OF_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -121,3 +125,29 @@ def test_the_probe_is_the_beginning_of_two_samples():
     assert torch.equal(probe["input_ids"], ids[:2, :32])
     padded = [{"input_ids": ids, "attention_mask": torch.arange(50).expand(4, -1).gt(40).long()} for _ in range(6)]
     assert prepare(model, padded, PruneConfig(**QUICK)).probe["input_ids"].shape == (2, 50)
+
+
+def resident():
+    return psutil.Process().memory_info().rss
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="the C library is another")
+def test_what_was_freed_between_pieces_in_use_is_given_back():
+    release_memory()
+    before = resident()
+    pieces = [torch.ones(2**14) for _ in range(2**11)]  # 64 KiB each, on the heap
+    in_use = pieces[::2]
+    del pieces
+    held = resident() - before
+    release_memory()
+    assert held > 100 * 2**20
+    assert resident() - before < 80 * 2**20
+    assert len(in_use) == 2**10
+
+
+def test_memory_is_given_back_after_every_block(monkeypatch):
+    given_back = []
+    monkeypatch.setattr(pruning, "release_memory", lambda: given_back.append(1))
+    model = tiny("llama")
+    report = prune(model, ready_batches(model), PruneConfig(**QUICK))
+    assert len(given_back) >= sum(block.units_after < block.units_before for block in report.blocks)

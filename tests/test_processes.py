@@ -8,6 +8,8 @@ import pytest
 import torch
 from batches import ready_batches
 from launched import RUNS, pruned
+from launched_checkpoint import VARIANTS, checkpoint_pruned
+from test_checkpoint import files
 from tiny import tiny
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +20,7 @@ from hf_subprune.processes import own_share
 HERE = Path(__file__).parent
 
 
-def launch(processes, *arguments):
+def launch(processes, *arguments, fails=False):
     """As a user does; on CPUs, for which `accelerate launch` knows only this way."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -30,7 +32,7 @@ def launch(processes, *arguments):
         "ACCELERATE_USE_CPU": "1",
     }
     done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout
 
 
@@ -69,6 +71,28 @@ def test_the_command_is_launched_in_two_processes(tmp_path):
     assert printed.count("Saved to") == 1
     report = PruneReport.load(tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == report.parameters.after
+
+
+@pytest.mark.slow
+def test_processes_prune_a_checkpoint_together_and_go_on_after_a_stop(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    script = HERE / "launched_checkpoint.py"
+    launch(2, script, tmp_path / "model", tmp_path / "whole")
+    launch(2, script, tmp_path / "model", tmp_path / "stopped", "stop", fails=True)
+    partial = tmp_path / "stopped" / ".layer.partial"
+    positions = [
+        [state["position"] for state in json.loads(path.read_text())]
+        for path in sorted(partial.glob("*/batches-of-*/walk/state.json"))
+    ]
+    assert positions == [[1, 2], [1]]
+    launch(2, script, tmp_path / "model", tmp_path / "stopped")
+    for variant in VARIANTS:
+        expected = checkpoint_pruned(tmp_path / "model", tmp_path / "alone" / variant, variant)
+        report = PruneReport.load(tmp_path / "whole" / variant)
+        assert [b.kept_units for b in report.blocks] == [b.kept_units for b in expected.blocks]
+        assert report.drift == pytest.approx(expected.drift, rel=1e-3)
+        assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == sorted(VARIANTS)
+        assert files(tmp_path / "stopped" / variant) == files(tmp_path / "whole" / variant)
 
 
 @pytest.mark.parametrize("targets", [False, True])

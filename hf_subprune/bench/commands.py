@@ -159,6 +159,22 @@ def scale(
 
 
 @bench_app.command()
+def processes(
+    count: Annotated[list[int] | None, typer.Option(help="Number of processes; may be repeated.", min=1)] = None,
+    layers: Annotated[int, typer.Option(help="Number of layers.", min=1)] = 4,
+    samples: Annotated[int, typer.Option(help="Samples to calibrate on.", min=4)] = 128,
+    width: Annotated[int, typer.Option(help="Hidden size.", min=8)] = 256,
+    out: Out = None,
+) -> None:
+    """Seconds of the calibration stage in one process and in several on the CPU, one thread each."""
+    from .processes import PROCESSES, bench_processes, table
+
+    rows = bench_processes(count or PROCESSES, layers, samples, width)
+    _save(rows, out, "processes.json")
+    console.print(table(rows))
+
+
+@bench_app.command()
 def solver(
     size: Annotated[
         list[str] | None, typer.Option(help="Inputs x outputs of a synthetic problem, e.g. 1536x384; may be repeated.")

@@ -62,6 +62,19 @@ def _random(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -
     return torch.empty(shape, dtype=dtype).normal_(0, shape[-1] ** -0.5, generator=generator)
 
 
+def small_llama(layers: int, width: int) -> LlamaConfig:
+    """A Llama of some depth and hidden size; MLPs are four times as wide, and the vocabulary is small."""
+    return LlamaConfig(
+        vocab_size=512,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=LENGTH,
+    )
+
+
 def random_batches(config: LlamaConfig, samples: int, length: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """Token ids at random in one batch, which is cut into batches of the size that a config asks for."""
     generator = torch.Generator().manual_seed(seed)
@@ -105,29 +118,25 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         sizes = (f"{row[name] / 2**20:.0f} MiB" for name in ("checkpoint", "states", "memory"))
         shown.add_row(str(row["layers"]), str(row["samples"]), *sizes, f"{row['seconds']:.0f}")
     shown.caption = (
-        "Memory: largest resident size, beyond that of Python and its libraries. Hidden states lie on disk."
+        "Memory: largest resident size (anonymous pages and those of mapped files), beyond that of Python and its "
+        "libraries. Hidden states lie on disk."
     )
     shown.caption_justify = "left"
     return shown
 
 
 def _row(layers: int, samples: int, width: int) -> dict[str, Any]:
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=LENGTH,
-    )
+    config = small_llama(layers, width)
     held_out = max(1, samples // 4)
     batches = random_batches(config, samples + held_out, LENGTH)
     wanted = PruneConfig(samples=samples, held_out=held_out, batch_size=2, keep=0.7)
     with tempfile.TemporaryDirectory() as folder:
         size = random_checkpoint(Path(folder) / "model", config, torch.float32)
         before = psutil.Process().memory_info().rss
-        report = prune_checkpoint(Path(folder) / "model", batches, wanted, Path(folder) / "pruned")
+        # A shard is in memory when it is written: one holds no more than a layer, as those of large models do.
+        report = prune_checkpoint(
+            Path(folder) / "model", batches, wanted, Path(folder) / "pruned", max_shard_size=size // layers
+        )
     return {
         "layers": layers,
         "samples": samples,
