@@ -180,7 +180,8 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
         for block, solution in pending:
             solved = from_process(calibrated.owners[block.name], solution)
             solutions[block.name], kept, V, bias = solved  # type: ignore[misc]
-            edits[block.name] = shrink(model, block, kept, weight=V, bias=bias)
+            # A copy: the edit holds it, and with it the mapped file of all of the solution.
+            edits[block.name] = shrink(model, block, kept.clone(), weight=V, bias=bias)
             bar.update()
         pending.clear()
         release_memory()
