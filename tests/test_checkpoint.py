@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
+import psutil
 import pytest
 import torch
 from batches import ready_batches
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_pruning import QUICK
 from tiny import tiny
@@ -184,6 +187,57 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, writer):
     prune_checkpoint(tmp_path / "model", batches, PruneConfig(**QUICK, variant="seq"), tmp_path / "out")
     prune_checkpoint(tmp_path / "model", batches, PruneConfig(**QUICK, variant="seq"), tmp_path / "again")
     assert files(tmp_path / "out") == files(tmp_path / "again")
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing(tmp_path, monkeypatch):
+    batches = saved("llama", tmp_path / "model")
+    full = SafetensorError("I/O error: No space left on device (os error 28)")
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.modeling_utils.safe_save_file", Mock(side_effect=full))
+        with pytest.raises(OSError, match=r"out could not be written: .*No space left.*Make room"):
+            prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_subprune.pruning.solve_block", None)  # not a second time
+        prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "again")
+    assert files(tmp_path / "out") == files(tmp_path / "again")
+
+
+def test_a_file_that_goes_while_a_run_reads_it_is_named(tmp_path, monkeypatch):
+    import hf_subprune.pruning as pruning
+
+    batches = saved("llama", tmp_path / "model")
+    shards, solve = sorted((tmp_path / "model").glob("*.safetensors")), pruning.solve_block
+
+    def lose_files(*args, **kwargs):
+        for shard in shards:
+            shard.rename(tmp_path / shard.name)
+        return solve(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pruning, "solve_block", lose_files)
+        with pytest.raises(OSError, match=r"cannot be read from the checkpoint any more: .*Put the file back"):
+            prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    for shard in shards:
+        (tmp_path / shard.name).rename(shard)
+    prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "again")
+    assert files(tmp_path / "out") == files(tmp_path / "again")
+
+
+def test_no_finished_layer_keeps_a_file_mapped(tmp_path, monkeypatch):
+    import hf_subprune.pruning as pruning
+
+    def mapped():
+        return [m.path for m in psutil.Process().memory_maps() if str(tmp_path) in m.path and "blocks" in m.path]
+
+    batches, seen = saved("llama", tmp_path / "model"), []
+    release = pruning.release_memory
+    monkeypatch.setattr(pruning, "release_memory", lambda: (release(), seen.append(len(mapped()))))
+    prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    assert len(seen) >= 6
+    assert max(seen) <= 2
 
 
 def test_too_little_room_is_said_before_any_work(tmp_path, monkeypatch):
