@@ -64,6 +64,16 @@ def test_every_family_shrinks_to_half_and_runs(family):
     call(model, batches[0])
 
 
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_importances_choose_units_of_their_own(family):
+    chosen = []
+    for importance in ("greedy", "activation_gradient", "wanda"):
+        model = tiny(family)
+        report = prune(model, ready_batches(model), PruneConfig(**QUICK, importance=importance, variant="layer"))
+        chosen.append([block.kept_units for block in report.blocks])
+    assert chosen[0] != chosen[1] != chosen[2]
+
+
 @pytest.mark.parametrize("variant", ["layer", "seq", "asym", "residual"])
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_new_weights_beat_plain_removal(family, variant):

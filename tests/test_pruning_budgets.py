@@ -131,7 +131,7 @@ def test_several_sizes_come_from_one_calibration(monkeypatch):
     batches = ready_batches(model)
     before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
     config_before = model.config.to_dict()
-    configs = [PruneConfig(**QUICK, keep=keep) for keep in (0.75, 0.5)]
+    configs = [PruneConfig(**QUICK, keep=keep, variant="layer") for keep in (0.75, 0.5)]
     collected, collect = [], calibrated.collect
     monkeypatch.setattr(
         calibrated, "collect", lambda *args, **options: collected.append(1) or collect(*args, **options)

@@ -66,7 +66,13 @@ def bench_budgets(
         as `allocation.scalar_drift` counts it; `figures`, the drift in full.
     """
     base = PruneConfig(
-        keep=min(keeps), samples=samples, held_out=held_out, max_length=max_length, layout="ragged", round_to=1
+        variant="layer",
+        keep=min(keeps),
+        samples=samples,
+        held_out=held_out,
+        max_length=max_length,
+        layout="ragged",
+        round_to=1,
     )
     with apart(model):
         calibrated = Calibrated(model.eval(), prepare(model, data, base, processing_class), [base])
