@@ -163,7 +163,7 @@ def _unreached(model: nn.Module, readers: Collection[str], blocks: Sequence[Bloc
 
 
 def _numberless(path: str) -> str:
-    return re.sub(r"\b\d+\b", "*", path)
+    return re.sub(r"(?<![a-zA-Z])\d+", "*", path)  # "layers.0", "expert_0", and not "fc1"
 
 
 class _RefusedError(Exception):

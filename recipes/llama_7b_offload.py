@@ -48,12 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--folder", type=Path, required=True, help="for the checkpoint and the pruned one")
+    parser.add_argument("--layers", type=int, help="fewer of them, to see the peak of memory sooner")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512, help="tokens a sample")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--keep", type=float, default=0.7)
     options = parser.parse_args(arguments)
-    config = LlamaConfig(**SHAPES[options.shape])
+    shape = SHAPES[options.shape]
+    config = LlamaConfig(**shape | {"num_hidden_layers": options.layers or shape["num_hidden_layers"]})
     source, out = options.folder / "model", options.folder / "pruned"
     if not (source / "model.safetensors.index.json").exists():  # written last
         random_checkpoint(source, config)
