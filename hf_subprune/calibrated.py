@@ -123,7 +123,7 @@ class Calibrated:
         self.losses: dict[str, Points] = {}
         self.stored: dict[str, BlockMoments] | None = None
         grouped = any(b.queries is not None for b in self.candidates)  # these are looked at before they are pruned
-        share = first.variant == "layer" and (needs_curves or len(configs) > 1 or grouped)
+        share = first.streams() == "layer" and (needs_curves or len(configs) > 1 or grouped)
         if folder is None and share and sum(_moment_bytes(model, b) for b in self.candidates) <= _STORED_BYTES:
             self.stored = {}
         if needs_curves or self.stored is not None:
@@ -172,7 +172,9 @@ class Calibrated:
         itemsize = self.model.dtype.itemsize
         batches = (*self.calibration.fit, *self.calibration.held_out)
         rows = sum(next(iter(batch.values())).numel() for batch in batches)
-        states = 2 * rows * max(m for _, m in shapes) * itemsize * (2 if self.configs[0].variant in TWO_STREAMS else 1)
+        states = (
+            2 * rows * max(m for _, m in shapes) * itemsize * (2 if self.configs[0].streams() in TWO_STREAMS else 1)
+        )
         return states + sum(8 * m * m + 2 * n * m * itemsize for n, m in shapes)
 
     def _measure(self) -> tuple[list[Outputs], Costs]:
@@ -327,7 +329,7 @@ class Calibrated:
             return ((block, self.stored.get(block.name)) for block in to_prune)
         segments = self.segments(to_prune)
         return collect(
-            self.model, segments, self.calibration, config.variant, edits, folder=folder, owners=self.owners
+            self.model, segments, self.calibration, config.streams(), edits, folder=folder, owners=self.owners
         )
 
     def segments(self, blocks: Sequence[Block]) -> Plan:

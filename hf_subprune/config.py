@@ -141,8 +141,8 @@ class PruneConfig:
         variant (`str`, default `"residual"`):
             The reweighting objective: the paper's `"layer"` (LayerInChange), `"seq"` (SeqInChange) or `"asym"`
             (AsymInChange), or `"residual"`: `asym` for the sum that the output goes into, so that later layers mend
-            what earlier ones have done to the residual stream. `"layer"` is the fastest, at half of the forwards, and
-            several sizes share its moments.
+            what earlier ones have done to the residual stream (`"layer"` where `reweight` is off). `"layer"` is the
+            fastest, at half of the forwards, and several sizes share its moments.
         layout (`str`, default `"auto"`):
             How the pruned model is stored. `"stock"`: equal widths in every layer, loads without this package;
             `"ragged"`: widths differ by layer; `"auto"`: stock where the architecture's config can say the widths.
@@ -248,6 +248,10 @@ class PruneConfig:
         if self.budget != "auto":
             return self.budget
         return "uniform" if self.layout == "auto" else "global"
+
+    def streams(self) -> str:
+        """The variant whose moments are collected: `"residual"` is `"layer"` where no new weights mend anything."""
+        return "layer" if self.variant == "residual" and not self.reweight else self.variant
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _RULES:

@@ -126,8 +126,8 @@ class GradualPruning:
                 for block, own in moments:
                     edits[block.name], solutions[block.name] = self._prune(block, own, width, chosen)
             alone = [b for b in shrinking if b.tie is None]
-            with taken_back(edits) if self.config.variant == "layer" else nullcontext():
-                for block, own in self._moments(alone, self.config.variant, edits):
+            with taken_back(edits) if self.config.streams() == "layer" else nullcontext():
+                for block, own in self._moments(alone, self.config.streams(), edits):
                     edits[block.name], solutions[block.name] = self._prune(block, own, widths[block.name])
             change = drift(self.model, self.calibration.held_out, reference)
             on_failure.pop_all()

@@ -147,7 +147,9 @@ def plot_error(report: PruneReport) -> "Figure":
 def plot_curves(report: PruneReport) -> "Figure":
     """Relative error of a block's output against its units kept, and what was chosen, both fitted and held-out.
 
-    One row of panels per family of blocks; of a deep family, six blocks at equal distances.
+    One row of panels per family of blocks; of a deep family, six blocks at equal distances. The curves are those of
+    the block alone in the original model; what was chosen is above them where the variant makes later blocks mend what
+    earlier ones have done, which they cannot in full.
     """
     families = _families([b for b in report.blocks if b.curve])
     shown = {name: _spread(blocks, 6) for name, blocks in families.items()}
@@ -157,8 +159,8 @@ def plot_curves(report: PruneReport) -> "Figure":
         for row, (name, blocks) in zip(grid, shown.items(), strict=True):
             for axes, block, number in zip(row, blocks, _numbers(blocks), strict=False):
                 units, fitted, unseen = zip(*block.curve, strict=True)
-                axes.plot(units, fitted, color=AFTER, linewidth=1.4, label="rows fitted on")
-                axes.plot(units, unseen, color=UNSEEN, linewidth=1.4, label="rows held out")
+                axes.plot(units, fitted, color=AFTER, linewidth=1.4, label="pruned alone, rows fitted on")
+                axes.plot(units, unseen, color=UNSEEN, linewidth=1.4, label="pruned alone, rows held out")
                 if block.units_after < block.units_before:
                     chosen, errors = block.units_after, (block.fitted_error, block.held_out_error)
                     axes.plot(chosen, errors[0], "o", color=AFTER, label="chosen, rows fitted on")

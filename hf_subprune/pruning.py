@@ -199,8 +199,8 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
         segments = calibrated.segments(alone).segments
         groups = [group for segment in segments for group in by_stack(segment.blocks)]
         # What the next block reads depends on this one, but for variant "layer", where each process solves one a time.
-        last = set() if config.variant == "layer" else {group[-1].name for group in groups}
-        with taken_back(edits) if config.variant == "layer" else nullcontext():
+        last = set() if config.streams() == "layer" else {group[-1].name for group in groups}
+        with taken_back(edits) if config.streams() == "layer" else nullcontext():
             for segment in segments[: finished_segments(folder)]:
                 for block in segment.blocks:
                     solve(block, None)

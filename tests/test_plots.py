@@ -78,14 +78,14 @@ def test_curves_show_the_first_and_the_last_layer_and_the_chosen_size():
     figure = plot_curves(make_report(blocks=tuple(make_block(f"layer.{i}.mlp") for i in range(20))))
     titles = [axes.get_title(loc="center") for axes in figure.axes]
     assert len(titles) == 6 and titles[0] == "0" and titles[-1] == "19"
-    assert lines(figure.axes[0], "rows fitted on") == [[(8, 0.9), (16, 0.6), (24, 0.2)]]
+    assert lines(figure.axes[0], "pruned alone, rows fitted on") == [[(8, 0.9), (16, 0.6), (24, 0.2)]]
     assert lines(figure.axes[0], "rows held out") == [[(8, 0.95), (16, 0.7), (24, 0.28)]]
     assert lines(figure.axes[0], "chosen, rows held out") == [[(24, 0.3)]]
 
 
 def test_nothing_was_chosen_for_a_block_that_is_whole():
     (axes,) = plot_curves(make_report(blocks=(make_block(units_after=32, fitted_error=0.0),))).axes
-    assert lines(axes, "chosen, rows fitted on") == [] and len(lines(axes, "rows fitted on")) == 1
+    assert lines(axes, "chosen, rows fitted on") == [] and len(lines(axes, "pruned alone, rows fitted on")) == 1
 
 
 def test_size_against_quality_is_sorted_by_size_with_the_original():
