@@ -79,7 +79,7 @@ def test_curves_show_the_first_and_the_last_layer_and_the_chosen_size():
     titles = [axes.get_title(loc="center") for axes in figure.axes]
     assert len(titles) == 6 and titles[0] == "0" and titles[-1] == "19"
     assert lines(figure.axes[0], "pruned alone, rows fitted on") == [[(8, 0.9), (16, 0.6), (24, 0.2)]]
-    assert lines(figure.axes[0], "rows held out") == [[(8, 0.95), (16, 0.7), (24, 0.28)]]
+    assert lines(figure.axes[0], "pruned alone, rows held out") == [[(8, 0.95), (16, 0.7), (24, 0.28)]]
     assert lines(figure.axes[0], "chosen, rows held out") == [[(24, 0.3)]]
 
 
