@@ -162,7 +162,7 @@ def test_reweighting_beats_removal_on_held_out_rows():
     errors = {}
     for reweight in (True, False):
         model = tiny_model("mixtral", "main")
-        config = PruneConfig(units=["mlp"], samples=96, held_out=32, batch_size=16, reweight=reweight)
+        config = PruneConfig(units=["mlp"], samples=96, held_out=32, batch_size=16, variant="layer", reweight=reweight)
         report = prune(model, batches(model, count=8, rows=16, length=24), config)
         errors[reweight] = sum(block.held_out_error for block in report.blocks)
     assert errors[True] < 0.9 * errors[False]
