@@ -41,8 +41,8 @@ class Moments:
 class MomentAccumulator:
     """Sums second moments over batches of rows.
 
-    A batch is multiplied in its own precision, float32 at least, and added in `dtype`. Rows are shifted by the mean
-    of the first batch before they are multiplied, so that centring cancels no digits (intercept only).
+    A batch is multiplied and summed in its own precision, float32 at least, and added in `dtype`. Rows are shifted by
+    the mean of the first batch before that, so that centring cancels no digits (intercept only).
 
     Args:
         n: Number of consumer inputs.
@@ -107,7 +107,7 @@ class MomentAccumulator:
                 self.shift = x.mean(0)
             x = x - self.shift.to(x)
         self.rows += len(x)
-        self._sum += x.sum(0, dtype=torch.float64).to(self.device)
+        self._sum += x.sum(0).to(self.device)
         for start, stop in self._panels():
             self._gram[start:stop, start:] += (x[:, start:stop].T @ x[:, start:]).to(self.device)
         if targets is not None:
@@ -115,8 +115,8 @@ class MomentAccumulator:
                 raise ValueError(f"Targets must have shape {(len(x), self.m)}, got {tuple(targets.shape)}.")
             y = targets.detach().to(x)
             self._cross += (x.T @ y).to(self.device)
-            self._target_sum += y.sum(0, dtype=torch.float64).to(self.device)
-            self._target_square += y.square().sum(dtype=torch.float64).to(self.device)
+            self._target_sum += y.sum(0, dtype=torch.float64).to(self.device)  # not shifted
+            self._target_square += y.square().sum(0).sum(dtype=torch.float64).to(self.device)
 
     def _panels(self) -> list[tuple[int, int]]:
         width = -(-self.n // _PANELS)

@@ -65,7 +65,9 @@ class BlockMoments:
         """
         # Of a single row, centred moments are zero.
         seen = [fold.moments(W) for fold in self.folds if fold.rows > fold.intercept]
-        return seen + [unseen(W, seen, self.held_out.intercept)] * (len(self.folds) - len(seen))
+        if missing := len(self.folds) - len(seen):
+            seen += [unseen(W, seen, self.held_out.intercept)] * missing
+        return seen
 
     def of_held_out(self, W: torch.Tensor) -> Moments:
         """The moments of the held-out rows; of those fitted on for an expert that gets none of the held-out ones.
@@ -210,7 +212,7 @@ class Tap:
             start += len(part)
             target = None if targets is None else targets[done : done + len(rows)]
             done += len(rows)
-            if not torch.isfinite(rows.sum(dtype=torch.float64)):  # what is not finite stays so in a sum
+            if len(rows) and not torch.isfinite(torch.stack(rows.aminmax())).all():  # extremes pass on missing values
                 what = f"calibration batch {self._index}" if fitted else "a held-out batch"
                 raise ValueError(
                     f"Block {self.block.name}: the input of {self.block.consumer} holds NaN or inf in {what}"
