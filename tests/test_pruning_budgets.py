@@ -180,6 +180,17 @@ def test_the_bench_ranks_allocations_and_leaves_the_model_alone():
     assert "over 6 random" in render(table(rows))
 
 
+def test_the_bench_shows_what_becomes_of_embeddings():
+    common = {"keep": 0.5, "kept": 0.5, "predicted": 0.2}
+    rows = [
+        {**common, "budget": "uniform", "actual": 0.3, "figures": {"embedding_cosine": 0.9}},
+        {**common, "budget": "global", "actual": 0.27, "figures": {"embedding_cosine": 0.95}},
+    ]
+    line = next(line for line in render(table(rows)).splitlines() if "global" in line)
+    assert "-10%" in line
+    assert "-50%" in line
+
+
 def test_the_command_saves_every_size_in_its_own_folder(tmp_path):
     model = tiny("bert")
     folder, out, texts = tmp_path / "model", tmp_path / "out", tmp_path / "texts.jsonl"

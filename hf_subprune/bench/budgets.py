@@ -102,13 +102,18 @@ def rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float:
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Budgets side by side, the rank correlation below, as a rich table."""
     shown = Table(title="Held-out drift by budget", title_justify="left")
+    embeds = all("embedding_cosine" in row["figures"] for row in rows)
     for name in ("keep", "budget", "kept", "predicted", "actual", "against uniform"):
         shown.add_column(name, justify="left" if name == "budget" else "right")
-    uniform = {row["keep"]: row["actual"] for row in rows if row["budget"] == "uniform"}
+    if embeds:
+        shown.add_column("1 - cosine of embeddings", justify="right")
+        shown.add_column("against uniform", justify="right")
+    uniform = {row["keep"]: row for row in rows if row["budget"] == "uniform"}
     for row in rows:
         if row["budget"] != "random":
-            ratio = row["actual"] / uniform[row["keep"]] - 1
-            figures = (f"{row['kept']:.3f}", f"{row['predicted']:.4g}", f"{row['actual']:.4g}", f"{ratio:+.0%}")
+            figures = [f"{row['kept']:.3f}", f"{row['predicted']:.4g}", *_against(uniform[row["keep"]], row, _actual)]
+            if embeds:
+                figures += _against(uniform[row["keep"]], row, _turned)
             shown.add_row(f"{row['keep']:g}", row["budget"], *figures)
     count = sum(row["budget"] == "random" for row in rows)
     if count:
@@ -118,6 +123,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         )
         shown.caption_justify = "left"
     return shown
+
+
+def _against(uniform: Mapping[str, Any], row: Mapping[str, Any], drift_of: Callable[..., float]) -> list[str]:
+    return [f"{drift_of(row):.4g}", f"{drift_of(row) / drift_of(uniform) - 1:+.0%}"]
+
+
+def _actual(row: Mapping[str, Any]) -> float:
+    return row["actual"]
+
+
+def _turned(row: Mapping[str, Any]) -> float:
+    return 1 - row["figures"]["embedding_cosine"]
 
 
 class _Drifts:
