@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .blocks import Block, by_tie
@@ -193,6 +195,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                         buffer.copy_(value)
 
 
+class _ConvolutionsInFloat32(TorchFunctionMode):
+    """Convolutions compare the dtypes of what they are given before they become operations of the other mode."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in _CONVOLUTIONS:
+            args, kwargs = _widened(args), {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+_CONVOLUTIONS = (
+    *(functional.conv1d, functional.conv2d, functional.conv3d),
+    *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
+)
+
+
 class _InFloat32(TorchDispatchMode):
     """Every operation on half precision tensors is carried out in float32, and nothing is stored in less."""
 
@@ -228,6 +245,7 @@ def _run(
             stack.callback(handle.remove)
         if any(parameter.dtype in HALVES for parameter in model.parameters()):
             stack.enter_context(_InFloat32())
+            stack.enter_context(_ConvolutionsInFloat32())
         if to_consumer:
             stack.callback(model.get_submodule(blocks[-1].consumer).register_forward_hook(_stop).remove)
         try:

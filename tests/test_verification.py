@@ -32,7 +32,7 @@ def test_right_blocks_pass_and_the_model_is_unchanged(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bart", "vit"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bart", "vit", "wav2vec2"])
 def test_a_wrong_map_is_named_in_any_precision(family, dtype):
     model = tiny(family).to(dtype)
     inputs = probe_inputs(model)
