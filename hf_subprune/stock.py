@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import LlamaPreTrainedModel, PreTrainedConfig, PreTrainedModel, logging
 
+from .forwards import INNER_WIDTH
 from .skeleton import build_skeleton, describe, nested_configs, read_back, tensors
 
 Change = tuple[str, str, int | float]
@@ -88,6 +89,8 @@ class _Search:
         name = type(self.model.config).__name__
         if uneven := self._uneven():
             return StockSearch(None, f"{name} says one width for all layers, but {uneven}", "Use layout='ragged'")
+        if adapted := self._adapted():
+            return StockSearch(None, f"no value of {name} adapts the forward of {adapted!r}", "Use layout='ragged'")
         taken = []
         while wrong := self._wrong(self.current, self.binding):
             nearer = self._nearer()
@@ -212,6 +215,11 @@ class _Search:
                     numbers[name] = getattr(module.config, name.removeprefix("config."))
             sizes |= {(path, name): (value,) for name, value in numbers.items()}
         return sizes
+
+    def _adapted(self) -> str:
+        """A module whose forward was adapted to the units that it has left; `""` if there is none."""
+        widths = (path for path, values in self.spec.attributes.items() if INNER_WIDTH in values)
+        return next(iter([*widths, *self.spec.arguments]), "")
 
     def _uneven(self) -> str:
         """Two layers of one kind, alike before pruning, that keep different widths; `""` if there are none."""
