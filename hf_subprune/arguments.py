@@ -89,11 +89,12 @@ def _places(model: nn.Module, block: Block, path: str, name: str, value: torch.T
     if name in known:
         yield path, name, *known[name]
         return
-    lengths = [units * heads for heads in range(1, max(width, 2)) if width % heads == 0]
-    for dim, size in enumerate(value.shape):
-        yield from ((path, name, dim, entries) for entries in lengths if size == entries)
     batch = value.shape[0] if value.ndim else 0
-    yield from ((path, name, 0, entries) for entries in lengths if batch != entries and batch % entries == 0)
+    # One entry for each unit first: for a batch of two, those of all heads could be two for each of them as well.
+    for entries in (units * heads for heads in range(1, max(width, 2)) if width % heads == 0):
+        yield from ((path, name, dim, entries) for dim, size in enumerate(value.shape) if size == entries)
+        if batch != entries and batch % entries == 0:
+            yield path, name, 0, entries
 
 
 def _present(model: nn.Module, path: str, name: str, entries: int) -> int:

@@ -121,16 +121,23 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
 class _Connected(TorchFunctionMode):
     """Functions with flat pieces are replaced by smooth ones: a unit that is dead in a forward is still connected.
 
+    Scores that a finite mask pushes down come closer: gradients through `exp(-100)` vanish for some, at random.
     Parts that a model runs without gradients are recorded as well.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch._C._set_grad_enabled:
             args = (True,)
-        smooth = _SMOOTH.get(func)
-        return (
-            func(*args, **(kwargs or {})) if smooth is None else smooth(args[0] if args else (kwargs or {})["input"])
-        )
+        kwargs = kwargs or {}
+        if func in _SMOOTH:
+            return _SMOOTH[func](args[0] if args else kwargs["input"])
+        if func in _SCORES:
+            place, name = _SCORES[func]
+            if len(args) > place:
+                args = (*args[:place], _near(args[place]), *args[place + 1 :])
+            elif name in kwargs:
+                kwargs = {**kwargs, name: _near(kwargs[name])}
+        return func(*args, **kwargs)
 
 
 _SMOOTH: dict[Any, Any] = {
@@ -142,6 +149,17 @@ _SMOOTH: dict[Any, Any] = {
     functional.hardswish: functional.silu,
     functional.hardsigmoid: functional.sigmoid,
 }
+_SCORES: dict[Any, tuple[int, str]] = {
+    **dict.fromkeys((torch.softmax, torch.Tensor.softmax, functional.softmax), (0, "input")),
+    functional.scaled_dot_product_attention: (3, "attn_mask"),
+}
+"""Where functions take scores, or what is added to them: position and name of the argument."""
+
+
+def _near(scores: Any) -> Any:
+    """Scores of which none is so far below the others that its weight underflows, but for those at `-inf`."""
+    floating = isinstance(scores, torch.Tensor) and scores.is_floating_point()
+    return scores.asinh() if floating else scores
 
 
 def _factors(model: nn.Module) -> list[Source]:

@@ -59,6 +59,10 @@ class Jacobian:
             for source in sources
             for axis in (range(source.tensor.ndim) if source.axis is None else [source.axis % source.tensor.ndim])
         ]
+        # The bias of a norm of keys moves all scores of a query alike: its gradient vanishes, or nearly so, at random.
+        numbers = {(line.source.name, line.length): i for i, line in enumerate(self.lines) if line.source.axis is None}
+        scales = [(f"{line.source.name.removesuffix('.bias')}.weight", line.length) for line in self.lines]
+        self._told_by = [numbers.get(scale, i) for i, scale in enumerate(scales)]
         random = torch.Generator().manual_seed(1)
         # Random, so that no two paths cancel.
         self._cotangent = (torch.rand(tensor.shape, generator=random) + 0.5).to(tensor.device, tensor.dtype)
@@ -103,7 +107,7 @@ class Jacobian:
                 touched.append(torch.zeros(line.length, dtype=torch.bool))
             else:
                 touched.append((gradient != 0).movedim(line.axis, 0).reshape(line.length, -1).any(1).cpu())
-        return torch.cat(touched)
+        return torch.cat([touched[i] for i in self._told_by])
 
 
 def decode(jacobian: Jacobian) -> Units | None:
