@@ -32,7 +32,6 @@ from .curves import LossCurve, loss_curve
 from .durable import check_space, once
 from .evaluation import Costs, Outputs, count, model_outputs, times_in_turn
 from .execution import release_memory
-from .experts import together
 from .layout import choose_layout
 from .linears import matrix_shape, weight_matrix
 from .offload import input_device, is_offloaded
@@ -41,6 +40,7 @@ from .processes import from_all, from_process, is_mine, processes
 from .progress import Clock, progress, timed
 from .report import Allocation, Change
 from .sensitivity import Means, activation_gradients, output_metrics
+from .stacked import together
 from .surgery import Edit, taken_back
 from .taps import FOLDS, BlockMoments
 from .targets import Target, narrowed, resolve
@@ -60,7 +60,7 @@ class Calibrated:
     """A model with all that pruning it to any of several sizes needs: data, blocks, sensitivities, curves, moments.
 
     Args:
-        model: In eval mode, its experts apart (`experts.apart`); left as it is.
+        model: In eval mode, what it stacks apart (`stacked.apart`); left as it is.
         calibration: The batches.
         configs: The sizes; they differ in size only.
         evaluation: As for `prune`.

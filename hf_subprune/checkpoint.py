@@ -25,7 +25,6 @@ from .config import PruneConfig
 from .datafiles import load_processing_class
 from .durable import check_space, write_json
 from .execution import full_precision, with_fitting_batches
-from .experts import apart
 from .offload import taken_over
 from .processes import processes, state
 from .progress import Clock
@@ -33,6 +32,7 @@ from .pruning import check_prunable, prune_to
 from .report import PruneReport
 from .saving import check_output, save_pruned
 from .skeleton import build_skeleton
+from .stacked import apart
 
 logger = logging.get_logger(__name__)
 

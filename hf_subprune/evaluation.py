@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .calibration import Batch, is_divisible
-from .experts import apart, together
 from .offload import input_device
 from .padding import token_mask
 from .processes import from_all
+from .stacked import apart, together
 from .verification import floating_tensors, undisturbed
 
 # Bytes of reference outputs that are held for one batch list; beyond that, evenly spaced tokens stand for all.

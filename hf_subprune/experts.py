@@ -8,7 +8,7 @@ neurons of its own choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -181,82 +181,13 @@ class Apart:
         return torch.stack([part.detach().T if self.form.transposed and not bias else part.detach() for part in parts])
 
 
-def take_apart(model: nn.Module) -> list[nn.Module]:
-    """Take apart all stacked experts whose computation is understood; a second time does nothing.
-
-    A module is understood when its experts, taken apart, compute what it does, on random tokens. Its `forward` is
-    replaced; nothing is copied.
-
-    Returns:
-        The modules that were taken apart.
-    """
-    modules = []
-    for module in model.modules():
-        apart = understood(module)
-        if apart is not None:
-            modules.append(apart)
-    for apart in modules:
-        apart.attach()
-    return [apart.module for apart in modules]
-
-
-def put_together(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Put experts back into stacked tensors: the very parameters that they were views of, unless they were shrunk.
-
-    Args:
-        modules: Among them those to be put together; others are passed over.
-
-    Returns:
-        Takes them apart again, into the very modules that they were.
-
-    Raises:
-        ValueError: the experts of one module have different widths.
-    """
-    held = [apart for module in modules if (apart := _apart(module)) is not None]
-    parameters = [apart.together() for apart in held]
-    for apart, own in zip(held, parameters, strict=True):
-        apart.detach(own)
-
-    def again() -> None:
-        for apart in held:
-            apart.attach()
-
-    return again
-
-
-@contextmanager
-def apart(model: nn.Module) -> Iterator[None]:
-    """Within the context all stacked experts of the model that are understood are ordinary modules.
-
-    On exit they are stacked again: what was shrunk keeps its new width. Within another such context, nothing is done.
-
-    Raises:
-        ValueError: on exit, experts of one layer have different widths.
-    """
-    modules = take_apart(model)
-    try:
-        yield
-    finally:
-        put_together(modules)
-
-
-@contextmanager
-def together(model: nn.Module) -> Iterator[None]:
-    """Within the context the model is as it is stored, and as fast: no experts are apart."""
-    again = put_together(model.modules())
-    try:
-        yield
-    finally:
-        again()
-
-
 @contextmanager
 def all_running(model: nn.Module) -> Iterator[None]:
     """Within the context every expert that was taken apart runs on every token, so that a small batch shows them all.
 
     The output of the model is the same: what the router did not ask for counts with weight 0.
     """
-    held = [held for module in model.modules() if (held := _apart(module)) is not None]
+    held = [held for module in model.modules() if (held := apart_in(module)) is not None]
     before = [held.every for held in held]
     for one in held:
         one.every = True
@@ -328,7 +259,8 @@ def refuse_stacks(model: nn.Module, blocks: Iterable[Block], layers: Iterable[st
     return refusals
 
 
-def _apart(module: nn.Module) -> Apart | None:
+def apart_in(module: nn.Module) -> Apart | None:
+    """What a module of experts is made of, if it is apart now."""
     forward = module.__dict__.get("forward")
     return forward if isinstance(forward, Apart) else None
 

@@ -3,9 +3,9 @@
 Two things that no attribute of a module says: the width of its heads together where its forward takes it to be that of
 what it is given (`batch, length, width = hidden_states.size()`), and arguments with entries for every unit that are
 made elsewhere (ALiBi biases, masks by head). The first is read from an attribute after adaptation, the second are cut
-to the entries of the units that are left.
+to the entries of the units that are left. What `nn.MultiheadAttention` computes is written anew.
 
-Only Python's own library is imported: `remote_code` copies this file as it is beside the weights.
+Only torch and Python's own library are imported: `remote_code` copies this file as it is beside the weights.
 """
 
 import __future__
@@ -18,6 +18,10 @@ import textwrap
 from collections.abc import Callable, Collection, Mapping
 from types import FunctionType, MethodType
 from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
 
 INNER_WIDTH = "inner_width"
 """Attribute of an adapted module: the width of its units together, which its forward takes for that of its input."""
@@ -44,8 +48,10 @@ def adapted(module: Any, inner_width: int | None, cut: Mapping[str, tuple[int, i
     """
     forward = type(module).forward
     entries: dict[str, Any] = {}
+    if forward is nn.MultiheadAttention.forward:
+        forward = multihead_attention
     if inner_width is not None:
-        rewritten = reading_inner_width(forward)
+        rewritten = forward if forward is multihead_attention else reading_inner_width(forward)
         if rewritten is None:
             raise ValueError(
                 f"the forward of {type(module).__name__} was adapted to an inner width of {inner_width}, but here it "
@@ -157,3 +163,62 @@ def _cutting(forward: Callable) -> Callable:
         return forward(self, *(given.pop(name) for name in names[: len(args)]), **given)
 
     return cutting
+
+
+def multihead_attention(
+    self: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_padding_mask: torch.Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: torch.Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `nn.MultiheadAttention` computes, for heads that together may be narrower than its inputs.
+
+    Torch's own takes their width to be that of the inputs, and multiplies by the weights without calling the linears
+    that hold them. `is_causal` is a hint at what `attn_mask` is, which nothing here needs.
+    """
+    inputs = [query, key, value]
+    if query.ndim == 2:
+        inputs = [one.unsqueeze(0) for one in inputs]
+    elif not self.batch_first:
+        inputs = [one.transpose(0, 1) for one in inputs]
+    q, k, v = (one.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for one in _projected(self, inputs))
+    mask = None
+    if attn_mask is not None:
+        mask = _additive(attn_mask.unflatten(0, (-1, self.num_heads)) if attn_mask.ndim == 3 else attn_mask, q)
+    if key_padding_mask is not None:
+        padding = _additive(key_padding_mask.view(len(k), 1, 1, -1), q)
+        mask = padding if mask is None else mask + padding
+    dropout = self.dropout if self.training else 0.0
+    weights = None
+    if need_weights:
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        weights = functional.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+        heads = weights @ v
+        weights = weights.mean(1) if average_attn_weights else weights
+    else:
+        heads = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
+    output = self.out_proj(heads.transpose(1, 2).flatten(-2))
+    if query.ndim == 2:
+        return output.squeeze(0), None if weights is None else weights.squeeze(0)
+    return output if self.batch_first else output.transpose(0, 1), weights
+
+
+def _projected(attention: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Queries, keys and values, by one stacked weight or by three linears while they are apart."""
+    if attention.in_proj_weight is None:
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return [linear(one) for linear, one in zip(linears, inputs, strict=True)]
+    biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
+    return list(map(functional.linear, inputs, attention.in_proj_weight.chunk(3), biases))
+
+
+def _additive(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A mask as what is added to scores: `-inf` where a boolean one says that nothing is looked at."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
+    return mask.to(like.dtype)

@@ -19,7 +19,6 @@ from .calibration import prepare
 from .collection import collect
 from .config import PruneConfig
 from .evaluation import circumstances, count, drift, model_outputs
-from .experts import apart, put_together
 from .layout import choose_layout
 from .linears import weight_matrix
 from .masking import Mask, MaskEdit
@@ -28,6 +27,7 @@ from .progress import peak_memory
 from .report import BlockReport, Change, PruneReport
 from .reweighting import relative_error
 from .solver import solve_block
+from .stacked import apart, put_together
 from .surgery import Edit, kept_columns, shrink, taken_back, undo_all
 from .taps import BlockMoments
 from .tied import Problem, choose_together

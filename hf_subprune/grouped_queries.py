@@ -12,12 +12,12 @@ from .collection import BlockMoments
 from .config import PruneConfig
 from .curves import expected_loss
 from .durable import once
-from .experts import together
 from .layout import choose_layout
 from .moments import combine
 from .problem import columns_of
 from .processes import from_all, is_mine
 from .solver import choose
+from .stacked import together
 from .targets import Target, narrowed
 
 

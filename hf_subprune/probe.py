@@ -14,10 +14,11 @@ from torch import nn
 
 from .attributes import settle
 from .blocks import Block, Discovery, Refusal, Slice, counted_once, parameters_per_unit
-from .experts import all_running, apart, refuse_stacks, stack_of, whole_stacks
+from .experts import all_running, refuse_stacks, stack_of, whole_stacks
 from .linears import input_dim, is_convolution, is_linear, taps
 from .offload import device_of
 from .probe_inputs import probe_inputs
+from .stacked import apart
 from .ties import tie_shared
 from .tracing import OUTPUT, Read, Source, Trace, traced
 from .units import NO_UNIT, SHARED, Jacobian, Line, Units, agrees, decode, first_column
@@ -48,8 +49,8 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
         model: Any model whose blocks are made of `nn.Linear`, `Conv1D` or convolutions; in memory, not on meta.
         inputs: Keyword arguments of a small forward (two samples, a few tokens); `probe_inputs(model)` if omitted.
 
-    Experts that are stacked in one tensor are found one by one; their blocks can be shrunk inside of
-    `experts.apart(model)` only.
+    Experts that are stacked in one tensor are found one by one. Their blocks, and those of `nn.MultiheadAttention`,
+    can be shrunk inside of `stacked.apart(model)` only.
 
     Returns:
         Blocks in the order of the forward, and refusals.
@@ -100,6 +101,7 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
         refusals.append(Refusal(block.name, seek.presumed[block.consumer], reason, NO_ATTRIBUTE))
     refusals += [Refusal(block.name, block.kind, reason, LEFT_WHOLE) for block, reason in unequal]
     refusals += _functional(model, readers, blocks)
+    refusals += _grouped(model, blocks)
     refusals += _unreached(model, {read.reader for read in trace.reads}, blocks)
     layers = {layer for name, _ in model.named_modules() if name and (layer := layer_of(model, name)) is not None}
     refusals += refuse_stacks(model, blocks, layers)
@@ -145,6 +147,19 @@ def _functional(model: nn.Module, readers: Mapping[str, set[str]], blocks: Seque
             reason = f"{type(module).__name__} {name!r} is multiplied by other code than the forward of a linear"
             refusals[owner] = Refusal(owner, "unknown", reason, LEFT_WHOLE)
     return list(refusals.values())
+
+
+def _grouped(model: nn.Module, blocks: Sequence[Block]) -> list[Refusal]:
+    """Refuse the convolutions in groups that no block slices: they are no linears, and end what is followed."""
+    found = {piece.tensor for block in blocks for piece in block.slices}
+    refusals = []
+    for path, module in model.named_modules():
+        depthwise = is_convolution(module) and module.weight.shape[1] == 1
+        if is_convolution(module) and module.groups > 1 and not depthwise and f"{path}.weight" not in found:
+            reason = f"it is a convolution in {module.groups} groups, each of which reads channels of its own"
+            if layer_of(model, path) is not None:
+                refusals.append(Refusal(path, "unknown", reason, LEFT_WHOLE))
+    return refusals
 
 
 def _unreached(model: nn.Module, readers: Collection[str], blocks: Sequence[Block]) -> list[Refusal]:
@@ -197,6 +212,9 @@ class _Seeker:
         own = [source for source in sources if source.axis is not None and _few_readers(source)]
         if read.tensor.ndim < 2:
             return None
+        if not sources and layer_of(model, consumer) is not None and not read.tensor.any():
+            reason = "it reads nothing but zeros, whatever the linears before it put out: they run elsewhere only"
+            return Refusal(consumer, "unknown", reason, LEFT_WHOLE)
         residual = self._residual(consumer, sources)
         if residual is not None or not own:
             return residual
@@ -360,12 +378,6 @@ def _owned_lines(jacobian: Jacobian, owner: torch.Tensor) -> list[tuple[Line, to
             if id(line.source) in lines:
                 raise _RefusedError(f"units own entries of {line.source.name!r} along two of its dimensions")
             lines[id(line.source)] = (line, owners)
-    # The bias of a norm of keys moves all scores of a query alike: its gradient vanishes, or nearly so, at random.
-    scales = {line.source.name: (line, own) for line, own in lines.values() if line.source.axis is None}
-    for key, (line, _) in lines.items():
-        scale = scales.get(f"{line.source.name.removesuffix('.bias')}.weight")
-        if scale is not None and scale[0].length == line.length:
-            lines[key] = (line, scale[1])
     return list(lines.values())
 
 

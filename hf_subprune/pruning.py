@@ -24,7 +24,6 @@ from .durable import once
 from .evaluation import Costs, Outputs, circumstances, count, drift, measure_latency, model_outputs
 from .execution import full_precision, release_memory, with_fitting_batches
 from .expert_removal import remove_experts, without_experts
-from .experts import apart, put_together
 from .grouped_queries import better_units
 from .layout import choose_layout
 from .offload import input_device, taken_over, without_values
@@ -33,6 +32,7 @@ from .progress import Clock, peak_memory, progress, timed
 from .report import BlockReport, Change, PruneReport
 from .reweighting import relative_error
 from .solver import BlockSolution, solve_block
+from .stacked import apart, put_together
 from .surgery import Edit, shrink, taken_back, undo_all
 from .taps import BlockMoments
 from .tied import choose_together

@@ -318,8 +318,10 @@ def _get_tensor(model: nn.Module, block: Block, path: str) -> torch.Tensor:
     try:
         owner = model.get_submodule(owner_path)
     except AttributeError as error:
-        hint = " Shrink experts inside of `experts.apart(model)`." if block.stack is not None else ""
-        raise ValueError(f"Block {block.name!r}: the model has no module {owner_path!r}.{hint}") from error
+        raise ValueError(
+            f"Block {block.name!r}: the model has no module {owner_path!r}. Blocks of weights that are stored in one "
+            "tensor are shrunk inside of `stacked.apart(model)`."
+        ) from error
     tensor = owner._parameters.get(name, owner._buffers.get(name))
     if tensor is None:
         raise ValueError(f"Block {block.name!r}: the model has no parameter or buffer {path!r}.")

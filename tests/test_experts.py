@@ -11,13 +11,14 @@ from hf_subprune import PruneConfig, prune
 from hf_subprune.blocks import by_stack
 from hf_subprune.coverage.tiny import tiny_model
 from hf_subprune.evaluation import count_macs
-from hf_subprune.experts import Expert, all_running, apart, put_together, take_apart, together
+from hf_subprune.experts import Expert, all_running
 from hf_subprune.gradual import GradualPruning
 from hf_subprune.moments import MomentAccumulator
 from hf_subprune.padding import token_mask
 from hf_subprune.probe import discover, probe_inputs
 from hf_subprune.pruning import prune_sizes
 from hf_subprune.solver import solve_block
+from hf_subprune.stacked import apart, put_together, take_apart, together
 from hf_subprune.surgery import shrink
 from hf_subprune.tables import block_table
 from hf_subprune.taps import BlockMoments
@@ -324,7 +325,7 @@ def test_experts_of_different_widths_cannot_be_stacked():
 
 def test_shrinking_an_expert_of_a_whole_model_says_what_to_do():
     model = tiny_model("mixtral")
-    with pytest.raises(ValueError, match=r"inside of `experts.apart\(model\)`"):
+    with pytest.raises(ValueError, match=r"inside of `stacked.apart\(model\)`"):
         shrink(model, stacked_blocks(model)[0], [0, 1])
 
 

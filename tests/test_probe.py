@@ -448,21 +448,51 @@ def test_blocks_that_take_more_than_their_own_tensors(model_type, name, kind, at
     assert {attribute.name for attribute in blocks[name].attributes} == attributes
 
 
-def test_a_single_head_and_matrices_outside_of_linears_are_refused():
+def test_a_single_head_is_refused():
     refusals = discover(tiny_model("segformer")).refusals
     assert any(one.kind == "whole" and "single head" in one.reason for one in refusals)
 
-    class Layers(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList([nn.MultiheadAttention(8, 2)])
 
-        def forward(self, x):
-            return self.layers[0](x, x, x)[0]
+@pytest.mark.parametrize(
+    ("model_type", "name", "reason"),
+    [
+        # A function is given the weights of linears.
+        ("wavlm", "encoder.layers.0.attention", "is multiplied by other code"),
+        # Without a GPU its attention is zero.
+        ("mra", "encoder.layer.0.attention.output.dense", "reads nothing but zeros"),
+        ("squeezebert", "encoder.layers.0.attention.query", "a convolution in 4 groups"),
+    ],
+)
+def test_what_is_no_linear_or_does_not_run_is_refused_by_name(model_type, name, reason):
+    refusals = {refusal.name: refusal for refusal in discover(tiny_model(model_type)).refusals}
+    assert refusals[name].kind == "unknown" and reason in refusals[name].reason
 
-    discovery = discover(Layers(), {"x": torch.randn(2, 5, 8)})
-    assert not discovery.blocks
-    assert any("is multiplied by other code" in one.reason for one in discovery.refusals)
+
+class Heads(nn.Module):
+    """Heads of three features under a mask, with keys under a norm that they share."""
+
+    def __init__(self, mask: float, fused: bool = False):
+        super().__init__()
+        self.mask, self.fused = mask, fused
+        self.qkv, self.norm, self.out = nn.Linear(12, 108), nn.LayerNorm(3), nn.Linear(36, 12)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, 3)).permute(2, 0, 3, 1, 4)
+        k, mask = self.norm(k), self.mask * (1 - torch.eye(x.shape[1]))
+        if self.fused:
+            heads = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        else:
+            heads = nn.functional.softmax(q @ k.transpose(-2, -1) + mask, dim=-1) @ v
+        return self.out(heads.transpose(1, 2).flatten(-2))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mask", [0.0, -100.0])
+def test_heads_are_told_apart_where_gradients_all_but_vanish(fused, mask):
+    # Those through exp(-100), and that of the bias of a norm of keys, are zero for some heads and not for others.
+    torch.manual_seed(0)
+    blocks = discover(Layers(Heads(mask, fused), Heads(mask, fused)), X).blocks
+    assert [(block.kind, block.units, block.columns.shape[1]) for block in blocks] == [("attention", 12, 3)] * 2
 
 
 def test_what_a_model_runs_without_gradients_is_found_as_well():

@@ -16,12 +16,12 @@ from ..calibrated import Calibrated
 from ..calibration import prepare
 from ..config import PruneConfig
 from ..evaluation import drift
-from ..experts import apart
 from ..linears import weight_matrix
 from ..moments import combine
 from ..problem import columns_of
 from ..reweighting import Reweighted, reweight
 from ..solver import PRIOR_SHRINKAGE
+from ..stacked import apart
 from ..surgery import shrink
 from ..targets import keep_target
 
