@@ -176,6 +176,12 @@ def test_a_type_that_cannot_be_built_has_a_reason():
     assert row.problem and not row.kinds and not row.silently_wrong
 
 
+def test_what_does_not_reload_unpruned_either_is_not_silently_wrong():
+    row = examine("youtu", "main")  # its head is saved as if it were tied
+    assert row.kinds["attention"].verdict == "exact"
+    assert row.reload.startswith("as unpruned: differs by") and not row.silently_wrong
+
+
 @pytest.mark.slow
 def test_nothing_is_silently_wrong_in_a_sample():
     seen = []

@@ -81,6 +81,10 @@ def test_grouped_heads_stay_grouped_and_others_stay_ungrouped():
     assert llama.num_attention_heads == llama.num_key_value_heads
 
 
+def test_heads_that_follow_from_the_width_are_several():
+    assert tiny_model("bridgetower_vision_model").visual.transformer.resblocks[0].attn.num_heads == 4
+
+
 def test_sub_configurations_are_shrunk_and_their_tokens_agree():
     config = tiny_config("llava")
     assert config.text_config.num_hidden_layers == config.vision_config.num_hidden_layers == tiny.LAYERS

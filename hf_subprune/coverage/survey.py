@@ -17,10 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..blocks import Block, Discovery, by_width
-from ..experts import apart
 from ..layout import choose_layout
 from ..probe import discover
 from ..probe_inputs import probe_inputs
+from ..stacked import apart
 from ..surgery import shrink
 from ..verification import floating_tensors, undisturbed
 from .architectures import model_types
@@ -30,6 +30,8 @@ from .tiny import NO_CLASS, CannotBuildError, first_line, tiny_model
 TOLERANCE = 1e-4
 """Largest difference between a shrunk and a masked model, as a fraction of an output's largest value."""
 KINDS = ("mlp", "attention", "channels")
+UNPRUNED = "as unpruned: "
+"""In front of what becomes of a reloaded model that does not reload exactly unpruned either."""
 LIKELY = {"mlp": re.compile("MLP|FeedForward|FFN|Intermediate|Expert"), "attention": re.compile("Attention|Attn")}
 """Class names of modules in which one would expect blocks of a kind; used only to count what is missed."""
 
@@ -67,7 +69,8 @@ class Row:
         inputs: Names of the inputs that the forward ran with.
         kinds: Outcome per kind of block; empty if there is a `problem` with the model.
         layout: How the shrunk model was stored: `"stock"`, `"ragged"`, or why it could not be.
-        reload: `"exact"` if the reloaded model gives the same outputs, else what happened; empty if nothing was saved.
+        reload: `"exact"` if the reloaded model gives the same outputs, else what happened (behind `UNPRUNED` what
+            happens to the unpruned model, where it does not reload either); empty if nothing was saved.
         seconds: Time that all of it took.
     """
 
@@ -170,7 +173,7 @@ def examine(model_type: str, head: str) -> Row:
             for block in discovery.blocks:
                 shrink(model, block, kept[block.name])
         if discovery.blocks:
-            row.update(_stored(model, inputs))
+            row.update(_stored(model, inputs, (model_type, head)))
     except (CannotBuildError, ValueError) as error:
         row["problem"] = str(error)
     except Exception as error:
@@ -301,17 +304,25 @@ def relative_difference(expected: Sequence[torch.Tensor], found: Sequence[torch.
     return worst
 
 
-def _stored(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, str]:
-    """Save a shrunk model, reload and compare."""
+def _stored(model: PreTrainedModel, inputs: Mapping[str, Any], item: tuple[str, str]) -> dict[str, str]:
+    """Save a shrunk model, reload and compare; where that fails, the unpruned one as well."""
     try:
         layout = choose_layout(model, "ragged", inputs=inputs)
     except Exception as error:
         return {"layout": f"refused: {first_line(error)}", "reload": ""}
+    reload = _reloaded(model, inputs)
+    if reload != "exact" and (whole := _reloaded(tiny_model(*item), inputs)) != "exact":
+        reload = f"{UNPRUNED}{whole}"
+    return {"layout": layout.kind, "reload": reload}
+
+
+def _reloaded(model: PreTrainedModel, inputs: Mapping[str, Any]) -> str:
+    """What becomes of a model that is saved and reloaded."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.save_pretrained(folder)
             reloaded = type(model).from_pretrained(folder).eval()
             difference = relative_difference(outputs(model, inputs), outputs(reloaded, inputs))
         except Exception as error:
-            return {"layout": layout.kind, "reload": f"fails: {first_line(error)}"}
-    return {"layout": layout.kind, "reload": "exact" if difference <= TOLERANCE else f"differs by {difference:.1e}"}
+            return f"fails: {first_line(error)}"
+    return "exact" if difference <= TOLERANCE else f"differs by {difference:.1e}"

@@ -18,6 +18,8 @@ from .architectures import model_class
 
 WIDTH, INNER, HEADS, KEY_VALUE_HEADS, HEAD_DIM, VOCABULARY, POSITIONS = 64, 96, 4, 2, 16, 128, 512
 EXPERTS, LAYERS, QUERIES, FRAMES, PATCHES = 4, 2, 8, 64, 4
+USUAL_HEAD_DIM = 64
+"""Width of a head where a model of images has no number of heads: it is made for this one."""
 LARGE_IMAGE = 480
 """Pixels of a side above which a model is made for large images."""
 MOST_LAYERS = 8
@@ -264,6 +266,8 @@ def shrink_field(name: str, value: Any, defaults: dict[str, Any]) -> Any:
         return type(value)(min(v, side) for v in value) if is_list(value) else min(value, side)
     if name == "num_attention_heads" and is_list(defaults.get("hidden_sizes")):
         return at_most(2)(value)
+    if name == "hidden_size" and "patch_size" in defaults and not any("head" in field for field in defaults):
+        return HEADS * USUAL_HEAD_DIM
     if KEY_VALUE.search(name) and value == defaults.get("num_attention_heads"):
         return heads(value)
     for pattern, rule in RULES:
