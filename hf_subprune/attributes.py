@@ -62,12 +62,18 @@ def settle(
         else:
             exact += [found.of(model, block) for block in group]
     exact.sort(key=lambda block: order[block.name])
-    # As a rule one check of all blocks at once. If it fails, each is checked alone, and those that pass once more.
+    # As a rule one check of all blocks at once. If it fails, those like the ones at fault keep the same units; if that
+    # is not it, each is checked alone, and those that pass once more.
     checks = [exact]
     if any(block.units < 4 for block in exact):
         # A single unit left of a few fits several by broadcasting: leave every other block whole.
         checks.append([block for block in exact if number[block.name] % 2])
-    if any(_failure(model, some, kept, inputs) is not None for some in checks if some):
+    errors = (error for some in checks if some and (error := _failure(model, some, kept, inputs)) is not None)
+    error = next(errors, None)
+    together = None if error is None else _together(model, exact, error, kept, inputs)
+    if together is not None:
+        exact = together
+    elif error is not None:
         alone = [(group, _failure(model, group, kept, inputs)) for group in by_tie(exact)]
         failed = {block.name: error.reason for group, error in alone if error is not None for block in group}
         fitting = _tied(model, exact, failed, kept, inputs)
@@ -95,6 +101,28 @@ def _apart(
         if _failure(model, group, kept, inputs) is None:
             return {block.name: block for block in group}
     return {}
+
+
+def _together(
+    model: nn.Module,
+    blocks: list[Block],
+    error: EquivalenceError | None,
+    kept: dict[str, torch.Tensor],
+    inputs: Mapping[str, Any],
+) -> list[Block] | None:
+    """The blocks, those like the ones at fault tied, if all of them shrink exactly so; `kept` follows."""
+    same = dict(kept)
+    while error is not None:
+        culprit = next(block for block in blocks if block.name == error.block)
+        group = [block for block in blocks if block.tie is None and alike(block) == alike(culprit)]
+        if culprit.tie is not None or len(group) == 1:
+            return None
+        tied = {block.name: block for block in tied_together(group)}
+        same |= dict.fromkeys(tied, kept[group[0].name])
+        blocks = [tied.get(block.name, block) for block in blocks]
+        error = _failure(model, blocks, same, inputs)
+    kept.update(same)
+    return blocks
 
 
 def _tied(

@@ -6,6 +6,7 @@ import torch
 from batches import ready_batches
 from tiny import tiny
 from torch import nn
+from transformers import T5Config, T5Model
 
 import hf_subprune.pruning as pruning
 import hf_subprune.tied as tied
@@ -333,3 +334,13 @@ def test_the_path_of_a_given_order_has_the_objective_of_its_sets():
         expected = objective(H, C, columns_of(order[:k].sort().values, block.groups))
         assert float(path.objective[k]) == pytest.approx(expected, rel=1e-6)
     assert float(path.objective[0]) == 0 and path.kept(2).tolist() == [0, 2]
+
+
+def test_layers_that_share_a_bias_are_tied_without_a_check_of_each():
+    config = T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=8, num_heads=4, vocab_size=100)
+    model = T5Model(config).eval()
+    forwards = []
+    model.register_forward_pre_hook(lambda *_: forwards.append(None))
+    blocks = discover(model).blocks
+    assert len(forwards) < len(blocks) == 40
+    assert {block.tie for block in blocks} > {"encoder.block.*.layer.0.SelfAttention"}
