@@ -102,7 +102,9 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     refusals += [Refusal(block.name, block.kind, reason, LEFT_WHOLE) for block, reason in unequal]
     refusals += _functional(model, readers, blocks)
     refusals += _grouped(model, blocks)
-    refusals += _unreached(model, {read.reader for read in trace.reads}, blocks)
+    ran = {read.reader for read in trace.reads} - {OUTPUT}
+    refusals += _unread(model, ran - readers.keys(), blocks)
+    refusals += _unreached(model, ran, blocks)
     layers = {layer for name, _ in model.named_modules() if name and (layer := layer_of(model, name)) is not None}
     refusals += refuse_stacks(model, blocks, layers)
     blocks, parts = whole_stacks(model, blocks)
@@ -162,6 +164,14 @@ def _grouped(model: nn.Module, blocks: Sequence[Block]) -> list[Refusal]:
     return refusals
 
 
+def _unread(model: nn.Module, names: Collection[str], blocks: Sequence[Block]) -> list[Refusal]:
+    """Refuse the modules with linears that run, but that nothing depends on: what reads them may need a GPU."""
+    found = {piece.tensor.rpartition(".")[0] for block in blocks for piece in block.slices}
+    paths = {name.rpartition(".")[0] for name in names if name not in found and layer_of(model, name) is not None}
+    reason = "nothing in this forward depends on what its linears put out"
+    return [Refusal(path, "unknown", reason, LEFT_WHOLE) for path in sorted(paths)]
+
+
 def _unreached(model: nn.Module, readers: Collection[str], blocks: Sequence[Block]) -> list[Refusal]:
     """Refuse the modules with linears that the batch did not run while it ran others like them: experts."""
     found = {piece.tensor.rpartition(".")[0]: block.kind for block in blocks for piece in block.slices}
@@ -212,9 +222,6 @@ class _Seeker:
         own = [source for source in sources if source.axis is not None and _few_readers(source)]
         if read.tensor.ndim < 2:
             return None
-        if not sources and layer_of(model, consumer) is not None and not read.tensor.any():
-            reason = "it reads nothing but zeros, whatever the linears before it put out: they run elsewhere only"
-            return Refusal(consumer, "unknown", reason, LEFT_WHOLE)
         residual = self._residual(consumer, sources)
         if residual is not None or not own:
             return residual

@@ -12,11 +12,17 @@ import transformers
 
 from .survey import KINDS, KindOutcome, Row
 
+HEADS = {"base": "bare models", "main": "models with their main head"}
 SYMBOLS = {"exact": "exact", "partly": "exact, some refused", "absent": "none"}
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Counts in one sentence, with the version of Transformers."""
+    """Counts in one sentence for each head, with the version of Transformers."""
+    heads = dict.fromkeys(row.head for row in rows)
+    return " ".join(_counts(head, [row for row in rows if row.head == head]) for head in heads)
+
+
+def _counts(head: str, rows: Sequence[Row]) -> str:
     run = [row for row in rows if row.kinds]
     parts = []
     for kind in KINDS:
@@ -28,9 +34,9 @@ def summary(rows: Sequence[Row]) -> str:
     saved = [row for row in run if row.layout]
     reloaded = sum(row.reload == "exact" for row in saved)
     return (
-        f"Transformers {transformers.__version__}: {len(rows)} models of {len({row.model_type for row in rows})} "
-        f"types, {len(run)} built and run; {'; '.join(parts)}; {reloaded} of {len(saved)} pruned models reload "
-        f"exactly; silently wrong: {sum(row.silently_wrong for row in rows)}."
+        f"Transformers {transformers.__version__}, {HEADS[head]}: {len(rows)} types, {len(run)} built and run; "
+        f"{'; '.join(parts)}; {reloaded} of {len(saved)} pruned models reload exactly; "
+        f"silently wrong: {sum(row.silently_wrong for row in rows)}."
     )
 
 

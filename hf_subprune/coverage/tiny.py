@@ -266,7 +266,8 @@ def shrink_field(name: str, value: Any, defaults: dict[str, Any]) -> Any:
         return type(value)(min(v, side) for v in value) if is_list(value) else min(value, side)
     if name == "num_attention_heads" and is_list(defaults.get("hidden_sizes")):
         return at_most(2)(value)
-    if name == "hidden_size" and "patch_size" in defaults and not any("head" in field for field in defaults):
+    of_image_layers = {"patch_size", "num_hidden_layers"} <= defaults.keys()
+    if name == "hidden_size" and of_image_layers and not any("head" in field for field in defaults):
         return HEADS * USUAL_HEAD_DIM
     if KEY_VALUE.search(name) and value == defaults.get("num_attention_heads"):
         return heads(value)
