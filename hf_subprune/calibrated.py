@@ -51,9 +51,12 @@ logger = logging.get_logger(__name__)
 # Moments of all blocks are held between the survey and the solutions up to this size, else they are collected twice.
 _STORED_BYTES = 2 * 2**30
 
-# A latency target is met when what is measured lies between this fraction of it and the target itself.
+# A latency target is met when what is measured, in so many seconds, lies between this fraction of it and the target.
 _LATENCY_SLACK = 0.94
-_LATENCY_TRIES = 3
+_LATENCY_TRIES = 5
+_LATENCY_SECONDS = 4.0
+# Seconds that the latencies of other runs are measured in.
+_REPORTED_SECONDS = 0.4
 
 
 class Calibrated:
@@ -283,10 +286,12 @@ class Calibrated:
             return from_process(0, widths)
         # What blocks save together is not quite the sum of what was timed: aim again at what was missed.
         aimed = target
+        tried: list[tuple[bool, float, dict[str, int]]] = []
         for _ in range(_LATENCY_TRIES):
             fewer = partial(narrowed, self.model, self.blocks, widths)
-            outside, inside = times_in_turn(self.model, self.calibration.held_out[0], fewer)
+            outside, inside = times_in_turn(self.model, self.calibration.held_out[0], fewer, _LATENCY_SECONDS)
             taken = self._full_cost(target) * inside / outside
+            tried.append((taken <= target.limit, -abs(taken - target.limit), widths))
             if _LATENCY_SLACK * target.limit <= taken <= target.limit:
                 break
             (part,) = aimed.parts
@@ -296,7 +301,8 @@ class Calibrated:
                 widths = choose_widths(self.blocks, aimed, config, losses)
             except ValueError:
                 break
-        return from_process(0, widths)
+        *_, nearest = max(tried, key=lambda one: one[:2])
+        return from_process(0, nearest)
 
     def target(self, config: PruneConfig) -> Target:
         """What one of the configs asks for on this model."""
@@ -309,7 +315,9 @@ class Calibrated:
         """Seconds of a forward without and with the edits; `None` where weights are read from elsewhere meanwhile."""
         if is_offloaded(self.model):
             return None
-        after, before = times_in_turn(self.model, self.calibration.held_out[0], partial(taken_back, edits))
+        targets = {config.target() for config in self.configs}
+        seconds = _LATENCY_SECONDS if "latency" in targets else _REPORTED_SECONDS
+        after, before = times_in_turn(self.model, self.calibration.held_out[0], partial(taken_back, edits), seconds)
         return Change(before, after)
 
     def reached(

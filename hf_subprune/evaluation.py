@@ -176,7 +176,7 @@ def times_in_turn(
     model: PreTrainedModel,
     batch: Batch,
     changed: Callable[[], AbstractContextManager[None]],
-    min_run_time: float = 0.4,
+    min_run_time: float,
 ) -> tuple[float, float]:
     """Median seconds of a forward outside and inside of `changed`, in turns: what else runs slows both down alike.
 

@@ -17,7 +17,7 @@ from .surgery import shrink
 
 # Fractions of the units at which latency is measured, and seconds a measurement takes.
 _MEASURED = (0.125, 0.25, 0.5, 0.75)
-_SECONDS = 0.4
+_SECONDS = 1.0
 
 # Bytes of a safetensors file a tensor, besides its values: its name, shape and place in the header.
 _HEADER = 160
