@@ -162,7 +162,7 @@ def scale(
 def processes(
     count: Annotated[list[int] | None, typer.Option(help="Number of processes; may be repeated.", min=1)] = None,
     layers: Annotated[int, typer.Option(help="Number of layers.", min=1)] = 4,
-    samples: Annotated[int, typer.Option(help="Samples to calibrate on.", min=4)] = 128,
+    samples: Annotated[int, typer.Option(help="Samples to calibrate on.", min=4)] = 512,
     width: Annotated[int, typer.Option(help="Hidden size.", min=8)] = 256,
     out: Out = None,
 ) -> None:

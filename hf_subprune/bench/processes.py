@@ -23,7 +23,7 @@ PROCESSES = (1, 2)
 
 
 def bench_processes(
-    counts: Sequence[int] = PROCESSES, layers: int = 4, samples: int = 128, width: int = 256
+    counts: Sequence[int] = PROCESSES, layers: int = 4, samples: int = 512, width: int = 256
 ) -> list[dict[str, Any]]:
     """One row for each number of processes on the CPU, which share the batches; each has one thread.
 
