@@ -126,7 +126,7 @@ def _own_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _functional(model: nn.Module, readers: Mapping[str, set[str]], blocks: Sequence[Block]) -> list[Refusal]:
-    """Refuse what multiplies by matrices otherwise than through linears, such as `nn.MultiheadAttention`.
+    """Refuse what multiplies by matrices otherwise than through linears, such as a function given their weights.
 
     Args:
         model: The model.
@@ -164,12 +164,12 @@ def _grouped(model: nn.Module, blocks: Sequence[Block]) -> list[Refusal]:
     return refusals
 
 
-def _unread(model: nn.Module, names: Collection[str], blocks: Sequence[Block]) -> list[Refusal]:
-    """Refuse the modules with linears that run, but that nothing depends on: what reads them may need a GPU."""
+def _unread(model: nn.Module, names: set[str], blocks: Sequence[Block]) -> list[Refusal]:
+    """Refuse the modules with several linears that run, but that nothing depends on: their reader may need a GPU."""
     found = {piece.tensor.rpartition(".")[0] for block in blocks for piece in block.slices}
-    paths = {name.rpartition(".")[0] for name in names if name not in found and layer_of(model, name) is not None}
-    reason = "nothing in this forward depends on what its linears put out"
-    return [Refusal(path, "unknown", reason, LEFT_WHOLE) for path in sorted(paths)]
+    paths = Counter(name.rpartition(".")[0] for name in names - found if layer_of(model, name) is not None)
+    reason = "nothing in this forward depends on what its linears put out, or by a choice alone, such as a top-k"
+    return [Refusal(path, "unknown", reason, LEFT_WHOLE) for path in sorted(paths) if paths[path] > 1]
 
 
 def _unreached(model: nn.Module, readers: Collection[str], blocks: Sequence[Block]) -> list[Refusal]:
