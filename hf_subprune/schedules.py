@@ -19,7 +19,8 @@ class Schedule:
         shape: `"cubic"` or `"linear"`.
         start: Fraction of the training steps after which the first interval begins; the first pruning step comes at
             its end.
-        end: Fraction of the training steps at which the last pruning step comes.
+        end: Fraction of the training steps at which the last pruning step comes: early, so that the model has most of
+            its training, and the higher learning rates of a decaying one, at its final size.
         steps: Number of pruning steps, equally spaced. Each costs one calibration.
 
     Raises:
@@ -28,7 +29,7 @@ class Schedule:
 
     shape: str = "cubic"
     start: float = 0.0
-    end: float = 0.5
+    end: float = 0.3
     steps: int = 8
 
     def __post_init__(self) -> None:

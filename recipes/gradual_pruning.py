@@ -1,62 +1,74 @@
 """Gradual against one-shot pruning of a text classifier, at the same size and with the same training steps.
 
-A small BERT learns to tell which function word is missing from a sentence: of 15 words, with seven tokens on either
-side, from the docstrings of the standard library, real text that every Python carries. The trained classifier then
-trains on for some steps in which half of its MLP neurons and attention heads go, in one of three ways:
+A classifier learns to tell which function word is missing from a sentence: of 15 words, with seven tokens on either
+side, from the docstrings of the standard library, real text that every Python carries. Half of its MLP neurons and
+attention heads go, in one of three ways:
 
 - before: `when="begin"`, all at once, and the small model trains for all of the steps;
-- after: `when="end"`, the whole model trains for all of the steps, then all at once;
-- gradual: `when="gradual"`, a cubic schedule over the first half of the steps, surgery at the end.
+- after: the whole model trains for all of the steps (`whole`), then all at once;
+- gradual: `when="gradual"`, a cubic schedule over the first part of the steps, surgery at the end.
 
+It is either a small BERT that was trained on the same task and trains on, or a pretrained encoder with a new head.
 By how much gradual pruning is better is printed with the spread of that difference over seeds, which the size of the
 test data and the luck of each training make.
 
     python recipes/gradual_pruning.py                # three seeds, some minutes on two cores
+    python recipes/gradual_pruning.py --pretrained --steps 200  # the encoder of hf_subprune[demo]
     python recipes/gradual_pruning.py --seeds 1 --steps 50 --original-steps 200
     python recipes/gradual_pruning.py --validate     # on other text, by which the schedule was chosen
 
-No network, no other data and no pretrained model is needed.
+No network and no other data is needed.
 """
 
 import argparse
 import copy
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from datasets import Dataset
-from missing_word import PARAGRAPHS, accuracy, make_classifier, make_data, train
+from missing_word import PARAGRAPHS, WORDS, accuracy, make_classifier, make_data, train
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from hf_subprune import PruneConfig
+from hf_subprune import PruneConfig, prune
 from hf_subprune.callback import SubpruneCallback
+from hf_subprune.demo import demo_model_folder
 
-WAYS = {
-    "before": {"when": "begin"},
-    "after": {"when": "end"},
-    "gradual": {"when": "gradual"},
-}
+ONE_SHOT = ("before", "after")
 
 
 def run(
-    seed: int, steps: int, original_steps: int, config: PruneConfig, training: Dataset, test: Dataset, vocabulary: int
+    start: Callable[[int], PreTrainedModel],
+    seed: int,
+    steps: int,
+    rate: float,
+    config: PruneConfig,
+    training: Dataset,
+    test: Dataset,
 ) -> dict[str, dict[str, float]]:
-    """Accuracy and parameters of the original, and after `steps` more with each way to prune.
+    """Accuracy and parameters after `steps` of training: of the whole model, and with each way to prune.
 
     Args:
-        seed: Of the weights and of the order of the samples.
+        start: The model that all ways begin with, of a seed.
+        seed: Of that model, and of the order of the samples.
         steps: Training steps that each way has.
-        original_steps: Training steps of the original.
+        rate: Highest learning rate.
         config: What to keep, the same for all ways.
         training: To train and calibrate on.
         test: To test on.
-        vocabulary: Number of tokens.
     """
-    original = train(make_classifier(vocabulary, seed), training, original_steps, 3e-3, seed)
-    results = {"original": {"accuracy": accuracy(original, test), "parameters": original.num_parameters()}}
-    for name, way in WAYS.items():
-        callback = SubpruneCallback(config, **way)
-        model = train(copy.deepcopy(original), training, steps, 1e-3, seed, callback)
+    original, results = start(seed), {}
+
+    def note(name: str, model: PreTrainedModel) -> None:
         results[name] = {"accuracy": accuracy(model, test), "parameters": model.num_parameters()}
+
+    model = train(copy.deepcopy(original), training, steps, rate, seed)
+    note("whole", model)
+    callbacks = {"before": SubpruneCallback(config, when="begin"), "gradual": SubpruneCallback(config, when="gradual")}
+    note("before", train(copy.deepcopy(original), training, steps, rate, seed, callbacks["before"]))
+    prune(model, training, config)
+    note("after", model)
+    note("gradual", train(original, training, steps, rate, seed, callbacks["gradual"]))
     return results
 
 
@@ -65,7 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, dict[str, flo
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--steps", type=int, default=300, help="training steps that each way has")
-    parser.add_argument("--original-steps", type=int, default=2400, help="training steps of the original")
+    parser.add_argument("--original-steps", type=int, default=2400, help="training steps of the small BERT before")
+    parser.add_argument(
+        "--pretrained",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="begin with a pretrained encoder: a folder or a Hub id, or that of hf_subprune[demo] if left out",
+    )
     parser.add_argument("--keep", type=float, default=0.5, help="fraction of neurons and heads to keep")
     parser.add_argument("--samples", type=int, default=256, help="samples to calibrate on")
     parser.add_argument("--paragraphs", type=int, default=PARAGRAPHS, help="of text, to train and to test on")
@@ -76,17 +95,26 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, dict[str, flo
     held_out = max(1, options.samples // 4)
     # Training mends the residual stream: a step need not.
     config = PruneConfig(keep=options.keep, variant="layer", samples=options.samples, held_out=held_out)
-    training, test, tokenizer = make_data(options.paragraphs, validate=options.validate)
+    pretrained = None if options.pretrained is None else options.pretrained or str(demo_model_folder())
+    tokenizer = AutoTokenizer.from_pretrained(pretrained) if pretrained else None
+    training, test, tokenizer = make_data(options.paragraphs, options.validate, tokenizer)
+
+    def start(seed: int) -> PreTrainedModel:
+        if pretrained is None:
+            return train(make_classifier(len(tokenizer), seed), training, options.original_steps, 3e-3, seed)
+        set_seed(seed)  # of the head
+        return AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=len(WORDS))
+
     print(f"{len(training)} gaps to train on, {len(test)} to test on")
-    print("seed  " + "".join(f"{name:>10}" for name in ("original", *WAYS)))
+    print("seed  " + "".join(f"{name:>10}" for name in ("whole", *ONE_SHOT, "gradual")))
     results = []
     for seed in range(options.seeds):
-        found = run(seed, options.steps, options.original_steps, config, training, test, len(tokenizer))
+        found = run(start, seed, options.steps, 3e-4 if pretrained else 1e-3, config, training, test)
         results.append(found)
         print(f"{seed:<6}" + "".join(f"{row['accuracy']:10.4f}" for row in found.values()), flush=True)
     means = {name: statistics.mean(found[name]["accuracy"] for found in results) for name in results[0]}
     print("mean  " + "".join(f"{mean:10.4f}" for mean in means.values()))
-    for name in ("before", "after"):
+    for name in ONE_SHOT:
         gains = [found["gradual"]["accuracy"] - found[name]["accuracy"] for found in results]
         spread = f", standard deviation over seeds {statistics.stdev(gains):.4f}" if len(gains) > 1 else ""
         print(f"gradual less {name}: {statistics.mean(gains):+.4f}{spread}")

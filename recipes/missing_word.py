@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
@@ -56,17 +57,20 @@ def gaps(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[d
                 yield {"input_ids": ids, "attention_mask": mask, "labels": labels[token]}
 
 
-def make_data(paragraphs: int, validate: bool = False) -> tuple[Dataset, Dataset, PreTrainedTokenizerFast]:
+def make_data(
+    paragraphs: int, validate: bool = False, tokenizer: PreTrainedTokenizerFast | None = None
+) -> tuple[Dataset, Dataset, PreTrainedTokenizerFast]:
     """Data to train on, data to test on from other paragraphs, and the tokenizer.
 
     Args:
         paragraphs: Two thirds to train on and one third to test on.
         validate: Test on paragraphs beyond those instead, to choose settings by.
+        tokenizer: Of a pretrained model; made of the text to train on if left out.
     """
     texts = docstrings(paragraphs)
     split = 2 * paragraphs // 3
     unseen = docstrings(split // 3, offset=paragraphs) if validate else texts[split:]
-    tokenizer = make_tokenizer(texts[:split])
+    tokenizer = tokenizer or make_tokenizer(texts[:split])
     training, test = (
         Dataset.from_list(list(gaps(part, tokenizer))).shuffle(seed=0) for part in (texts[:split], unseen)
     )
@@ -92,13 +96,13 @@ def make_classifier(vocabulary: int, seed: int) -> BertForSequenceClassification
 
 
 def train(
-    model: BertForSequenceClassification,
+    model: PreTrainedModel,
     data: Dataset,
     steps: int,
     learning_rate: float,
     seed: int,
     callback: SubpruneCallback | None = None,
-) -> BertForSequenceClassification:
+) -> PreTrainedModel:
     """Train for so many steps with `Trainer`, and with the callback attached."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -122,7 +126,7 @@ def train(
     return model
 
 
-def accuracy(model: BertForSequenceClassification, data: Dataset) -> float:
+def accuracy(model: PreTrainedModel, data: Dataset) -> float:
     """Fraction of the gaps whose word the model finds."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(folder, per_device_eval_batch_size=128, report_to=[], disable_tqdm=True)

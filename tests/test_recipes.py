@@ -183,12 +183,14 @@ def test_gaps_hide_the_word_and_label_it(recipe):
 
 
 @pytest.mark.slow
-def test_all_ways_reach_the_same_size(recipe, capsys):
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_all_ways_reach_the_same_size(recipe, encoder, capsys, pretrained):
     gradual = recipe("gradual_pruning")
     arguments = ["--seeds", "2", "--steps", "4", "--original-steps", "4", "--samples", "16", "--paragraphs", "60"]
+    arguments += ["--pretrained", encoder] if pretrained else []
     for results in gradual.main([*arguments, "--validate"]):
-        sizes = {results[way]["parameters"] for way in gradual.WAYS}
-        assert len(sizes) == 1 and sizes.pop() < results["original"]["parameters"]
+        sizes = {results[way]["parameters"] for way in (*gradual.ONE_SHOT, "gradual")}
+        assert len(sizes) == 1 and sizes.pop() < results["whole"]["parameters"]
         assert all(0 <= row["accuracy"] <= 1 for row in results.values())
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:5]] == ["seed", "0", "1", "mean"]

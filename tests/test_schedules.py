@@ -32,7 +32,7 @@ def test_short_trainings_reach_every_pruning_step():
     ("fields", "message"),
     [
         ({"shape": "cosine"}, "'cubic', 'linear'; got 'cosine'"),
-        ({"start": 0.5}, "start=0.5, end=0.5"),
+        ({"start": 0.5, "end": 0.5}, "start=0.5, end=0.5"),
         ({"end": 1.0}, "end=1.0"),
         ({"steps": 0}, "got 0"),
     ],
