@@ -152,7 +152,7 @@ class Calibrated:
             found = discover(model, self.probe)
             blocks = choose_blocks(found.blocks, found.refusals, self.configs[0])
         with self.clock("targets"):
-            targets = [resolve(model, blocks, config, calibration.held_out[0]) for config in self.configs]
+            targets = resolve(model, blocks, self.configs, calibration.held_out[0])
             for config, target in zip(self.configs, targets, strict=True):
                 widths = check_target(blocks, target, config)
                 if config.layout == "stock":  # refused now rather than after the work

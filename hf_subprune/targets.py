@@ -1,9 +1,9 @@
 """The size that the user asks for, as a cost of every width of every block and a limit on their sum."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -23,6 +23,13 @@ _SECONDS = 1.0
 _HEADER = 160
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+_Costs = dict[str, tuple[float, ...]]
+"""By block name, the cost at 0 ... all units."""
+
+_Timed = tuple[_Costs, float, tuple[tuple[str, int, int, float], ...]]
+"""Seconds by width, seconds of the whole model, and `Target.latencies`."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +81,33 @@ class Target:
         return sum(cost[-1] - cost[widths[block.name]] for block, cost in zip(blocks, costs, strict=True))
 
 
-def resolve(model: PreTrainedModel, blocks: Sequence[Block], config: PruneConfig, batch: Batch) -> Target:
-    """The target of a config on this model.
+def resolve(
+    model: PreTrainedModel, blocks: Sequence[Block], configs: Sequence[PruneConfig], batch: Batch
+) -> list[Target]:
+    """The target of each config on this model; widths are timed once for all of them.
 
     Args:
         model: Unpruned.
         blocks: That may be pruned.
-        config: Exactly one of `keep`, `params`, `macs`, `latency` and `size` is set.
+        configs: Exactly one of `keep`, `params`, `macs`, `latency` and `size` is set in each.
         batch: What MACs (its first sample) and latency are counted on.
     """
+
+    @cache
+    def timed() -> tuple[_Timed, _Costs]:
+        of_queries = _queries(blocks)
+        return _latencies(model, blocks, batch), _latencies(model, of_queries, batch)[0] if of_queries else {}
+
+    return [_target(model, blocks, config, batch, timed) for config in configs]
+
+
+def _target(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    config: PruneConfig,
+    batch: Batch,
+    timed: Callable[[], tuple[_Timed, _Costs]],
+) -> Target:
     if config.keep is not None:
         return keep_target(blocks, config)
     names = tuple(b.name for b in blocks)
@@ -106,8 +131,7 @@ def resolve(model: PreTrainedModel, blocks: Sequence[Block], config: PruneConfig
         costs, queries = (_macs(model, some, batch, full) for some in (blocks, of_queries))
     else:
         name, unit = "latency", "seconds"
-        costs, full, latencies = _latencies(model, blocks, batch)
-        queries = _latencies(model, of_queries, batch)[0] if of_queries else {}
+        (costs, full, latencies), queries = timed()
         limit = float(config.latency or 1.0) * full
     rest = full - sum(c[-1] for c in costs.values())
     queries = _beside(queries, costs)
@@ -178,9 +202,7 @@ def _itemsize(tensor: torch.Tensor, dtype: torch.dtype | None) -> int:
     return dtype.itemsize if dtype is not None and tensor.is_floating_point() else tensor.element_size()
 
 
-def _latencies(
-    model: PreTrainedModel, blocks: Sequence[Block], batch: Batch
-) -> tuple[dict[str, tuple[float, ...]], float, tuple[tuple[str, int, int, float], ...]]:
+def _latencies(model: PreTrainedModel, blocks: Sequence[Block], batch: Batch) -> _Timed:
     """Seconds by block and width, seconds of the whole model, and the table of what was measured.
 
     Blocks of one kind and size are narrowed together, which adds up what each saves above the noise, and share it.
