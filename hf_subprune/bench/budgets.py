@@ -111,9 +111,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     uniform = {row["keep"]: row for row in rows if row["budget"] == "uniform"}
     for row in rows:
         if row["budget"] != "random":
-            figures = [f"{row['kept']:.3f}", f"{row['predicted']:.4g}", *_against(uniform[row["keep"]], row, _actual)]
+            same = uniform[row["keep"]]
+            figures = [f"{row['kept']:.3f}", f"{row['predicted']:.4g}", *_against(same["actual"], row["actual"])]
             if embeds:
-                figures += _against(uniform[row["keep"]], row, _turned)
+                figures += _against(_turned(same), _turned(row))
             shown.add_row(f"{row['keep']:g}", row["budget"], *figures)
     count = sum(row["budget"] == "random" for row in rows)
     if count:
@@ -125,12 +126,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return shown
 
 
-def _against(uniform: Mapping[str, Any], row: Mapping[str, Any], drift_of: Callable[..., float]) -> list[str]:
-    return [f"{drift_of(row):.4g}", f"{drift_of(row) / drift_of(uniform) - 1:+.0%}"]
-
-
-def _actual(row: Mapping[str, Any]) -> float:
-    return row["actual"]
+def _against(uniform: float, value: float) -> list[str]:
+    return [f"{value:.4g}", f"{value / uniform - 1:+.0%}"]
 
 
 def _turned(row: Mapping[str, Any]) -> float:
