@@ -5,7 +5,7 @@ Weights are `(inputs, outputs)`. Tensors only.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,8 @@ SHRINKAGE_GRID = (1e-4, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0, math.inf)
 _FIRST_TRIED = (1e-1, 3e-1)
 # Up to this many kept columns cross-fitting is in float64.
 _DOUBLE_BELOW = 256
+# Beyond this many outputs, cross-fitting looks at as many random combinations of them.
+_MOST_OUTPUTS = 128
 
 
 def solve(H: torch.Tensor, C: torch.Tensor, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, float]:
@@ -106,12 +108,17 @@ def relative_error(moments: Moments, columns: torch.Tensor, V: torch.Tensor, shi
 
 def _relative_error(kept: Moments, V: torch.Tensor, shift: torch.Tensor) -> float:
     """`relative_error` for moments of the kept columns."""
+    return max(kept.t + _left(kept, V, shift), 0.0) / kept.t if kept.t > 0 else 0.0
+
+
+def _left(kept: Moments, V: torch.Tensor, shift: torch.Tensor) -> float:
+    """The squared error that weights on the kept columns leave, less that of keeping nothing."""
     V = V.to(kept.H)
-    error = kept.t + float((V * (kept.H @ V - 2 * kept.C)).sum(dtype=torch.float64))
+    change = float((V * (kept.H @ V - 2 * kept.C)).sum(dtype=torch.float64))
     if kept.intercept:
         mismatch = kept.target_mean - kept.input_mean @ V - shift.to(V)
-        error += kept.rows * float(mismatch.square().sum(dtype=torch.float64))
-    return max(error, 0.0) / kept.t if kept.t > 0 else 0.0
+        change += kept.rows * float(mismatch.square().sum(dtype=torch.float64))
+    return change
 
 
 @dataclass(frozen=True)
@@ -120,12 +127,12 @@ class CrossFit:
 
     Args:
         shrinkage: The lambda to fit all rows with.
-        held_out: Relative error on the rows left out, at each lambda of the grid that was tried.
+        excess: Relative error on the rows left out, at each lambda of the grid that was tried, above the least one.
         grid: These lambdas, ascending.
     """
 
     shrinkage: float
-    held_out: tuple[float, ...]
+    excess: tuple[float, ...]
     grid: tuple[float, ...]
 
 
@@ -138,7 +145,8 @@ def cross_fit(
     """Choose the shrinkage that does best on rows not fitted on, from the folds' moments alone.
 
     The values of `_FIRST_TRIED` are tried, then the neighbours of the best until none is better: the error falls and
-    then rises with lambda. Wide problems in float32, since errors are compared to three digits at most.
+    then rises with lambda. Wide problems in float32, and with random combinations in place of very many outputs, since
+    errors are compared to three digits at most.
 
     Args:
         folds: Moments of two or more disjoint parts of the calibration rows.
@@ -152,19 +160,26 @@ def cross_fit(
     if len(folds) < 2 or not grid:
         raise ValueError(f"Cross-fitting takes two or more folds and a grid, got {len(folds)} and {len(grid)}.")
     dtype = torch.float32 if len(columns) > _DOUBLE_BELOW else torch.float64
+    W = W.to(device=folds[0].H.device, dtype=dtype)[columns]
     kept = [restrict(fold, columns, dtype) for fold in folds]
-    parts = [_LeftOut(folds, kept, index, W.to(kept[0].H)[columns]) for index in range(len(folds))]
-    held_out = {value: sum(part.error(value) for part in parts) for value in grid if value in _FIRST_TRIED}
-    held_out = held_out or {value: sum(part.error(value) for part in parts) for value in grid[:1]}
+    if W.shape[1] > _MOST_OUTPUTS:
+        signs = torch.randint(2, (W.shape[1], _MOST_OUTPUTS), generator=torch.Generator().manual_seed(0))
+        mix = ((2 * signs - 1) / math.sqrt(_MOST_OUTPUTS)).to(W)  # keeps squared errors, in expectation
+        kept = [replace(part, C=part.C @ mix, target_mean=part.target_mean @ mix) for part in kept]
+        W = W @ mix
+    parts = [_LeftOut(folds, kept, index, W) for index in range(len(folds))]
+    left = {value: sum(part.left(value) for part in parts) for value in grid if value in _FIRST_TRIED}
+    left = left or {value: sum(part.left(value) for part in parts) for value in grid[:1]}
     while True:
-        best = grid.index(min(held_out, key=held_out.__getitem__))
-        untried = [value for value in grid[max(best - 1, 0) : best + 2] if value not in held_out]
+        best = grid.index(min(left, key=left.__getitem__))
+        untried = [value for value in grid[max(best - 1, 0) : best + 2] if value not in left]
         if not untried:
             break
-        held_out |= {value: sum(part.error(value) for part in parts) for value in untried}
-    tried = tuple(sorted(held_out))
-    errors = tuple(held_out[value] for value in tried)
-    return CrossFit(_refined(tried, errors, len(folds)), errors, tried)
+        left |= {value: sum(part.left(value) for part in parts) for value in untried}
+    tried = tuple(sorted(left))
+    least, total = left[grid[best]], sum(fold.t for fold in folds)
+    excess = tuple((left[value] - least) / total if total > 0 else 0.0 for value in tried)
+    return CrossFit(_refined(tried, excess, len(folds)), excess, tried)
 
 
 class _LeftOut:
@@ -172,29 +187,27 @@ class _LeftOut:
 
     def __init__(self, folds: Sequence[Moments], kept: Sequence[Moments], index: int, W: torch.Tensor):
         others = [other for other in range(len(folds)) if other != index]
-        total = sum(fold.t for fold in folds)
-        self.share = folds[index].t / total if total > 0 else 0.0
         self.energy = float(combine([folds[other] for other in others]).H.diagonal().mean())
         self.rest, self.unseen, self.W = combine([kept[other] for other in others]), kept[index], W
 
-    def error(self, shrinkage: float) -> float:
-        """This fold's part of the relative error."""
+    def left(self, shrinkage: float) -> float:
+        """The squared error on this fold's rows, less that of keeping nothing."""
         new = _reweight(self.rest, self.W, shrinkage, self.energy, self.W.dtype)
-        return self.share * _relative_error(self.unseen, new.V, new.bias_shift)
+        return _left(self.unseen, new.V, new.bias_shift)
 
 
-def _refined(grid: Sequence[float], held_out: Sequence[float], folds: int) -> float:
+def _refined(grid: Sequence[float], errors: Sequence[float], folds: int) -> float:
     """The lambda to fit all rows with, from the errors of fits that left a fold out.
 
     The lowest point of the parabola through the best value and its neighbours, over log lambda; times
     `(folds - 1) / folds`, since the ridge that is best depends little on the number of rows (the prior is about the
     weights), and lambda multiplies moments that are sums over rows.
     """
-    best = min(range(len(grid)), key=held_out.__getitem__)
+    best = min(range(len(grid)), key=errors.__getitem__)
     low = grid[best]
     if 0 < best < len(grid) - 1 and grid[best - 1] > 0 and math.isfinite(grid[best + 1]):
         x = [math.log(value) for value in grid[best - 1 : best + 2]]
-        y = held_out[best - 1 : best + 2]
+        y = errors[best - 1 : best + 2]
         left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
         if right > left:  # slopes at the middles of the two intervals; zero in between
             low = math.exp((x[0] + x[1]) / 2 - left * (x[2] - x[0]) / 2 / (right - left))

@@ -14,7 +14,7 @@ from .factorisation import factorise
 from .importance import highest, scores
 from .moments import Moments, combine
 from .problem import columns_of
-from .reweighting import SHRINKAGE_GRID, cross_fit, relative_error, reweight
+from .reweighting import cross_fit, relative_error, reweight
 from .selection import select
 
 # What selection uses before cross-fitting has chosen, and what is used when there are no two folds to cross-fit on.
@@ -32,7 +32,6 @@ class BlockSolution:
         bias_shift: `(m,)`, to be added to the consumer's bias; zeros without one.
         shrinkage: lambda of the reweighting; infinity when the weights stay as they are.
         fitted_error: Relative error on all rows fitted on.
-        held_out_error: Relative error on folds not fitted on, by cross-fitting; `None` with fewer than two folds.
         method: How units were chosen: `"greedy"`, `"backward"`, `"stochastic"`, or the name of an importance.
         swaps: Number of exchanges made by swap refinement.
         swap_gain: What they added to the objective, as a fraction of the objective.
@@ -47,7 +46,6 @@ class BlockSolution:
     bias_shift: torch.Tensor
     shrinkage: float
     fitted_error: float
-    held_out_error: float | None
     method: str
     swaps: int
     swap_gain: float
@@ -190,12 +188,10 @@ def solve_block(
         raise ValueError(f"A block of {units} units can keep 1 to {units} of them, not {k}.")
     if k == units:
         every = torch.arange(units, device=W.device)
-        error = 0.0 if len(folds) > 1 else None
         columns = columns_of(every, groups)
         zero = torch.zeros_like(of_all_rows().target_mean)
-        return BlockSolution(every, columns, W[columns], zero, math.inf, 0.0, error, "all", 0, 0.0, 0.0, 1.0)
+        return BlockSolution(every, columns, W[columns], zero, math.inf, 0.0, "all", 0, 0.0, 0.0, 1.0)
 
-    prior = PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
     if chosen is None:
         choice = choose(
             of_all_rows(),
@@ -225,15 +221,11 @@ def solve_block(
         whole = of_all_rows()
         V, zero = W.to(whole.H)[columns], torch.zeros_like(whole.target_mean)
         fitted = relative_error(whole, columns, V, zero)
-        error = relative_error(combine(folds), columns, V, zero) if len(folds) > 1 else None
-        return BlockSolution(kept, columns, V, zero, math.inf, fitted, error, used, count, gain, 0.0, guarantee)
-    lam, held_out = prior, None
-    if len(folds) > 1:
-        fit = cross_fit(folds, W, columns, SHRINKAGE_GRID if shrinkage == "auto" else (prior,))
-        lam, held_out = fit.shrinkage if shrinkage == "auto" else prior, min(fit.held_out)
+        return BlockSolution(kept, columns, V, zero, math.inf, fitted, used, count, gain, 0.0, guarantee)
+    lam = PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
+    if shrinkage == "auto" and len(folds) > 1:
+        lam = cross_fit(folds, W, columns).shrinkage
     whole = of_all_rows()
     new = reweight(whole, W, columns, lam)
     fitted = relative_error(whole, columns, new.V, new.bias_shift)
-    return BlockSolution(
-        kept, columns, new.V, new.bias_shift, lam, fitted, held_out, used, count, gain, new.jitter, guarantee
-    )
+    return BlockSolution(kept, columns, new.V, new.bias_shift, lam, fitted, used, count, gain, new.jitter, guarantee)
