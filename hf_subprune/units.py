@@ -121,8 +121,11 @@ def decode(jacobian: Jacobian) -> Units | None:
         jacobian: Of the consumer's input.
 
     Returns:
-        The units; `None` when the columns do not fall into at least two equal units with entries of their own.
+        The units; `None` when the columns do not fall into at least two equal units with entries of their own, or no
+        unit can own a row of a linear.
     """
+    if _all_rows_are_shared(jacobian):
+        return None
     width = _group_width(jacobian)
     if width is None:
         return None
@@ -167,6 +170,18 @@ def agrees(jacobian: Jacobian, units: Units, first: torch.Tensor) -> bool:
 def first_column(jacobian: Jacobian) -> torch.Tensor:
     """`(n,)` bool, the first column alone."""
     return torch.arange(jacobian.columns) == 0
+
+
+def _all_rows_are_shared(jacobian: Jacobian) -> bool:
+    """Whether the first column alone depends on every row of linears that any column does, as behind a norm.
+
+    That takes two products, and none with the embeddings, which what reads a residual stream depends on as well.
+    """
+    linears = [source for source in jacobian.sources if source.axis is not None]
+    if not linears:
+        return True
+    rows = Jacobian(jacobian.tensor, linears)
+    return torch.equal(rows.touched(first_column(rows)), rows.touched(torch.ones(rows.columns, dtype=torch.bool)))
 
 
 def _group_width(jacobian: Jacobian) -> int | None:

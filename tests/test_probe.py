@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from tiny import FAMILIES, tiny
@@ -244,6 +246,65 @@ def test_a_layer_whose_removal_is_not_exact_is_refused(between, reason):
     assert refusal.name.startswith("layers.0")
     assert reason in refusal.reason
     assert refusal.advice
+
+
+class Turned(nn.Module):
+    """Another order of the features, with no parameter that betrays it."""
+
+    def forward(self, x):
+        return x.relu().flip(-1)
+
+
+class Gated(nn.Module):
+    """Half of the features gate the other half: side by side, or in turns."""
+
+    def __init__(self, in_turns: bool):
+        super().__init__()
+        self.up, self.down, self.in_turns = nn.Linear(12, 32), nn.Linear(16, 12), in_turns
+
+    def forward(self, x):
+        x = self.up(x)
+        gate, up = (x[..., ::2], x[..., 1::2]) if self.in_turns else x.chunk(2, -1)
+        return self.down(gate.sigmoid() * up)
+
+
+class Attention(nn.Module):
+    """Fused queries, keys and values of heads of any width."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.qkv, self.o, self.heads = nn.Linear(12, 48), nn.Linear(16, 12), heads
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return self.o((q @ k.transpose(-1, -2) / 4).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        (Mlp(between=nn.ReLU()), Mlp(between=Turned())),
+        (Gated(in_turns=False), Gated(in_turns=True)),
+        (Attention(heads=4), Attention(heads=2)),
+        (Mlp(between=nn.ReLU()), Mlp(between=Normalized())),
+        (Mlp(between=Normalized()), Mlp(between=nn.ReLU())),
+    ],
+    ids=["order", "gates", "heads", "norm second", "norm first"],
+)
+def test_a_layer_with_the_shapes_of_the_one_before_has_a_map_of_its_own(first, other):
+    def of_second(model):
+        return {
+            (piece.tensor, str(piece.index.tolist()))
+            for block in discover(model, X).blocks
+            if block.name.startswith("layers.1")
+            for piece in block.slices
+        }
+
+    shapes = [[(name, p.shape) for name, p in layer.named_parameters()] for layer in (first, other)]
+    assert shapes[0] == shapes[1]
+    found = of_second(Layers(first, other))
+    assert found == of_second(Layers(nn.Identity(), other))  # as where there is no layer before
+    assert found != of_second(Layers(first, copy.deepcopy(first)))
 
 
 def test_heads_behind_a_norm_over_all_heads_are_refused_by_name():
