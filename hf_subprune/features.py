@@ -197,7 +197,7 @@ def _encoded(
 ) -> Features | None:
     """An example that is already tokenized (or otherwise processed), truncated; columns of no use are dropped."""
     features = {
-        name: torch.as_tensor(np.asarray(value) if not isinstance(value, torch.Tensor) else value)
+        name: _tensor(value)
         for name, value in example.items()
         if name in arguments and value is not None and not is_label(name, model)
     }
@@ -212,3 +212,11 @@ def _encoded(
         name: value[:max_length] if value.ndim == 1 and len(value) == len(ids) else value
         for name, value in features.items()
     }
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    """A column's value; doubles of Python and NumPy are of the precision that models take."""
+    if isinstance(value, torch.Tensor):
+        return value
+    tensor = torch.as_tensor(np.asarray(value))
+    return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor

@@ -40,6 +40,7 @@ from transformers import (
 from hf_subprune import calibration, decoding
 from hf_subprune.calibration import batch_all, prepare
 from hf_subprune.config import PruneConfig
+from hf_subprune.datafiles import load_data
 from hf_subprune.padding import token_mask
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -204,6 +205,17 @@ def test_images(kind):
         16,
     )
     assert prepared.description["fit_tokens"] is None
+
+
+def test_processed_images_in_a_file_are_of_the_precision_that_models_take(tmp_path):
+    pixels = torch.rand(8, 3, 16, 16)
+    file = tmp_path / "images.parquet"
+    Dataset.from_dict({"pixel_values": pixels.tolist(), "labels": list(range(8))}).to_parquet(file)
+    model = ViTModel(ViTConfig(image_size=16, patch_size=8, **TEXT_MODEL)).eval()
+    batch = prepare(model, load_data(str(file)), PruneConfig()).fit[0]
+    assert set(batch) == {"pixel_values"} and batch["pixel_values"].dtype == torch.float32
+    assert any(torch.equal(batch["pixel_values"][0], image) for image in pixels)
+    model(**batch)
 
 
 def test_text_and_images_together(tokenizer):
