@@ -108,6 +108,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Drift of the output against the kept fraction, a line per importance; dashed without new weights.
 
+    Where there is one fraction only, the importances are side by side.
+
     Raises:
         ImportError: matplotlib is missing.
     """
@@ -116,28 +118,33 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     importances = list(dict.fromkeys(row["importance"] for row in rows))
-    for reweight in (True, False):
-        for variant in dict.fromkeys(row["variant"] for row in rows if row["reweight"] == reweight):
-            for color, importance in enumerate(importances):
-                line = [
-                    (row["keep"], row["drift"]["relative_error"])
-                    for row in rows
-                    if (row["importance"], row["reweight"], row["variant"]) == (importance, reweight, variant)
-                ]
-                if not line:
-                    continue
-                label = f"{importance}, {variant}" if reweight else f"{importance}, old weights"
-                marker = {"layer": "o", "seq": "s", "asym": "^", "residual": "D"}[variant] if reweight else "x"
-                axes.plot(
-                    *zip(*sorted(line), strict=True),
-                    color=f"C{color}",
-                    linestyle="-" if reweight else "--",
-                    marker=marker,
-                    label=label,
-                )
-    axes.set_xlabel("kept fraction")
+    several = len({row["keep"] for row in rows}) > 1
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (not row["reweight"], row["keep"])):
+        way = _way(row)
+        lines.setdefault(f"{row['importance']}, {way}" if several else way, []).append(row)
+    for label, line in lines.items():
+        way = _way(line[0])
+        color = importances.index(line[0]["importance"]) if several else list(_MARKERS).index(way)
+        style = "" if not several else "-" if line[0]["reweight"] else "--"
+        axes.plot(
+            [row["keep"] if several else row["importance"].replace("_", "\n") for row in line],
+            [row["drift"]["relative_error"] for row in line],
+            color=f"C{color}",
+            linestyle=style,
+            marker=_MARKERS[way],
+            label=label,
+        )
+    axes.set_xlabel("kept fraction" if several else f"importance, kept fraction {rows[0]['keep']:g}")
     axes.set_ylabel("relative error of the output, held out")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+_MARKERS = {"layer": "o", "seq": "s", "asym": "^", "residual": "D", "old weights": "x"}
+
+
+def _way(row: dict[str, Any]) -> str:
+    return row["variant"] if row["reweight"] else "old weights"
