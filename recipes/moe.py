@@ -7,11 +7,18 @@ compared with the same removal without new weights.
     pip install 'hf_subprune[evaluate]'
     python recipes/moe.py
     python recipes/moe.py --model FOLDER_OR_HUB_ID --steps 0
+
+With `--save FOLDER` the trained original is kept, with the docstrings as files that the command line reads:
+
+    python recipes/moe.py --save experts
+    hf-subprune bench quality experts --samples 256 --keep 0.25 \\
+        --data experts/training.txt --test experts/test.txt
 """
 
 import argparse
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from causal_lm import LENGTH, load_or_train, perplexity_trial
@@ -57,11 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--steps", type=int, default=700, help="training steps of the original")
     parser.add_argument("--samples", type=int, default=256, help="paragraphs to calibrate on")
     parser.add_argument("--unseen", type=int, default=256, help="other paragraphs, to test on")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the original and the paragraphs there")
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
     unseen, texts = docstrings(options.unseen), docstrings(2800, offset=options.unseen)
     original, tokenizer = load_or_train(options.model, make_model, texts, options.steps)
     original.config.output_router_logits = False
+    if options.save:
+        original.save_pretrained(options.save)
+        tokenizer.save_pretrained(options.save)
+        for name, paragraphs in {"training": texts, "test": unseen}.items():
+            (options.save / f"{name}.txt").write_text("\n".join(paragraphs), encoding="utf-8")
     trial = perplexity_trial(original, tokenizer, unseen)
     common = {"samples": options.samples, "held_out": max(2, options.samples // 4), "max_length": LENGTH}
     rows = []

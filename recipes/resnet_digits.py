@@ -6,13 +6,21 @@ learns them in less than two minutes.
 
     pip install 'hf_subprune[evaluate]'
     python recipes/resnet_digits.py
+
+With `--save FOLDER` the trained ResNet is kept, with the digits as files that the command line reads:
+
+    python recipes/resnet_digits.py --save digits
+    hf-subprune bench quality digits --kind channels --samples 512 \\
+        --data digits/training.parquet --test digits/test.parquet --task classification
 """
 
 import argparse
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, disable_progress_bars
 from tables import before_and_after, print_table
 from torch.nn.functional import interpolate
 from transformers import ResNetConfig, ResNetForImageClassification, set_seed
@@ -44,13 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--keep", type=float, default=0.5, help="fraction of the channels' parameters to keep")
     parser.add_argument("--epochs", type=int, default=15, help="of training")
     parser.add_argument("--samples", type=int, default=512, help="images to calibrate on")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the trained ResNet and its data there")
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
+    disable_progress_bars()
     training, test = make_data()
     for data in (training, test):
         data["pixel_values"] = interpolate(data["pixel_values"], 32)
     original = make_model()
     train(original, training, options.epochs)
+    if options.save:
+        original.save_pretrained(options.save)
+        for name, data in {"training": training, "test": test}.items():
+            columns = {column: values.numpy() for column, values in data.items()}
+            Dataset.from_dict(columns).to_parquet(options.save / f"{name}.parquet")
 
     rows_of = [{name: x[i] for name, x in test.items()} for i in range(len(test["labels"]))]
     trial = Trial(Classification(rows_of, dataset="digits", split="test"), original.eval())

@@ -1,7 +1,9 @@
 """Every recipe, on a little of its data."""
 
 import importlib
+import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import torch
 from batches import ready_batches
 from tiny import tiny
 from transformers import BertConfig, BertModel
+from typer.testing import CliRunner
 
 from hf_subprune import PruneConfig, prune
+from hf_subprune.cli import app
 from hf_subprune.demo import docstrings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -102,6 +106,25 @@ def test_a_mixture_of_experts_loses_neurons_and_experts(recipe, capsys):
     assert all(row["parameters"] < 1 and row["layout"] == "stock" for row in rows)
     assert all(one["parameters"] == other["parameters"] for one, other in zip(rows[::2], rows[1::2], strict=True))
     assert "95% intervals" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"), [("moe", ["--steps", "2", "--unseen", "8"]), ("resnet_digits", ["--epochs", "1"])]
+)
+def test_a_saved_original_is_benched_as_the_recipe_says(recipe, tmp_path, monkeypatch, name, words):
+    module = recipe(name)
+    (command,) = re.findall(r"^    hf-subprune (bench quality (?:.*\\\n)*.*)$", module.__doc__, flags=re.MULTILINE)
+    arguments = shlex.split(command.replace("\\\n", ""))
+    monkeypatch.chdir(tmp_path)
+    module.main([*words, "--samples", "8", "--save", arguments[2]])
+    fewer = ["--samples", "8", "--importance", "greedy", "--variant", "layer", "--out", "."]
+    result = CliRunner().invoke(app, [*arguments, *fewer], catch_exceptions=False)
+    assert result.exit_code == 0
+    rows = json.loads(Path("quality.json").read_text())
+    assert [row["reweight"] for row in rows] == [True, False]
+    (metric,) = rows[0]["metrics"].values()
+    assert metric["split"] == "" and metric["dataset"] == "test" and metric["samples"] >= 8
 
 
 @pytest.mark.slow
