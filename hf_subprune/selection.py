@@ -21,6 +21,8 @@ METHODS = ("auto", "greedy", "backward", "stochastic")
 
 # Up to this many columns all of the computation is in float64; beyond, in float32 until that would not do.
 _DOUBLE_BELOW = 1024
+# Wider problems are left to greedy: matrices in float64 are twice as large.
+_BACKWARD_UP_TO = 4096
 # Added to a unit diagonal before it is inverted.
 _LIFT = 1e-10
 
@@ -250,7 +252,8 @@ def select(
         groups: `(units, c)` int64, columns of each unit; single columns when `None`.
         sets: Units come in this many sets of equal size, one after the other, of each of which equally many are kept.
         t: `||A W||_F^2`, for the errors of the path.
-        method: `"greedy"`, `"backward"`, `"stochastic"`, or `"auto"`: backward when less than a quarter goes.
+        method: `"greedy"`, `"backward"`, `"stochastic"`, or `"auto"`: backward, whose matrices are in float64, when
+            less than a third of at most 4096 columns goes.
         swaps: Largest number of exchanges in swap refinement; `None` goes on until none improves, 0 does none.
         epsilon: Of stochastic greedy.
         generator: Of stochastic greedy.
@@ -263,7 +266,8 @@ def select(
     groups_ = check_problem(H, C, groups)
     units = len(groups_)
     if method == "auto":
-        method = "backward" if units - k < units / 4 else "greedy"
+        few = units - k < units / 3 and groups_.numel() <= _BACKWARD_UP_TO
+        method = "backward" if few else "greedy"
     if method == "backward":
         path = backward(H, C, k, groups=groups, sets=sets, t=t)
     else:

@@ -1,7 +1,9 @@
 """Swap refinement: exchange kept and removed units while the objective grows.
 
-Single columns first oscillate (Somol and Pudil, 2000): dozens of the best are added and as many of the cheapest are
-removed, or the other way round, which leaves local optima that no single exchange can. Exchanges of pairs follow.
+Of single columns, those that would be missed most if all were there are added first, and as many of the cheapest are
+removed: columns that add much only together, which no forward step sees. Then they oscillate (Somol and Pudil, 2000):
+dozens of the best are added and as many of the cheapest are removed, or the other way round, which leaves local optima
+that no single exchange can. Exchanges of pairs follow.
 
 All that exchanges need is in one symmetric tableau. With S the kept columns, U the others, `P = H_SS^-1`,
 `Z = P H_SU`, and the Schur complement `D = H_UU - H_US Z`,
@@ -77,7 +79,7 @@ def refine(
     tableau = _Tableau(H, C, kept, groups, scale.to(dtype), sets)
     limit = len(kept) * 10 if budget is None else budget
     single = groups.shape[1] == 1 and sets == 1
-    rounds = (tableau.oscillate, tableau.exchange_columns) if single else (tableau.exchange_group,)
+    rounds = (tableau.recall, tableau.oscillate, tableau.exchange_columns) if single else (tableau.exchange_group,)
     made = 0
     for exchange in rounds:
         while made < limit and (count := exchange(limit - made)):
@@ -134,28 +136,47 @@ class _Tableau:
         self.X[E] = sign * x_solved
         self.inside[units] = add
 
+    def recall(self, limit):
+        """Additions of what would be missed most if all were there, then as many removals. Returns the exchanges."""
+        S, U = self.inside.nonzero()[:, 0], (~self.inside).nonzero()[:, 0]
+        factor, info = torch.linalg.cholesky_ex(self.G[U[:, None], U])
+        if int(info):
+            return 0
+        missed = torch.cholesky_solve(self.X[U], factor).square().sum(1) / torch.cholesky_inverse(factor).diagonal()
+        depth = min(_DEPTH, limit, len(S), len(U))
+        return self._there_and_back(self._cheapest(S), U[missed.topk(depth).indices], depth, add_first=True)
+
     def oscillate(self, limit):
         """Additions and as many removals, within a pool of the best, then removals first. Returns the exchanges."""
         made = 0
         for add_first in (True, False):
             S, U = self.inside.nonzero()[:, 0], (~self.inside).nonzero()[:, 0]
+            best = U[self._values(U).topk(min(_POOL, len(U))).indices]
             depth = min(_DEPTH, limit - made, len(S), len(U))
-            value = torch.linalg.vector_norm(self.X, dim=1).square() / self.G.diagonal().abs()
-            cheap = S[value[S].topk(min(_POOL, len(S)), largest=False).indices]
-            pool = torch.cat([cheap, U[value[U].topk(min(_POOL, len(U))).indices]])
-            G, T, inside = self._within(pool)
-            gained = 0.0
-            for add in (add_first, not add_first):
-                for _ in range(depth):
-                    value = T.diagonal() / G.diagonal().abs().clamp_min(self.lift)
-                    value[inside == add] = -float("inf") if add else float("inf")
-                    j = int(value.argmax() if add else value.argmin())
-                    gained += float(value[j]) if add else -float(value[j])
-                    _pivot(G, T, j, 1.0 if add else -1.0)
-                    inside[j] = add
-            if gained > self.least * self.objective:
-                made += self._follow(pool, inside, gained)
+            made += self._there_and_back(self._cheapest(S), best, depth, add_first)
         return made
+
+    def _values(self, units):
+        """The gain of adding each, or the cost of removing it."""
+        return torch.linalg.vector_norm(self.X[units], dim=1).square() / self.G.diagonal()[units].abs()
+
+    def _cheapest(self, S):
+        return S[self._values(S).topk(min(_POOL, len(S)), largest=False).indices]
+
+    def _there_and_back(self, cheap, best, depth, add_first):
+        """`depth` additions and as many removals within two pools, if they improve. Returns the exchanges."""
+        pool = torch.cat([cheap, best])
+        G, T, inside = self._within(pool)
+        gained = 0.0
+        for add in (add_first, not add_first):
+            for _ in range(depth):
+                value = T.diagonal() / G.diagonal().abs().clamp_min(self.lift)
+                value[inside == add] = -float("inf") if add else float("inf")
+                j = int(value.argmax() if add else value.argmin())
+                gained += float(value[j]) if add else -float(value[j])
+                _pivot(G, T, j, 1.0 if add else -1.0)
+                inside[j] = add
+        return self._follow(pool, inside, gained) if gained > self.least * self.objective else 0
 
     def _within(self, pool):
         """`G` and `X X'` on some columns, in float64, and which of them are inside S."""

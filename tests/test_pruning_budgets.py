@@ -7,7 +7,7 @@ from batches import ready_batches
 from tiny import tiny
 from typer.testing import CliRunner
 
-from hf_subprune import PruneConfig, PruneReport, calibrated, prune, targets
+from hf_subprune import PruneConfig, PruneReport, prune, targets
 from hf_subprune.bench.budgets import bench_budgets, rank_correlation, table
 from hf_subprune.cli import app
 from hf_subprune.evaluation import count_macs
@@ -62,16 +62,8 @@ def test_macs_are_counted_on_the_pruned_model(asked):
     assert "tokens" in report.allocation.unit
 
 
-def test_latency_targets_are_met_from_one_table_of_widths(monkeypatch):
+def test_latency_targets_are_met_from_one_table_of_widths(monkeypatch, clock):
     tables = []
-
-    def seconds(model, *_):
-        return 1e-6 * model.num_parameters()
-
-    def in_turn(model, batch, changed, min_run_time):
-        outside = seconds(model)
-        with changed():
-            return outside, seconds(model)
 
     def latencies(*given):
         tables.append(original(*given))
@@ -79,16 +71,13 @@ def test_latency_targets_are_met_from_one_table_of_widths(monkeypatch):
 
     original = targets._latencies
     monkeypatch.setattr(targets, "_latencies", latencies)
-    monkeypatch.setattr(targets, "measure_latency", seconds)
-    for module in (targets, calibrated):
-        monkeypatch.setattr(module, "times_in_turn", in_turn)
     model = tiny("bert")
     configs = [PruneConfig(**QUICK, latency=asked, budget="global", round_to=1) for asked in (0.8, 0.6)]
-    full = seconds(model)
+    full = clock(model)
     for config, report in zip(configs, prune_sizes(model, ready_batches(model), configs), strict=True):
         assert report.allocation.limit == pytest.approx(config.latency * full)
-        assert 0.94 * config.latency * full <= seconds(model) <= config.latency * full
-        assert report.allocation.reached == pytest.approx(seconds(model))
+        assert 0.94 * config.latency * full <= clock(model) <= config.latency * full
+        assert report.allocation.reached == pytest.approx(clock(model))
         assert report.allocation.latencies == tables[0][2]
     assert len(tables) == 1
 

@@ -204,6 +204,25 @@ def test_swaps_repair_a_bad_start_and_respect_their_budget():
         assert len(set(fixed.kept.tolist()) - set(poor.kept.tolist())) <= budget
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_swaps_find_columns_that_add_much_only_together(dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows, signals, others = 2000, 12, 150
+
+    def normal(count):
+        return torch.randn(rows, count, generator=generator, dtype=torch.float64)
+
+    signal, common, other = normal(signals), 10 * normal(signals), normal(others)
+    # A pair of columns gives its signal exactly, one of them next to nothing; a noisy copy gives half of it.
+    B = torch.cat([signal + normal(signals), signal + normal(signals), other, common + signal, common], dim=1)
+    Y = torch.cat([signal, 0.2 * other], dim=1)
+    pairs = torch.arange(2 * signals + others, B.shape[1])
+    H, C = (B.T @ B).to(dtype), (B.T @ Y).to(dtype)
+    start = select(H, C, 2 * signals, method="greedy", swaps=0)
+    assert not set(start.kept.tolist()) & set(pairs.tolist())
+    assert select(H, C, 2 * signals, method="greedy").kept.tolist() == pairs.tolist()
+
+
 def test_stochastic_greedy_repeats_with_its_seed_and_comes_near_greedy():
     H, C, _, _, _ = problem(n=60, rows=300)
     runs = [greedy(H, C, 20, epsilon=0.01, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
