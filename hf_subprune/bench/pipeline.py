@@ -38,19 +38,19 @@ def bench_pipeline(samples: int = 128, variants: tuple[str, ...] = VARIANTS) -> 
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows as a rich table."""
-    stages = list(rows[0]["stages"])
+    """A column for each of the rows, as a rich table."""
     shown = Table(title="all-MiniLM-L6-v2, seconds a stage", title_justify="left")
-    for name in ("variant", "forward", *stages, "total", "total / forward", "memory"):
-        shown.add_column(name, justify="left" if name == "variant" else "right")
+    shown.add_column("")
     for row in rows:
-        seconds = [row["forward"], *(row["stages"][stage] for stage in stages), row["total"]]
-        shown.add_row(
-            row["variant"],
-            *(f"{x:.2f}" for x in seconds),
-            f"{row['ratio']:.1f}",
-            f"{row['memory'] / 2**20:.0f} MiB",
-        )
+        shown.add_column(row["variant"], justify="right")
+    lines: dict[str, list[str]] = {"forward": [f"{row['forward']:.2f}" for row in rows]}
+    for stage in rows[0]["stages"]:
+        lines[stage] = [f"{row['stages'][stage]:.2f}" for row in rows]
+    lines["total"] = [f"{row['total']:.2f}" for row in rows]
+    lines["total / forward"] = [f"{row['ratio']:.1f}" for row in rows]
+    lines["memory"] = [f"{row['memory'] / 2**20:.0f} MiB" for row in rows]
+    for name, cells in lines.items():
+        shown.add_row(name, *cells, end_section=name == "forward" or name == list(rows[0]["stages"])[-1])
     shown.caption = f"Memory: beyond the model and the data. The model: {rows[0]['model'] / 2**20:.0f} MiB."
     shown.caption_justify = "left"
     return shown
