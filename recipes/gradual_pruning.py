@@ -6,16 +6,17 @@ attention heads go, in one of three ways:
 
 - before: `when="begin"`, all at once, and the small model trains for all of the steps;
 - after: the whole model trains for all of the steps (`whole`), then all at once;
-- gradual: `when="gradual"`, a cubic schedule over the first part of the steps, surgery at the end.
+- gradual: `when="gradual"`, a cubic schedule over the first steps, surgery at the end.
 
 It is either a small BERT that was trained on the same task and trains on, or a pretrained encoder with a new head.
-By how much gradual pruning is better is printed with the spread of that difference over seeds, which the size of the
-test data and the luck of each training make.
+The small BERT has stopped, before that, where more training still makes it more accurate: later it only overfits. By
+how much gradual pruning is better is printed with the spread of that difference over seeds, which the size of the test
+data and the luck of each training make.
 
     python recipes/gradual_pruning.py                # three seeds, some minutes on two cores
     python recipes/gradual_pruning.py --pretrained --steps 200  # the encoder of hf_subprune[demo]
     python recipes/gradual_pruning.py --seeds 1 --steps 50 --original-steps 200
-    python recipes/gradual_pruning.py --validate     # on other text, by which the schedule was chosen
+    python recipes/gradual_pruning.py --validate     # on other text, by which the settings were chosen
 
 No network and no other data is needed.
 """
@@ -33,6 +34,7 @@ from transformers.utils import logging
 from hf_subprune import PruneConfig, prune
 from hf_subprune.callback import SubpruneCallback
 from hf_subprune.demo import demo_model_folder
+from hf_subprune.schedules import Schedule
 
 ONE_SHOT = ("before", "after")
 
@@ -43,6 +45,7 @@ def run(
     steps: int,
     rate: float,
     config: PruneConfig,
+    schedule: Schedule,
     training: Dataset,
     test: Dataset,
 ) -> dict[str, dict[str, float]]:
@@ -54,6 +57,7 @@ def run(
         steps: Training steps that each way has.
         rate: Highest learning rate.
         config: What to keep, the same for all ways.
+        schedule: Of gradual pruning.
         training: To train and calibrate on.
         test: To test on.
     """
@@ -64,11 +68,12 @@ def run(
 
     model = train(copy.deepcopy(original), training, steps, rate, seed)
     note("whole", model)
-    callbacks = {"before": SubpruneCallback(config, when="begin"), "gradual": SubpruneCallback(config, when="gradual")}
-    note("before", train(copy.deepcopy(original), training, steps, rate, seed, callbacks["before"]))
+    begin = SubpruneCallback(config, when="begin")
+    note("before", train(copy.deepcopy(original), training, steps, rate, seed, begin))
     prune(model, training, config)
     note("after", model)
-    note("gradual", train(original, training, steps, rate, seed, callbacks["gradual"]))
+    gradual = SubpruneCallback(config, when="gradual", schedule=schedule)
+    note("gradual", train(original, training, steps, rate, seed, gradual))
     return results
 
 
@@ -77,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, dict[str, flo
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--steps", type=int, default=300, help="training steps that each way has")
-    parser.add_argument("--original-steps", type=int, default=2400, help="training steps of the small BERT before")
+    parser.add_argument("--original-steps", type=int, default=1600, help="training steps of the small BERT before")
     parser.add_argument(
         "--pretrained",
         nargs="?",
@@ -86,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, dict[str, flo
         help="begin with a pretrained encoder: a folder or a Hub id, or that of hf_subprune[demo] if left out",
     )
     parser.add_argument("--keep", type=float, default=0.5, help="fraction of neurons and heads to keep")
+    parser.add_argument("--end", type=float, default=0.15, help="fraction of the steps at which the last units go")
     parser.add_argument("--samples", type=int, default=256, help="samples to calibrate on")
     parser.add_argument("--paragraphs", type=int, default=PARAGRAPHS, help="of text, to train and to test on")
     parser.add_argument("--validate", action="store_true", help="test on text that is neither trained nor tested on")
@@ -98,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, dict[str, flo
     pretrained = None if options.pretrained is None else options.pretrained or str(demo_model_folder())
     tokenizer = AutoTokenizer.from_pretrained(pretrained) if pretrained else None
     training, test, tokenizer = make_data(options.paragraphs, options.validate, tokenizer)
+    rate, schedule = 3e-4 if pretrained else 1e-3, Schedule(end=options.end)
 
     def start(seed: int) -> PreTrainedModel:
         if pretrained is None:
@@ -109,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, dict[str, flo
     print("seed  " + "".join(f"{name:>10}" for name in ("whole", *ONE_SHOT, "gradual")))
     results = []
     for seed in range(options.seeds):
-        found = run(start, seed, options.steps, 3e-4 if pretrained else 1e-3, config, training, test)
+        found = run(start, seed, options.steps, rate, config, schedule, training, test)
         results.append(found)
         print(f"{seed:<6}" + "".join(f"{row['accuracy']:10.4f}" for row in found.values()), flush=True)
     means = {name: statistics.mean(found[name]["accuracy"] for found in results) for name in results[0]}
