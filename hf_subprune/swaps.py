@@ -14,8 +14,10 @@ Moving columns E between S and U is a principal pivot: `G <- G - G_:E G_EE^-1 G_
 `||X_j||^2 / D_jj`, and the cost of removing i is `||X_i||^2 / P_ii`.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .factorisation import rounding
@@ -167,15 +169,7 @@ class _Tableau:
         """`depth` additions and as many removals within two pools, if they improve. Returns the exchanges."""
         pool = torch.cat([cheap, best])
         G, T, inside = self._within(pool)
-        gained = 0.0
-        for add in (add_first, not add_first):
-            for _ in range(depth):
-                value = T.diagonal() / G.diagonal().abs().clamp_min(self.lift)
-                value[inside == add] = -float("inf") if add else float("inf")
-                j = int(value.argmax() if add else value.argmin())
-                gained += float(value[j]) if add else -float(value[j])
-                _pivot(G, T, j, 1.0 if add else -1.0)
-                inside[j] = add
+        inside, gained = _oscillated(G, T, inside, depth, add_first, self.lift)
         return self._follow(pool, inside, gained) if gained > self.least * self.objective else 0
 
     def _within(self, pool):
@@ -269,6 +263,41 @@ class _Tableau:
         self.move(torch.tensor([i], device=S.device), add=False)
         self.objective += gain
         return 1
+
+
+def _oscillated(G, T, inside, depth, add_first, lift):
+    """`depth` best additions and as many cheapest removals, or the other way round, within a pool, from `G` and
+    `T = X X'` `(q, q)`. Returns which columns are inside then, and what that adds to the objective.
+
+    A pivot at j is `G - u u' / d` but for the corner, with `d = G_jj` and `u` the column j but for its own entry, so
+    only the columns of pivots are ever made. In NumPy and on the CPU, as a chain of operations on a few numbers each.
+    """
+    device = G.device
+    G, T, inside = (x.cpu().numpy() for x in (G, T, inside))
+    columns, shares, losses = np.zeros((3, 2 * depth, len(G)))  # u, u / d, and w with T <- T - u w' - w u'
+    diagonal, norms = G.diagonal().copy(), T.diagonal().copy()
+    gained = 0.0
+    for step in range(2 * depth):
+        add = add_first == (step < depth)
+        sign = 1.0 if add else -1.0
+        value = norms / np.maximum(np.abs(diagonal), lift)
+        value[inside == add] = -sign * np.inf
+        j = int(value.argmax() if add else value.argmin())
+        gained += sign * float(value[j])
+        d, done = diagonal[j], columns[:step]
+        if abs(d) < lift:  # of dependent columns: noise
+            gained = -math.inf
+            break
+        u = G[j] - shares[:step, j] @ done
+        t = T[j] - losses[:step, j] @ done - done[:, j] @ losses[:step]
+        u[j] = d - sign
+        w = t / d - u * (t[j] / (2 * d * d))
+        columns[step], shares[step], losses[step] = u, u / d, w
+        diagonal -= u * shares[step]
+        diagonal[j] -= 2 * sign
+        norms -= 2 * u * w
+        inside[j] = add
+    return torch.from_numpy(inside).to(device), gained
 
 
 def _diagonals(G, T, index):
