@@ -16,6 +16,7 @@ from .budgets import (
     least_loss,
     rounding,
     tie,
+    undominated,
     uniform_widths,
 )
 from .calibration import Batch, CalibrationSet
@@ -80,8 +81,35 @@ def choose_widths(
         if config.allocation() == "uniform":
             widths |= _uniform(inside, part, target, config)
         else:
-            widths |= _by_loss(inside, part, target, config, losses or {})
+            chosen = _by_loss(inside, part, target, config, losses or {}, {})
+            widths |= {name: width for name, (_, width) in chosen.items()}
     return widths
+
+
+def choose_units(
+    blocks: Sequence[Block],
+    target: Target,
+    config: PruneConfig,
+    losses: Mapping[str, Points],
+    queries: Mapping[str, Points],
+) -> dict[str, tuple[Block, int]]:
+    """By name, the block or its `queries`, and how many units of it to keep.
+
+    Args:
+        blocks: That may be pruned.
+        target: What they may cost.
+        config: As for `choose_widths`, of another budget than `"uniform"`.
+        losses: Predicted loss of each block in a part of the target.
+        queries: Of the blocks that may lose query heads instead: predicted loss by number of these.
+
+    Raises:
+        ValueError: as `choose_widths`.
+    """
+    chosen = {block.name: (block, block.units) for block in blocks}
+    for part in target.parts:
+        inside = [block for block in blocks if block.name in part.blocks]
+        chosen |= _by_loss(inside, part, target, config, losses, queries)
+    return chosen
 
 
 def check_target(blocks: Sequence[Block], target: Target, config: PruneConfig) -> dict[str, int]:
@@ -119,21 +147,31 @@ def _uniform(blocks: Sequence[Block], part: Part, target: Target, config: PruneC
 
 
 def _by_loss(
-    blocks: Sequence[Block], part: Part, target: Target, config: PruneConfig, losses: Mapping[str, Points]
-) -> dict[str, int]:
+    blocks: Sequence[Block],
+    part: Part,
+    target: Target,
+    config: PruneConfig,
+    losses: Mapping[str, Points],
+    queries: Mapping[str, Points],
+) -> dict[str, tuple[Block, int]]:
     full = sum(target.costs[block.name][-1] for block in blocks)
     share = min(1.0, part.limit / full) if full > 0 else 1.0
     choices = []
     for block in blocks:
         least_width = _FLOOR * share * block.units
         widths = tuple(w for w in allowed_widths(block.units, multiple(block, config)) if w >= least_width)
-        costs = target.costs[block.name]
-        choices.append(Choices(widths, tuple(costs[w] for w in widths), interpolate(losses[block.name], widths)))
+        predicted = zip(widths, interpolate(losses[block.name], widths), strict=True)
+        options = [(target.costs[block.name][w], (block.sets, w), loss) for w, loss in predicted]
+        if block.queries is not None:
+            sets, costs = block.queries.sets, target.queries.get(block.name, ())
+            options += [(costs[w], (sets, w), loss) for w, loss in queries.get(block.name, ())]
+        costs, names, falling = zip(*sorted(options), strict=True)
+        choices.append(Choices(names, costs, falling))
     tied: dict[object, list[int]] = {}
     for index, block in enumerate(blocks):
         key = (block.kind, block.units) if config.layout == "stock" else block.tie or block.stack or index
         tied.setdefault(key, []).append(index)
-    families = [tie([choices[i] for i in members]) for members in tied.values()]
+    families = [undominated(tie([choices[i] for i in members])) for members in tied.values()]
     least = sum(family.costs[0] for family in families)
     if least > part.limit * (1 + 1e-9):
         smallest = target.limit + least - part.limit
@@ -145,7 +183,11 @@ def _by_loss(
             f"{target.limit:.6g} {target.unit}, and the smallest width of every block makes {smallest:.6g}. {advice}"
         )
     chosen = (least_loss if config.allocation() == "global" else equal_loss)(families, part.limit)
-    return {blocks[i].name: width for members, width in zip(tied.values(), chosen, strict=True) for i in members}
+    found: dict[str, tuple[Block, int]] = {}
+    for members, (sets, width) in zip(tied.values(), chosen, strict=True):
+        for block in (blocks[i] for i in members):
+            found[block.name] = (block if block.queries is None or sets == block.sets else block.queries, width)
+    return found
 
 
 class Propagation:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 # The automatic rounding is used where a block has at least this many steps of it.
 _FEWEST_STEPS = 16
@@ -15,12 +16,12 @@ class Choices:
     """The widths that one block, or several blocks tied to one width, may have.
 
     Args:
-        widths: Units kept, ascending; the last is the full width.
+        widths: Units kept, or other names for what is, by ascending cost; the last is the full width.
         costs: Cost at each width, ascending.
         losses: Predicted loss at each width; 0 at the full width.
     """
 
-    widths: tuple[int, ...]
+    widths: tuple[Any, ...]
     costs: tuple[float, ...]
     losses: tuple[float, ...]
 
@@ -73,7 +74,7 @@ def interpolate(points: Sequence[tuple[int, float]], widths: Sequence[int]) -> t
     return tuple(losses)
 
 
-def least_loss(choices: Sequence[Choices], budget: float) -> list[int]:
+def least_loss(choices: Sequence[Choices], budget: float) -> list[Any]:
     """Widths of the least total loss whose total cost is within the budget (`global`).
 
     Every block starts at its smallest width. Steps on the lower convex hulls of the blocks' curves of loss against
@@ -87,7 +88,7 @@ def least_loss(choices: Sequence[Choices], budget: float) -> list[int]:
     return _grow(choices, budget, [0] * len(choices), lambda block, at: rates[block][at])
 
 
-def equal_loss(choices: Sequence[Choices], budget: float) -> list[int]:
+def equal_loss(choices: Sequence[Choices], budget: float) -> list[Any]:
     """The smallest widths at which no block alone loses more than a common amount, the least that the budget allows.
 
     After Kuzmin et al., arXiv 1912.09802. What the budget leaves goes to the blocks that lose most.
@@ -146,6 +147,16 @@ def tie(choices: Sequence[Choices]) -> Choices:
     return Choices(choices[0].widths, costs, losses)
 
 
+def undominated(choices: Choices) -> Choices:
+    """The choices but for those that lose more than a cheaper one."""
+    kept: list[int] = []
+    for index, loss in enumerate(choices.losses):
+        if not kept or loss <= choices.losses[kept[-1]]:
+            kept.append(index)
+    fields = (choices.widths, choices.costs, choices.losses)
+    return Choices(*(tuple(field[i] for i in kept) for field in fields))
+
+
 def _hull_rates(choices: Choices) -> list[float]:
     """For each step from one width to the next: loss saved per cost, on the lower convex hull."""
     points = list(zip(choices.costs, choices.losses, strict=True))
@@ -166,7 +177,7 @@ def _rate(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 def _grow(
     choices: Sequence[Choices], budget: float, start: Sequence[int], priority: Callable[[int, int], float]
-) -> list[int]:
+) -> list[Any]:
     """Widen blocks step by step, the highest priority first, while they fit."""
     at = list(start)
     spent = sum(c.costs[i] for c, i in zip(choices, at, strict=True))

@@ -28,7 +28,7 @@ from .budgets import interpolate
 from .calibration import CalibrationSet
 from .collection import collect
 from .config import TWO_STREAMS, PruneConfig
-from .curves import LossCurve, loss_curve
+from .curves import LossCurve, loss_curve, losses_of_sets
 from .durable import check_space, once
 from .evaluation import Costs, Outputs, count, model_outputs, times_in_turn
 from .execution import release_memory
@@ -75,6 +75,7 @@ class Calibrated:
         found: All blocks and refusals.
         blocks: That the config lets us prune, in forward order.
         losses: By block name, `(width, predicted drift)` points; empty when every budget is uniform.
+        query_losses: The same of query heads, for the blocks that could lose these instead.
         curves: By block name, what the points were made from.
         metrics: By block name, `M` of `sensitivity.output_metrics`; blocks left out weigh outputs equally.
         gradients: By block name, `sensitivity.activation_gradients`, where the importance reads them.
@@ -124,13 +125,15 @@ class Calibrated:
                 self.gradients = self._once("gradients.pt", self._activation_gradients)
         self.curves: dict[str, LossCurve] = {}
         self.losses: dict[str, Points] = {}
+        self.query_losses: dict[str, Points] = {}
         self.stored: dict[str, BlockMoments] | None = None
         grouped = any(b.queries is not None for b in self.candidates)  # these are looked at before they are pruned
         share = first.streams() == "layer" and (needs_curves or len(configs) > 1 or grouped)
         if folder is None and share and sum(_moment_bytes(model, b) for b in self.candidates) <= _STORED_BYTES:
             self.stored = {}
         if needs_curves or self.stored is not None:
-            self.curves, self.losses = self._once("curves.pt", lambda: self._survey(first, needs_curves))
+            surveyed = self._once("curves.pt", lambda: self._survey(first, needs_curves))
+            self.curves, self.losses, self.query_losses = surveyed
         release_memory()
 
     def _needs_curves(self) -> bool:
@@ -219,11 +222,14 @@ class Calibrated:
             logger.warning(f"The model's output does not depend on {', '.join(silent)}: all errors count alike there.")
         return metrics.without(silent)
 
-    def _survey(self, config: PruneConfig, needed: bool) -> tuple[dict[str, LossCurve], dict[str, Points]]:
+    def _survey(
+        self, config: PruneConfig, needed: bool
+    ) -> tuple[dict[str, LossCurve], dict[str, Points], dict[str, Points]]:
         """One pass over the original model: what each block would lose at every width if needed, and its moments."""
         curves: dict[str, LossCurve] = {}
         factors: dict[str, float] = {}
         points: dict[str, Points] = {}
+        of_queries: dict[str, Points] = {}
         propagation = Propagation(self.model, self.calibration, self.evaluation) if needed else None
         measured = {b.name for b in self.candidates} if self.evaluation else measured_blocks(self.candidates)
         waiting: dict[str, list[tuple[Block, Problem, int]]] = {}
@@ -258,6 +264,17 @@ class Calibrated:
                         )
                         for problem in problems
                     ]
+                    if block.queries is not None and block.tie is None:
+                        queries = self.problem(block.queries, moments)
+                        of_queries[block.name] = losses_of_sets(
+                            queries.folds,
+                            queries.W,
+                            queries.groups,
+                            queries.sets,
+                            shrinkage=config.shrinkage,
+                            output_metric=queries.output_metric,
+                            reweight_kept=config.reweight,
+                        )
                     if block.stack is not None:
                         found = [curve.of_share(n / sum(rows)) for curve, n in zip(found, rows, strict=True)]
                 with self.clock("propagation"):
@@ -270,17 +287,23 @@ class Calibrated:
                         curve.trials.clear()
                         curves[name] = curve
                 del together, problems
-        for theirs in from_all((curves, factors, points)):
-            for mine, others in zip((curves, factors, points), theirs, strict=True):
+        for theirs in from_all((curves, factors, points, of_queries)):
+            for mine, others in zip((curves, factors, points, of_queries), theirs, strict=True):
                 mine.update(others)  # type: ignore[attr-defined]
         filled = fill_in(self.candidates, factors)
         predicted = {name: tuple((w, filled[name] * e) for w, e in curve.points) for name, curve in curves.items()}
-        return curves, {name: points.get(name) or losses for name, losses in predicted.items()}
+        predicted |= points
+        for name, losses in of_queries.items():
+            width, loss = predicted[name][0]
+            (own,) = interpolate(curves[name].points, [width])
+            factor = loss / own if own > 0 else 1.0
+            of_queries[name] = tuple((w, factor * e) for w, e in losses)
+        return curves, predicted, of_queries
 
     def widths(self, config: PruneConfig) -> dict[str, int]:
         """The width of every block, by name, for the size of one of the configs."""
         target = self.target(config)
-        losses = {b.name: self.losses.get(b.name, ((b.units, 0.0),)) for b in self.blocks}
+        losses = self.predicted()
         widths = choose_widths(self.blocks, target, config, losses)
         if target.name != "latency":
             return from_process(0, widths)
@@ -303,6 +326,10 @@ class Calibrated:
                 break
         *_, nearest = max(tried, key=lambda one: one[:2])
         return from_process(0, nearest)
+
+    def predicted(self) -> dict[str, Points]:
+        """`losses`, and nothing to lose of blocks that no target can take units from."""
+        return {b.name: self.losses.get(b.name, ((b.units, 0.0),)) for b in self.blocks}
 
     def target(self, config: PruneConfig) -> Target:
         """What one of the configs asks for on this model."""
@@ -357,12 +384,17 @@ class Calibrated:
             return {}
         return {"curve": self.curves[block.name].errors, "predicted": self.losses[block.name]}
 
-    def allocation(self, config: PruneConfig, widths: dict[str, int], reached: float) -> Allocation:
+    def allocation(
+        self, config: PruneConfig, pruned: Sequence[Block], widths: Mapping[str, int], reached: float
+    ) -> Allocation:
         """The target, what was reached, and how it was shared out, for the report."""
         target = self.target(config)
         predicted = None
         if self.losses:
-            predicted = sum(interpolate(points, [widths[name]])[0] for name, points in self.losses.items())
+            predicted = sum(
+                interpolate((self.losses if b.sets == 1 else self.query_losses)[b.name], [widths[b.name]])[0]
+                for b in pruned
+            )
         return Allocation(
             budget=config.allocation(),
             target=target.name,

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from .factorisation import factorise
 from .moments import Moments, combine, restrict
+from .problem import columns_of
 from .selection import greedy, nested
-from .solver import PRIOR_SHRINKAGE, metric_root, regularise
+from .solver import PRIOR_SHRINKAGE, choose, metric_root, regularise
 
 # Fractions of the units at which the loss is computed; in between it is interpolated.
 _FRACTIONS = (0.03, 0.08, 0.15, 0.25, 0.35, 0.5, 0.7, 0.9)
@@ -110,6 +112,34 @@ def loss_curve(
         if energy > 0:
             errors.append((width, float(fitted[0]) / energy, float(unseen[0]) / energy))
     return LossCurve((*points, (units, 0.0)), tuple(errors), path.order, trials)
+
+
+def losses_of_sets(
+    folds: Sequence[Moments],
+    W: torch.Tensor,
+    groups: torch.Tensor,
+    sets: int,
+    *,
+    shrinkage: float | str = "auto",
+    output_metric: torch.Tensor | None = None,
+    reweight_kept: bool = True,
+) -> tuple[tuple[int, float], ...]:
+    """`LossCurve.points` where as many units of each set are kept, at every such width but the full one.
+
+    Args:
+        folds: As in `loss_curve`, with all further arguments.
+        W: `(n, m)`.
+        groups: `(units, c)` int64, those of each set side by side.
+        sets: Number of them.
+    """
+    total = combine(folds)
+    options: dict[str, Any] = {"shrinkage": shrinkage, "output_metric": output_metric}
+    points = []
+    for width in range(sets, len(groups), sets):
+        kept = choose(total, W, groups, width, sets=sets, method="greedy", swaps=0, **options).kept
+        loss = expected_loss(folds, W, columns_of(kept, groups), reweight_kept=reweight_kept, **options)
+        points.append((width, loss))
+    return tuple(points)
 
 
 def expected_loss(

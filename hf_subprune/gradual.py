@@ -167,7 +167,7 @@ class GradualPruning:
             on_failure.pop_all()
         before = self._calibrated.before
         reached = self._calibrated.reached(self.config, pruned, self.targets, latency)
-        allocation = self._calibrated.allocation(self.config, self.targets, reached)
+        allocation = self._calibrated.allocation(self.config, self.blocks, self.targets, reached)
         return PruneReport(
             model=getattr(self.model, "name_or_path", "") or "",
             architecture=type(self.model).__name__,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from .allocation import choose_units
 from .blocks import Block
 from .calibrated import Calibrated
 from .collection import BlockMoments
@@ -22,24 +23,65 @@ from .targets import Target, narrowed
 
 
 def better_units(
-    calibrated: Calibrated, blocks: Sequence[Block], widths: Mapping[str, int], config: PruneConfig
+    calibrated: Calibrated, widths: Mapping[str, int], config: PruneConfig
 ) -> tuple[list[Block], dict[str, int]]:
     """For each block that could lose query heads instead of key/value heads, the units that lose less.
 
-    Both are tried on the original model at what the budget allows the block: the key/value heads that it was given,
-    and as many query heads as cost no more. Where all layers are to be stored with one width, they decide together.
+    Both are tried on the original model. By budget `"uniform"` they are compared at what the block was given: its
+    key/value heads, and as many query heads as cost no more. Other budgets share out again, over the losses of both.
+    Where all layers are to be stored with one width, they decide together.
 
     Args:
         calibrated: The model and its moments.
-        blocks: To prune, in forward order.
-        widths: Units that each keeps, by name.
+        widths: Units that each block keeps where whole key/value heads go, by name.
         config: One of those that it was calibrated for.
 
     Returns:
-        The blocks, some with query heads as units, and how many units each of them keeps, by name.
+        The blocks to prune, in forward order, some with query heads as units, and how many units each block keeps, by
+        name.
     """
+    blocks = [b for b in calibrated.blocks if widths[b.name] < b.units]
+    if config.allocation() == "uniform":
+        return _at_equal_cost(calibrated, blocks, widths, config)
+    offered = _offered(calibrated, config)
+    if not offered:
+        return blocks, dict(widths)
     target = calibrated.target(config)
-    heads = {b.name: kept for b in blocks if (kept := _affordable(b, widths[b.name], target, config))}
+    if target.name == "latency":  # what these widths take was timed, and the sum of their costs is not that
+        (part,) = target.parts
+        target = replace(target, parts=(replace(part, limit=target.cost(dict(widths)) - target.rest),))
+    of_queries = {block.name: calibrated.query_losses[block.name] for block in offered}
+    while True:
+        chosen = choose_units(calibrated.blocks, target, config, calibrated.predicted(), of_queries)
+        to_prune = [block for block, kept in chosen.values() if kept < block.units]
+        kept_units = {name: kept for name, (_, kept) in chosen.items()}
+        narrowed_queries = {block.name for block in to_prune if block.sets > 1}
+        if config.layout != "stock" or not narrowed_queries or _loads_as_stock(calibrated, to_prune, kept_units):
+            return to_prune, kept_units
+        for name in narrowed_queries:
+            of_queries[name] = tuple(point for point in of_queries[name] if point[0] != kept_units[name])
+
+
+def _offered(calibrated: Calibrated, config: PruneConfig) -> list[Block]:
+    """Blocks that may lose query heads; of those with one width in all layers, only where all alike may."""
+    offered = {b.name: b.queries for b in calibrated.candidates if b.queries is not None and b.tie is None}
+    shapes: dict[tuple[str, int], set[tuple[int, ...]]] = {}
+    for block in calibrated.blocks:
+        queries = offered.get(block.name)
+        shape = () if queries is None else (queries.units, queries.parameters_per_unit, block.parameters_per_unit)
+        shapes.setdefault((block.kind, block.units), set()).add(shape)
+    return [
+        block
+        for block in calibrated.candidates
+        if block.name in offered and (config.layout != "stock" or len(shapes[block.kind, block.units]) == 1)
+    ]
+
+
+def _at_equal_cost(
+    calibrated: Calibrated, blocks: Sequence[Block], widths: Mapping[str, int], config: PruneConfig
+) -> tuple[list[Block], dict[str, int]]:
+    target = calibrated.target(config)
+    heads = {b.name: kept for b in blocks if (kept := _affordable(b, widths[b.name], target))}
     offered = [b for b in blocks if b.name in heads]
     if not offered:
         return list(blocks), dict(widths)
@@ -58,15 +100,13 @@ def better_units(
     return _replaced(blocks, widths, {name: kept for name, kept in heads.items() if name in better})
 
 
-def _affordable(block: Block, width: int, target: Target, config: PruneConfig) -> int:
+def _affordable(block: Block, width: int, target: Target) -> int:
     """Query heads that cost no more than the block's budget, the same number of each group; 0 if there are none."""
     if block.queries is None or block.tie is not None:
         return 0
-    limit = target.costs[block.name][width]
-    if config.allocation() == "uniform":
-        # Rounding down to whole key/value heads may have left much of the fraction unused.
-        asked = [part.asked for part in target.parts if block.name in part.blocks and part.asked is not None]
-        limit = max([limit, *(fraction * target.costs[block.name][-1] for fraction in asked)])
+    # Rounding down to whole key/value heads may have left much of the fraction unused.
+    asked = [part.asked for part in target.parts if block.name in part.blocks and part.asked is not None]
+    limit = max([target.costs[block.name][width], *(fraction * target.costs[block.name][-1] for fraction in asked)])
     sets, costs = block.queries.sets, target.queries[block.name]
     return max((n for n in range(sets, block.queries.units, sets) if costs[n] <= limit * (1 + 1e-9)), default=0)
 
@@ -81,7 +121,7 @@ def _replaced(
 
 def _is_even(calibrated: Calibrated, blocks: Sequence[Block], widths: Mapping[str, int], config: PruneConfig) -> bool:
     """Whether all layers are to have one width that the model's config says."""
-    if config.layout == "auto" and config.allocation() == "uniform":
+    if config.layout == "auto":
         return _loads_as_stock(calibrated, blocks, widths)
     return config.layout == "stock"
 

@@ -159,9 +159,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
     model, calibration = calibrated.model, calibrated.calibration
     clock = Clock(calibrated.clock.seconds)
     with clock("allocation"):
-        widths = calibrated.widths(config)
-        whole_groups = [b for b in calibrated.blocks if widths[b.name] < b.units]
-        to_prune, kept_units = better_units(calibrated, whole_groups, widths, config)
+        to_prune, kept_units = better_units(calibrated, calibrated.widths(config), config)
     edits: dict[str, Edit] = {}
     undo.callback(lambda: undo_all(edits))
     solutions: dict[str, BlockReport] = {}
@@ -225,7 +223,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
     report = PruneReport(
         blocks=tuple(solutions.get(report.name, report) for report in whole),
         refusals=calibrated.found.refusals,
-        allocation=calibrated.allocation(config, widths, reached),
+        allocation=calibrated.allocation(config, to_prune, kept_units, reached),
         **_outcome(model, calibration, calibrated.before, latency, calibrated.reference, config, clock, undo),
     )
     return from_process(0, report)

@@ -12,6 +12,7 @@ from hf_subprune.budgets import (
     least_loss,
     rounding,
     tie,
+    undominated,
     uniform_widths,
 )
 
@@ -109,6 +110,13 @@ def test_rounding_is_used_where_blocks_are_large_enough():
     assert [rounding(units, 8) for units in (127, 128)] == [1, 8]
     assert allowed_widths(20, 8) == (8, 16, 20)
     assert allowed_widths(4, 8) == (4,)
+
+
+def test_what_loses_more_than_something_cheaper_is_no_choice():
+    choices = Choices(("a", "b", "c", "d", "all"), (1.0, 2.0, 3.0, 4.0, 5.0), (5.0, 6.0, 2.0, 2.0, 0.0))
+    found = undominated(choices)
+    assert found == Choices(("a", "c", "d", "all"), (1.0, 3.0, 4.0, 5.0), (5.0, 2.0, 2.0, 0.0))
+    assert undominated(found) == found
 
 
 def test_tied_blocks_add_up():

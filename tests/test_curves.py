@@ -1,9 +1,9 @@
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 
-from hf_subprune.curves import expected_loss, loss_curve
+from hf_subprune.curves import expected_loss, loss_curve, losses_of_sets
 from hf_subprune.moments import MomentAccumulator
 from hf_subprune.problem import columns_of
 from hf_subprune.reweighting import relative_error, reweight
@@ -75,3 +75,15 @@ def test_trials_are_fits_on_the_first_fold_scored_on_the_other():
     assert len(trial.kept) == 3
     error = relative_error(folds[1], columns_of(trial.kept, groups), trial.V, trial.bias_shift)
     assert trial.error == pytest.approx(error * folds[1].t / folds[1].rows)
+
+
+def test_as_many_units_of_each_set_are_kept():
+    folds, W, groups = problem()  # two sets of three units
+    points = losses_of_sets(folds, W, groups, 2, shrinkage=0.3)
+    assert [width for width, _ in points] == [2, 4]
+    for width, loss in points:
+        choices = [list(chosen) for chosen in combinations(range(6), width)]
+        even = [units for units in choices if sum(unit < 3 for unit in units) == width // 2]
+        possible = [expected_loss(folds, W, columns_of(torch.tensor(u), groups), shrinkage=0.3) for u in even]
+        assert any(loss == pytest.approx(one) for one in possible)
+        assert loss < sorted(possible)[len(possible) // 2]

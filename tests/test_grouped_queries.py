@@ -165,6 +165,31 @@ def test_what_whole_key_value_heads_leave_of_the_budget_is_used():
     assert [(block.units_before, block.units_after) for block in report.blocks] == [(6, 4)] * 3
 
 
+@pytest.mark.parametrize("budget", ["global", "equal_loss"])
+@pytest.mark.parametrize("layout", ["ragged", "stock"])
+def test_budgets_share_out_query_heads_where_no_key_value_head_can_go(layout, budget):
+    model = tiny("qwen3", num_attention_heads=8, num_key_value_heads=2)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.view(48, 2, 4, 8)[:, :, 1] = 0
+    config = PruneConfig(**SETTINGS, keep=0.8, layout=layout, budget=budget)
+    report = prune(model, ready_batches(model), config)
+    # Three queries of four, with all keys and values, are four fifths; one key/value head of two is half.
+    assert [block.kept_units for block in report.blocks] == [(0, 2, 3, 4, 6, 7)] * 3
+    assert report.allocation.reached == pytest.approx(report.allocation.limit)
+    assert report.drift["relative_error"] < 1e-3
+    assert report.allocation.predicted_drift < 1e-6
+
+
+def test_query_heads_whose_number_no_config_can_say_are_passed_over():
+    model = tiny("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=2)
+    config = PruneConfig(**SETTINGS, keep=0.8, layout="stock")
+    report = prune(model, ready_batches(model), config)
+    assert report.layout == "stock"
+    assert report.allocation.reached <= report.allocation.limit
+    # Six heads do not divide the hidden size.
+    assert {block.units_after for block in report.blocks if block.units_before == 8} <= {2, 4}
+
+
 @pytest.mark.slow
 def test_query_heads_load_without_hf_subprune(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
