@@ -56,6 +56,7 @@ def expected_files(source, batches, config, folder, **options):
         ("llama", {"variant": "residual"}),
         ("llama", {"variant": "seq", "layout": "ragged", "budget": "uniform", "units": ("mlp",)}),
         ("gpt2", {"layout": "ragged"}),
+        ("llama", {"layout": "ragged", "units": ("attention",)}),
         ("qwen2", {"importance": "wanda", "reweight": False}),
     ],
 )
