@@ -24,7 +24,7 @@ from .calibration import CalibrationSet, prepare
 from .config import PruneConfig
 from .datafiles import load_processing_class
 from .durable import check_space, write_json
-from .execution import freed_at_once, full_precision, with_fitting_batches
+from .execution import fast_products, freed_at_once, full_precision, with_fitting_batches
 from .offload import taken_over
 from .processes import processes, state
 from .progress import Clock
@@ -112,7 +112,13 @@ def prune_checkpoint(
             undo.pop_all()
         return replace(report, command=command)
 
-    with freed_at_once(), full_precision(), taken_over(model, scratch / "new"), apart(model):
+    with (
+        freed_at_once(),
+        full_precision(),
+        fast_products(model),
+        taken_over(model, scratch / "new"),
+        apart(model),
+    ):
         with clock("data"):
             calibration = prepare(model, data, config, processing_class)
         _check_same_run(scratch / _RUN, _run(source, shards, config, calibration, model))

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .calibration import Batch, is_divisible
+from .execution import as_deployed
 from .offload import input_device
 from .padding import token_mask
 from .processes import from_all
@@ -127,7 +128,7 @@ def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
-    with undisturbed(model), together(model), torch.inference_mode():
+    with undisturbed(model), together(model), as_deployed(), torch.inference_mode():
         run()
         timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
         times = timer.blocked_autorange(min_run_time=min_run_time).times
@@ -164,7 +165,7 @@ def measure_in_turn(models: Sequence[PreTrainedModel], batch: Batch, rounds: int
 
 def _seconds(model: PreTrainedModel, batch: Batch) -> float:
     batch = _on_device(model, batch)
-    with undisturbed(model), together(model), torch.inference_mode():
+    with undisturbed(model), together(model), as_deployed(), torch.inference_mode():
         start = time.perf_counter()
         model(**batch)
         if torch.accelerator.is_available():

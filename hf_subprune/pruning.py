@@ -22,7 +22,7 @@ from .collection import finished_segments
 from .config import TARGETS, PruneConfig
 from .durable import once
 from .evaluation import Costs, Outputs, circumstances, count, drift, measure_latency, model_outputs
-from .execution import full_precision, release_memory, with_fitting_batches
+from .execution import fast_products, full_precision, release_memory, with_fitting_batches
 from .expert_removal import remove_experts, without_experts
 from .grouped_queries import better_units
 from .layout import choose_layout
@@ -87,7 +87,7 @@ def prune(
             undo.pop_all()
         return report
 
-    with full_precision(), taken_over(model), _eval_mode(model), apart(model):
+    with full_precision(), fast_products(model), taken_over(model), _eval_mode(model), apart(model):
         clock, calibration = _prepared(model, data, config, processing_class)
         return with_fitting_batches(calibration, run)
 
@@ -123,11 +123,14 @@ def prune_sizes(
     check_prunable(model)
     _check_alike(configs)
     with full_precision(), _eval_mode(model), apart(model):
-        clock, calibration = _prepared(model, data, configs[0], processing_class)
-        calibrated = Calibrated(model, calibration, configs, evaluation, clock=clock)
+        with fast_products(model):
+            clock, calibration = _prepared(model, data, configs[0], processing_class)
+            calibrated = Calibrated(model, calibration, configs, evaluation, clock=clock)
         for config in configs:
             with ExitStack() as undo:
-                yield prune_to(calibrated, config, undo)
+                with fast_products(model):
+                    report = prune_to(calibrated, config, undo)
+                yield report
 
 
 def _prepared(
@@ -273,7 +276,7 @@ def _prune_experts_first(
 ) -> PruneReport:
     """`prune` where whole experts go: they go first, then the model without them is pruned."""
     fraction, rest = without_experts(config)
-    with full_precision(), _eval_mode(model), ExitStack() as undo:
+    with full_precision(), fast_products(model), _eval_mode(model), ExitStack() as undo:
         clock, calibration = _prepared(model, data, config, processing_class)
         with clock("evaluation"):
             reference = model_outputs(model, calibration.own_held_out)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .advance import forward_replaced, placed
 from .blocks import Block, by_stack
 from .calibration import Batch, is_divisible
 from .evaluation import compared_output
+from .execution import fast_products
 from .linears import feature_axis, input_rows, matrix_shape, weight_matrix
 from .offload import device_of, input_device
 from .padding import token_mask
@@ -113,7 +114,7 @@ def _run_backwards(
 ) -> None:
     """Show the sums the gradients of some or all samples, see `output_metrics`."""
     generator = torch.Generator()
-    with undisturbed(model), torch.enable_grad(), ExitStack() as stack:
+    with undisturbed(model), fast_products(model), torch.enable_grad(), ExitStack() as stack:
         model.requires_grad_(False)
         for total in sums:
             for block in total.blocks:
@@ -121,7 +122,13 @@ def _run_backwards(
                 stack.callback(model.get_submodule(block.consumer).register_forward_hook(hook).remove)
         for path in recomputed:
             module = model.get_submodule(path)
-            again = partial(checkpoint, module.forward, use_reentrant=False)
+            # A backward is a call of its own, in which modes of the calls around it are off.
+            again = partial(
+                checkpoint,
+                module.forward,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), fast_products(model)),
+            )
             stack.enter_context(forward_replaced(module, again))
         for part in range(_ROUNDS):
             for number, batch in _parts(batches, part):
