@@ -25,4 +25,4 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     console = Console()
-    Console(width=max(console.width, 110)).print(table)
+    Console(width=max(console.width, 120)).print(table)
