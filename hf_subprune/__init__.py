@@ -30,11 +30,26 @@ if TYPE_CHECKING:
     from .callback import SubpruneCallback
     from .checkpoint import prune_checkpoint
     from .recovery import recover
+    from .saving import save_pruned
 
 # Imported when they are first asked for: they bring in Trainer, or what reads models and data by name.
-_LAZY = {"SubpruneCallback": "callback", "prune_checkpoint": "checkpoint", "recover": "recovery"}
+_LAZY = {
+    "SubpruneCallback": "callback",
+    "prune_checkpoint": "checkpoint",
+    "recover": "recovery",
+    "save_pruned": "saving",
+}
 
-__all__ = ["PruneConfig", "PruneReport", "SubpruneCallback", "prune", "prune_checkpoint", "prune_sizes", "recover"]
+__all__ = [
+    "PruneConfig",
+    "PruneReport",
+    "SubpruneCallback",
+    "prune",
+    "prune_checkpoint",
+    "prune_sizes",
+    "recover",
+    "save_pruned",
+]
 
 
 def __getattr__(name: str) -> Any:

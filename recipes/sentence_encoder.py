@@ -17,9 +17,8 @@ from encoder import load_encoder
 from tables import print_table
 from transformers.utils import logging
 
-from hf_subprune import PruneConfig, prune
+from hf_subprune import PruneConfig, prune, save_pruned
 from hf_subprune.demo import docstrings
-from hf_subprune.saving import save_pruned
 from hf_subprune.tasks import EmbeddingDrift, Trial, load_task
 
 WAYS = {
