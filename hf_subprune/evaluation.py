@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .calibration import Batch, is_divisible
-from .execution import as_deployed
+from .execution import as_deployed, fast_products
 from .offload import input_device
 from .padding import token_mask
 from .processes import from_all
@@ -324,7 +324,7 @@ def predicted_classes(model: PreTrainedModel, batches: Iterable[Batch]) -> torch
 
 
 def _forward(model: PreTrainedModel, batch: Batch) -> Mapping[str, Any]:
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), fast_products(model), torch.no_grad():
         output = model(**_on_device(model, batch))
     return output if isinstance(output, Mapping) else ModelOutput({str(i): value for i, value in enumerate(output)})
 
