@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .blocks import Refusal
-from .config import TWO_STREAMS
+from .config import TWO_STREAMS, PruneConfig
 
 if TYPE_CHECKING:
     from .report import BlockReport, Change, PruneReport, TaskMetric
@@ -65,7 +65,8 @@ def block_table(report: "PruneReport") -> Table:
         "computes, on the rows fitted on and on others. shrink: pull towards the original weights. optimum: the "
         "units kept capture at least this part of what any choice of as many could."
     )
-    if report.config.get("variant") in TWO_STREAMS:
+    told = {name: report.config[name] for name in ("variant", "reweight") if name in report.config}
+    if PruneConfig(**told).streams() in TWO_STREAMS:
         table.caption += " Errors include what earlier blocks have done to this one, as far as it cannot mend it."
     if len(groups) < len(pruned):
         table.caption += " Experts of a layer (*): mean errors, range of the pull, least bound."

@@ -1,8 +1,10 @@
 import re
 from dataclasses import replace
 
+import pytest
 from sample_report import make_block, make_report
 
+from hf_subprune import PruneConfig
 from hf_subprune.tables import in_words, markdown_table, metric_table, refusal_table, summary_table
 
 
@@ -41,3 +43,17 @@ def test_what_was_measured_on_is_said_in_words():
     on = {"batch_size": 4, "length": 16, "device": "cpu", "threads": 1}
     assert in_words(on) == "batch 4, length 16, cpu, 1 thread"
     assert in_words({**on, "length": None, "threads": 2}) == "batch 4, cpu, 2 threads"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"variant": "layer"}, False),
+        ({"variant": "residual"}, True),
+        ({"variant": "residual", "reweight": False}, False),
+        ({"variant": "asym", "reweight": False}, True),
+    ],
+)
+def test_errors_that_include_those_of_earlier_blocks_are_said_to(settings, said):
+    report = replace(make_report(), config=PruneConfig(**settings).to_dict())
+    assert ("what earlier blocks have done" in " ".join(str(report).split())) == said
