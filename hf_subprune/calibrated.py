@@ -265,7 +265,7 @@ class Calibrated:
                         for problem in problems
                     ]
                     if block.queries is not None and block.tie is None:
-                        queries = self.problem(block.queries, moments)
+                        queries = replace(problems[0], groups=block.queries.columns, sets=block.queries.sets)
                         of_queries[block.name] = losses_of_sets(
                             queries.folds,
                             queries.W,

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -11,7 +10,7 @@ from .factorisation import factorise
 from .moments import Moments, combine, restrict
 from .problem import columns_of
 from .selection import greedy, nested
-from .solver import PRIOR_SHRINKAGE, choose, metric_root, regularise
+from .solver import PRIOR_SHRINKAGE, metric_root, regularise, selection_shrinkage
 
 # Fractions of the units at which the loss is computed; in between it is interpolated.
 _FRACTIONS = (0.03, 0.08, 0.15, 0.25, 0.35, 0.5, 0.7, 0.9)
@@ -132,12 +131,14 @@ def losses_of_sets(
         groups: `(units, c)` int64, those of each set side by side.
         sets: Number of them.
     """
-    total = combine(folds)
-    options: dict[str, Any] = {"shrinkage": shrinkage, "output_metric": output_metric}
+    root = None if output_metric is None else metric_root(output_metric)
+    H, C, _ = regularise(combine(folds), W, selection_shrinkage(shrinkage), root)
     points = []
     for width in range(sets, len(groups), sets):
-        kept = choose(total, W, groups, width, sets=sets, method="greedy", swaps=0, **options).kept
-        loss = expected_loss(folds, W, columns_of(kept, groups), reweight_kept=reweight_kept, **options)
+        columns = columns_of(greedy(H, C, width, groups=groups, sets=sets).kept(width), groups)
+        loss = expected_loss(
+            folds, W, columns, shrinkage=shrinkage, output_metric=output_metric, reweight_kept=reweight_kept
+        )
         points.append((width, loss))
     return tuple(points)
 

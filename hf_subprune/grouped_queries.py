@@ -9,7 +9,6 @@ import torch
 from .allocation import choose_units
 from .blocks import Block
 from .calibrated import Calibrated
-from .collection import BlockMoments
 from .config import PruneConfig
 from .curves import expected_loss
 from .durable import once
@@ -20,6 +19,7 @@ from .processes import from_all, is_mine
 from .solver import choose
 from .stacked import together
 from .targets import Target, narrowed
+from .tied import Problem
 
 
 def better_units(
@@ -147,14 +147,15 @@ def _gains(
     gains: dict[str, float] = {}
     for block, moments in calibrated.moments(blocks, replace(config, variant="layer"), {}):
         if moments is not None and block.queries is not None and is_mine(calibrated.owners[block.name]):
-            whole = _loss(calibrated, block, moments, widths[block.name], config)
-            queries = _loss(calibrated, block.queries, moments, heads[block.name], config)
+            problem = calibrated.problem(block, moments)
+            of_queries = replace(problem, groups=block.queries.columns, sets=block.queries.sets)
+            whole = _loss(problem, widths[block.name], config)
+            queries = _loss(of_queries, heads[block.name], config)
             gains[block.name] = math.log(max(whole, 1e-30) / max(queries, 1e-30))
     return {name: gain for theirs in from_all(gains) for name, gain in theirs.items()}
 
 
-def _loss(calibrated: Calibrated, block: Block, moments: BlockMoments, width: int, config: PruneConfig) -> float:
-    problem = calibrated.problem(block, moments)
+def _loss(problem: Problem, width: int, config: PruneConfig) -> float:
     choice = choose(
         combine(problem.folds),
         problem.W,

@@ -43,14 +43,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
     shown.add_column("")
     for row in rows:
         shown.add_column(row["variant"], justify="right")
-    lines: dict[str, list[str]] = {"forward": [f"{row['forward']:.2f}" for row in rows]}
+    shown.add_row("forward", *(f"{row['forward']:.2f}" for row in rows), end_section=True)
     for stage in rows[0]["stages"]:
-        lines[stage] = [f"{row['stages'][stage]:.2f}" for row in rows]
-    lines["total"] = [f"{row['total']:.2f}" for row in rows]
-    lines["total / forward"] = [f"{row['ratio']:.1f}" for row in rows]
-    lines["memory"] = [f"{row['memory'] / 2**20:.0f} MiB" for row in rows]
-    for name, cells in lines.items():
-        shown.add_row(name, *cells, end_section=name == "forward" or name == list(rows[0]["stages"])[-1])
+        shown.add_row(stage, *(f"{row['stages'][stage]:.2f}" for row in rows))
+    shown.add_section()
+    shown.add_row("total", *(f"{row['total']:.2f}" for row in rows))
+    shown.add_row("total / forward", *(f"{row['ratio']:.1f}" for row in rows))
+    shown.add_row("memory", *(f"{row['memory'] / 2**20:.0f} MiB" for row in rows))
     shown.caption = f"Memory: beyond the model and the data. The model: {rows[0]['model'] / 2**20:.0f} MiB."
     shown.caption_justify = "left"
     return shown
