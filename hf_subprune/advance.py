@@ -4,12 +4,14 @@ A *segment* is a part of the model that the forward calls exactly once and that 
 block that reaches over several layers is in the part around them, or has its consumer for a segment of its own. To
 run segment `t` on a batch, the whole model is called with every finished segment stubbed to return its stored output
 and with the forward stopped right behind segment `t`. Whatever the model does between its layers (masks, position
-embeddings, a bias shared by all layers, the hand-over from encoder to decoder) runs as its authors wrote it.
+embeddings, a bias shared by all layers, the hand-over from encoder to decoder) runs as its authors wrote it. Only
+modules between the segments that nothing but the next segment reads (*leads*: embeddings, a convolutional stem, layers
+that are not pruned) are not run again once that segment is finished.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -65,11 +67,13 @@ class Plan:
         segments: In the order in which the forward calls them.
         retain_all: Whether every segment's output must be kept (a later part reads it), not only each chain's last.
         unreached: Blocks whose consumer the forward does not call on this data.
+        leads: Modules that are not run again behind a segment, and the position of that segment.
     """
 
     segments: tuple[Segment, ...]
     retain_all: bool
     unreached: tuple[Block, ...]
+    leads: Mapping[str, int] = field(default_factory=dict)
 
 
 def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
@@ -109,8 +113,13 @@ def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
         for path, inside in sorted(members.items(), key=lambda item: order.index(item[0]))
     ]
     for retain_all in (False, True):
-        if _replays_exactly(model, segments, batch, retain_all):
-            return Plan(tuple(segments), retain_all, unreached)
+        found = Plan(tuple(segments), retain_all, unreached)
+        if (leads := _leads(model, segments, batch)) and _replays_exactly(model, replace(found, leads=leads), batch):
+            return replace(found, leads=leads)
+        if _replays_exactly(model, found, batch):
+            alone = {p: at for p, at in leads.items() if _replays_exactly(model, replace(found, leads={p: at}), batch)}
+            together = replace(found, leads=alone)
+            return together if _replays_exactly(model, together, batch) else found
     whole = Segment("", tuple(reached), tuple(calls[b.consumer] for b in reached))
     return Plan((whole,), False, unreached)
 
@@ -129,6 +138,7 @@ class Stream:
         self.model, self.plan, self.batches, self.folder = model, plan, batches, folder
         self.position = 0
         self._outputs: list[dict[str, Any]] = [{} for _ in batches]
+        self._stand_ins: list[dict[str, Any]] = [{} for _ in batches]  # what makes them, by lead
         self._next: list[Any] = [None] * len(batches)
 
     @property
@@ -151,8 +161,8 @@ class Stream:
             inputs: Pairs of a module path and what to call with the module's first input whenever it is called; it may
                 `stop` the forward.
             outputs: Pairs of a module path and what to call with the module's output, likewise.
-            stop_at: Path of a block's consumer: end behind its last call instead of at the end of the segment (the
-                segment's output is then not computed).
+            stop_at: Path of a block's consumer: end at its last call, before it computes anything, instead of at the end
+                of the segment (the segment's output is then not computed).
         """
         segment = self.segment
         with ExitStack() as stack:
@@ -162,22 +172,40 @@ class Stream:
             for path, tap in outputs:
                 hook = self.model.get_submodule(path).register_forward_hook(lambda _m, _a, y, tap=tap: tap(y))
                 stack.callback(hook.remove)
-            remaining = 1
-            if stop_at is not None:
-                remaining = dict(zip((b.consumer for b in segment.blocks), segment.calls, strict=True))[stop_at]
 
-            def ended(_module: nn.Module, _args: Any, output: Any) -> None:
-                nonlocal remaining
-                remaining -= 1
-                if remaining == 0:
-                    self._next[index] = self._stored(index, output) if stop_at is None else None
-                    raise _Reached
+            def finished(_module: nn.Module, _args: Any, output: Any) -> None:
+                self._next[index] = self._stored(index, output)
+                stop()
 
-            target = self.model.get_submodule(segment.path if stop_at is None else stop_at)
-            stack.callback(target.register_forward_hook(ended).remove)
-            finished = {path: self._read(output) for path, output in self._outputs[index].items()}
-            stack.enter_context(_stubbed(self.model, self.plan, self.position, finished))
+            if stop_at is None:
+                stack.callback(self.model.get_submodule(segment.path).register_forward_hook(finished).remove)
+            else:
+                calls = dict(zip((b.consumer for b in segment.blocks), segment.calls, strict=True))[stop_at]
+                last = _stop_at_call(calls)  # behind the taps, as hooks run in the order in which they came
+                stack.callback(self.model.get_submodule(stop_at).register_forward_pre_hook(last).remove)
+            before = {path: self._read(output) for path, output in self._outputs[index].items()}
+            stack.enter_context(_stubbed(self.model, self.plan, self.position, before))
+            stack.enter_context(self._led(self._stand_ins[index]))
             call(self.model, self.batches[index])
+
+    @contextmanager
+    def _led(self, stand_ins: dict[str, Any]) -> Iterator[None]:
+        """Leads of finished segments are not run; what stands in for their outputs is noted when they are."""
+
+        def note(path: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                stand_ins[path] = tree_map(_stand_in, output)
+
+            return hook
+
+        with ExitStack() as stack:
+            for path, position in self.plan.leads.items():
+                module = self.model.get_submodule(path)
+                if path not in stand_ins:
+                    stack.callback(module.register_forward_hook(note(path)).remove)
+                elif position < self.position:
+                    stack.enter_context(forward_replaced(module, partial(_made, stand_ins[path])))
+            yield
 
     def step(self) -> None:
         """Go on to the next segment, once every batch has been run to the end of the current one."""
@@ -278,6 +306,19 @@ def _container(path: str, modules: Mapping[str, nn.Module]) -> bool:
     return any(isinstance(modules[above], _CONTAINERS) for above in _ancestors(path)[:-1])
 
 
+def _stop_at_call(number: int) -> Callable[..., None]:
+    """A hook that ends the forward in the call of this number."""
+    left = number
+
+    def hook(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            stop()
+
+    return hook
+
+
 def _input_hook(tap: Callable[[torch.Tensor], None]) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tap(args[0] if args else next(iter(kwargs.values())))
@@ -299,6 +340,17 @@ def _stubbed(model: nn.Module, plan: Plan, position: int, stored: Mapping[str, A
 
 def _return(output: Any, *_args: Any, **_kwargs: Any) -> Any:
     return output
+
+
+def _stand_in(tensor: Any) -> Any:
+    """Makes a tensor like one that nothing reads; should something, it is missing values that it finds."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    return partial(torch.full, tensor.shape, float("nan"), dtype=tensor.dtype, device=tensor.device)
+
+
+def _made(stand_ins: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return tree_map(lambda make: make() if isinstance(make, partial) else make, stand_ins)
 
 
 @contextmanager
@@ -343,17 +395,55 @@ def _watched(model: nn.Module, paths: Sequence[str], seen: _Seen) -> Iterator[No
         yield
 
 
-def _replays_exactly(model: nn.Module, segments: Sequence[Segment], batch: Batch, retain_all: bool) -> bool:
+def _leads(model: nn.Module, segments: Sequence[Segment], batch: Batch) -> dict[str, int]:
+    """Modules with weights, called once and outside of all segments, and the position of the segment called next."""
+    paths = {segment.path for segment in segments}
+    above = {ancestor for path in paths for ancestor in _ancestors(path)[:-1]}
+    begun: set[str] = set()
+    ended: dict[str, list[int | None]] = {}
+
+    def begin(path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            begun.add(path)
+
+        return hook
+
+    def end(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            leaves = [leaf for leaf in tree_leaves(output) if leaf is not None]
+            plain = all(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves)
+            ended.setdefault(path, []).append(len(begun) if plain and len(begun) < len(segments) else None)
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in paths:
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(begin(path)).remove)
+        for path, module in model.named_modules():
+            outside = path not in above | paths and not any(_inside(path, segment) for segment in paths)
+            if outside and next(module.parameters(), None) is not None:
+                stack.callback(module.register_forward_hook(end(path)).remove)
+        call(model, batch)
+    once = {path: at[0] for path, at in ended.items() if len(at) == 1 and at[0] is not None}
+    return {path: at for path, at in once.items() if not any(_inside(path, p) for p in once if p != path)}
+
+
+def _replays_exactly(model: nn.Module, plan: Plan, batch: Batch) -> bool:
     """Whether each segment sees, when it is run alone, the inputs that it sees in the plain forward."""
     plain = _Seen()
-    paths = [s.path for s in segments]
+    paths = [segment.path for segment in plan.segments]
     with _watched(model, paths, plain):
         call(model, batch)
-    stream = Stream(model, Plan(tuple(segments), retain_all, ()), [batch])
+    stream = Stream(model, plan, [batch])
     for path in paths:
         alone = _Seen()
         with _watched(model, [path], alone):
-            stream.run(0)
+            try:
+                stream.run(0)
+            except Exception:  # of whatever type: what stands in for a lead's output was read after all
+                if plan.leads:
+                    return False
+                raise
         if path not in alone.inputs or len(alone.inputs[path]) != len(plain.inputs[path]):
             return False
         if not all(torch.equal(x, y) for x, y in zip(alone.inputs[path], plain.inputs[path], strict=True)):

@@ -110,8 +110,9 @@ def collect(
                     current.run(index, inputs=inputs, outputs=outputs, stop_at=stop_at)
                 for block in group:
                     yield block, _added_up(taps.pop(block.name), owners)
-            for index in indices:
-                current.run(index)
+            if segment is not plan.segments[-1]:  # nothing reads what the last one puts out
+                for index in indices:
+                    current.run(index)
             current.step()
         if folder is not None:
             _commit(folder, streams)

@@ -39,6 +39,22 @@ class Reused(nn.Module):
         return self.layers[0](self.layers[0](x))
 
 
+class Stem(nn.Module):
+    """A stem before the layers, the second of which is no segment; what the third reads of the stem is for a test."""
+
+    def __init__(self, read_again):
+        super().__init__()
+        self.read_again = read_again
+        self.stem, self.mask = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(3))
+
+    def forward(self, x):
+        first, mask = self.stem(x), self.mask(x)
+        first[x < 0] = 0.0
+        hidden = self.layers[1](self.layers[0](first))
+        return self.layers[2](hidden + first if self.read_again else hidden) + mask
+
+
 @pytest.mark.parametrize(
     ("family", "endings", "paths"),
     [
@@ -88,7 +104,7 @@ def test_every_consumer_sees_what_it_sees_in_a_plain_forward(family):
         stream.step()
 
 
-def test_each_layer_runs_once_and_stops_where_it_is_told():
+def test_each_layer_runs_once_and_stops_before_the_consumer_that_it_is_told():
     model = tiny("llama")
     batch = probe_inputs(model)
     blocks = consumers(model, "down_proj")
@@ -106,7 +122,7 @@ def test_each_layer_runs_once_and_stops_where_it_is_told():
     for hook in hooks:
         hook.remove()
     first = ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"]
-    assert ran == [*first, *first, "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"]
+    assert ran == [first[0], *first, "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"]
 
 
 def test_outputs_that_are_read_again_later_are_kept():
@@ -114,6 +130,50 @@ def test_outputs_that_are_read_again_later_are_kept():
     found = plan(model, [block(f"layers.{i}.0") for i in range(3)], {"x": torch.randn(2, 4)})
     assert [segment.path for segment in found.segments] == ["layers.0", "layers.1", "layers.2"]
     assert found.retain_all
+
+
+@pytest.mark.parametrize("read_again", [False, True])
+def test_what_only_leads_to_a_finished_segment_is_not_run_again(read_again):
+    model, batch = Stem(read_again).eval(), {"x": torch.randn(2, 4)}
+    found = plan(model, [block("layers.0.0"), block("layers.2.0")], batch)
+    assert [segment.path for segment in found.segments] == ["layers.0", "layers.2"]
+    # What is added behind all segments is read in no pass, and what the last segment reads is run for it.
+    assert found.leads == {"mask": 0, "layers.1": 1} | ({} if read_again else {"stem": 0})
+    ran, expected = [], []
+    model.stem.register_forward_hook(lambda *_: ran.append("stem"))
+    model.layers[2].register_forward_hook(lambda _m, args, _y: expected.append(args[0].clone()))
+    call(model, batch)
+    ran.clear()
+    stream = Stream(model, found, [batch])
+    stream.run(0)
+    stream.step()
+    for _ in range(2):
+        stream.run(0)
+        assert torch.equal(expected[-1], expected[0])
+    assert len(ran) == 3  # hooks fire, whatever stands in for the module
+    calls = []
+    model.stem.forward, run = lambda x: calls.append(x) or run(x), model.stem.forward
+    stream.run(0)
+    assert len(calls) == int(read_again)
+
+
+def test_leads_of_real_models():
+    found = {}
+    for family, endings in (("bert", ("output.dense",)), ("whisper", ("fc2",)), ("gemma2", ("down_proj",))):
+        model = tiny(family)
+        found[family] = plan(model, consumers(model, *endings), probe_inputs(model)).leads
+    assert found["bert"] == {"bert.embeddings": 0}
+    assert found["gemma2"] == {"model.embed_tokens": 0}
+    encoder, decoder = "model.encoder.", "model.decoder."
+    layers = found["whisper"][decoder + "embed_tokens"]
+    assert found["whisper"] == {
+        encoder + "conv1": 0,
+        encoder + "conv2": 0,
+        encoder + "embed_positions": 0,
+        decoder + "embed_tokens": layers,
+        decoder + "embed_positions": layers,
+    }
+    assert layers > 0
 
 
 def test_a_layer_that_is_called_twice_is_advanced_with_all_around_it():
