@@ -11,6 +11,9 @@ import torch
 
 # Products are split into this many column panels, of which only the upper triangle is computed.
 _PANELS = 4
+# Rows wait until there are so many of them, or numbers in them: larger products take less time, and fewer are added.
+_ROWS_AT_ONCE = 2048
+_NUMBERS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +44,8 @@ class Moments:
 class MomentAccumulator:
     """Sums second moments over batches of rows.
 
-    A batch is multiplied and summed in its own precision, float32 at least, and added in `dtype`. Rows are shifted by
-    the mean of the first batch before that, so that centring cancels no digits (intercept only).
+    Some thousand rows at a time are multiplied in their own precision, float32 at least, and added in `dtype`. They are
+    shifted by the mean of the first batch before that, so that centring cancels no digits (intercept only).
 
     Args:
         n: Number of consumer inputs.
@@ -65,6 +68,7 @@ class MomentAccumulator:
         self.n, self.m, self.intercept, self.dtype = n, m, intercept, dtype
         self.rows = 0
         self.shift: torch.Tensor | None = None
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._gram = torch.zeros(n, n, dtype=dtype, device=device)  # upper triangle of panels only
         self._sum = torch.zeros(n, dtype=torch.float64, device=device)
         if m is not None:
@@ -79,6 +83,7 @@ class MomentAccumulator:
 
     def to(self, device: torch.device | str) -> "MomentAccumulator":
         """The same sums on a device."""
+        self._add_up()
         moved = copy(self)
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
@@ -90,7 +95,8 @@ class MomentAccumulator:
 
         Args:
             inputs: `(rows, n)`, any floating dtype; upcast to float32 before the product.
-            targets: `(rows, m)`, the consumer's original output without its bias, when `m` was given.
+            targets: `(rows, m)`, the consumer's original output without its bias, when `m` was given; held on to for a
+                while.
 
         Raises:
             ValueError: the shapes do not fit, or targets are missing or unexpected.
@@ -101,19 +107,35 @@ class MomentAccumulator:
             raise ValueError("Targets must be passed exactly when the accumulator was made with `m`.")
         if len(inputs) == 0:
             return
-        x = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
+        y = None
+        if targets is not None:
+            if targets.shape != (len(inputs), self.m):
+                raise ValueError(f"Targets must have shape {(len(inputs), self.m)}, got {tuple(targets.shape)}.")
+            y = targets.detach()
+        x = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32), copy=not self.intercept)
         if self.intercept:
             if self.shift is None:
                 self.shift = x.mean(0)
             x = x - self.shift.to(x)
         self.rows += len(x)
+        self._waiting.append((x, y))
+        rows = sum(len(x) for x, _ in self._waiting)
+        if rows >= _ROWS_AT_ONCE or rows * self.n >= _NUMBERS_AT_ONCE:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """Multiply the rows that wait, and add their products."""
+        if not self._waiting:
+            return
+        inputs, targets = zip(*self._waiting, strict=True)
+        self._waiting = []
+        x = torch.cat(inputs)
+        del inputs
         self._sum += x.sum(0).to(self.device)
         for start, stop in self._panels():
             self._gram[start:stop, start:] += (x[:, start:stop].T @ x[:, start:]).to(self.device)
-        if targets is not None:
-            if targets.shape != (len(x), self.m):
-                raise ValueError(f"Targets must have shape {(len(x), self.m)}, got {tuple(targets.shape)}.")
-            y = targets.detach().to(x)
+        if self.m is not None:
+            y = torch.cat(targets).to(x)
             self._cross += (x.T @ y).to(self.device)
             self._target_sum += y.sum(0, dtype=torch.float64).to(self.device)  # not shifted
             self._target_square += y.square().sum(0).sum(dtype=torch.float64).to(self.device)
@@ -124,6 +146,7 @@ class MomentAccumulator:
 
     def sums(self) -> list[torch.Tensor]:
         """The sums themselves, to be added to those of other rows with the same shift."""
+        self._add_up()
         own = [self._gram, self._sum]
         return own if self.m is None else [*own, self._cross, self._target_sum, self._target_square]
 
@@ -135,6 +158,7 @@ class MomentAccumulator:
         """Change the sums to what they are with another shift, `(n,)`; nothing without an intercept."""
         if not self.intercept:
             return
+        self._add_up()
         if self.shift is not None:
             d = self.shift.to(self._sum) - shift.to(self._sum)
             cross = torch.outer(d, self._sum)
@@ -157,6 +181,7 @@ class MomentAccumulator:
         """
         if self.rows == 0:
             raise ValueError("No row was added: there are no moments to compute.")
+        self._add_up()
         mean = self._sum / self.rows
         input_mean, root = mean, None
         if self.intercept:

@@ -194,7 +194,7 @@ class Tap:
 
     def add_target(self, output: torch.Tensor) -> None:
         rows = self._output_rows(output)
-        rows = rows if self._bias is None else rows - self._bias.detach()
+        rows = rows.clone() if self._bias is None else rows - self._bias.detach()  # what follows may write into them
         self._targets.put(self.block.name, self._index, (rows, self._tokens()))  # type: ignore[union-attr]
 
     def add(self, inputs: torch.Tensor, rest: torch.Tensor | None = None) -> None:
