@@ -56,7 +56,7 @@ _LATENCY_SLACK = 0.94
 _LATENCY_TRIES = 5
 _LATENCY_SECONDS = 4.0
 # Seconds that the latencies of other runs are measured in.
-_REPORTED_SECONDS = 0.4
+_REPORTED_SECONDS = 0.3
 
 
 class Calibrated:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -147,8 +148,13 @@ def with_fitting_batches(calibration: CalibrationSet, run: Callable[[Calibration
             logger.warning(f"Out of memory: going on with batches of at most {size} samples.")
         return size
 
-    @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)
     def attempt(batch_size: int) -> _T:
         return run(calibration.in_batches_of(batch_size), batch_size)
 
-    return attempt()
+    try:
+        return attempt(size)
+    except RuntimeError as failure:
+        if not should_reduce_batch_size(failure):
+            raise
+    # Not before: it collects garbage first, which takes as long as pruning a block of a small model.
+    return find_executable_batch_size(attempt, halve(), halve)()

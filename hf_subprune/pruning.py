@@ -185,7 +185,6 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
             edits[block.name] = shrink(model, block, kept.clone(), weight=V, bias=bias)
             bar.update()
         pending.clear()
-        release_memory()
 
     with progress(len(to_prune), "Pruning") as bar:
         for tie in by_tie(b for b in to_prune if b.tie):
@@ -196,11 +195,13 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
                 for block, moments in together:
                     solve(block, moments, chosen)
                 install()
+            release_memory()
         alone = [b for b in to_prune if b.tie is None]
         segments = calibrated.segments(alone).segments
         groups = [group for segment in segments for group in by_stack(segment.blocks)]
         # What the next block reads depends on this one, but for variant "layer", where each process solves one a time.
         last = set() if config.streams() == "layer" else {group[-1].name for group in groups}
+        ends = {segment.blocks[-1].name for segment in segments}
         with taken_back(edits) if config.streams() == "layer" else nullcontext():
             for segment in segments[: finished_segments(folder)]:
                 for block in segment.blocks:
@@ -212,6 +213,8 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
                     if block.name in last or (not last and len(pending) >= processes()):
                         install()
                 del moments
+                if block.name in ends:
+                    release_memory()
             install()
 
     kept = {name: torch.tensor(solution.kept_units) for name, solution in solutions.items()}
