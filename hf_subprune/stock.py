@@ -6,7 +6,7 @@ pruned size to the full one gives a valid number, and it is taken if the skeleto
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -118,7 +118,13 @@ class _Search:
     def _nearer(self) -> list[_Attempt]:
         """Attempts that are nearer to the pruned model than the current config, the nearest first."""
         wrong = self._wrong(self.current, self.binding)
-        singles = self._attempts((change,) for change in self._candidates(wrong))
+        singles: list[_Attempt] = []
+        for attempt in self._attempts((change,) for change in self._candidates(wrong)):
+            singles.append(attempt)
+            if not self._wrong(attempt, self.telling):
+                found = self._improving([attempt])
+                if found and not found[0].refusal:
+                    return found  # none is nearer
         if nearer := self._improving(singles):
             return nearer
         heeded = [attempt for attempt in singles if attempt.sizes != self.current.sizes]
@@ -133,7 +139,7 @@ class _Search:
             if head_size[0] == attempt.changes[0][0]
         ]
         pairs += [pair for pair in itertools.combinations(reaching, 2) if pair[0][:2] != pair[1][:2]]
-        return self._improving(self._attempts(pairs))
+        return self._improving(list(self._attempts(pairs)))
 
     def _improving(self, attempts: list[_Attempt]) -> list[_Attempt]:
         """Those that are nearer than the current config, also as they come back from disk, the nearest first."""
@@ -143,12 +149,11 @@ class _Search:
         distances = {attempt: len(self._wrong(attempt, self.telling)) for attempt in loaded}
         return sorted((attempt for attempt in loaded if distances[attempt] < limit), key=distances.__getitem__)
 
-    def _attempts(self, proposals: Iterable[tuple[Change, ...]]) -> list[_Attempt]:
+    def _attempts(self, proposals: Iterable[tuple[Change, ...]]) -> Iterator[_Attempt]:
         """Change the current config and build skeletons; proposals from which no model can be built are left out.
 
         Configs and constructors refuse values with errors of every type, hence the broad `except`.
         """
-        attempts = []
         for changes in proposals:
             config = copy.deepcopy(self.current.config)
             parts = dict(nested_configs(config))
@@ -158,8 +163,7 @@ class _Search:
                 sizes = self._sizes(build_skeleton(type(self.model), config))
             except Exception:
                 continue
-            attempts.append(_Attempt(config, changes, sizes))
-        return attempts
+            yield _Attempt(config, changes, sizes)
 
     def _read_back(self, attempt: _Attempt) -> _Attempt:
         """`attempt` as its config loads, or with the refusal of its config."""
@@ -172,7 +176,7 @@ class _Search:
         return replace(attempt, config=config, sizes=sizes)
 
     def _candidates(self, wrong: set[Key]) -> list[Change]:
-        """Config values scaled as the wrong sizes are, and unset ones at the pruned size.
+        """Config values scaled as the wrong sizes are, and unset ones at the pruned size; those of a wrong size first.
 
         Never `head_dim`: heads are removed whole, and half the heads must not be mistaken for heads of half the size.
         """
@@ -190,7 +194,8 @@ class _Search:
                         changes.append((path, name, value * new // old))
                     elif type(value) is float and value >= 1:
                         changes.append((path, name, value * new / old))
-        return list(dict.fromkeys(changes))
+        parts, sizes = dict(nested_configs(self.current.config)), {old for old, _ in ratios}
+        return sorted(dict.fromkeys(changes), key=lambda change: getattr(parts[change[0]], change[1]) not in sizes)
 
     def _head_sizes(self) -> list[Change]:
         """`head_dim` written out where a config leaves it to be `hidden_size / heads`, which fewer heads change."""
