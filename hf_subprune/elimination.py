@@ -15,7 +15,7 @@ _EXHAUSTED = 64.0
 _PANEL = 64
 # Size of the pool from which a panel is speculated: at first, and per column that the last panel showed to matter.
 _FIRST_POOL = 192
-_POOL = 2
+_POOL = 1.5
 # Gains closer than this multiple of the rounding error are ties.
 _TIE = 16.0
 # In float32 a Schur complement below this part of the column is known to some four digits only: float64 from there on.
@@ -96,8 +96,8 @@ def eliminate(
             outside = free.index_fill(0, pool, False)
             accepted = _agreed(left, norms, rows, v, shrunk, chosen_gains, floor, sign, outside)
             # The next panel must look at what begins above the gain at which this one ends.
-            needed = _POOL * int((sign * gain > sign * chosen_gains[-1]).sum())
-            width = min(max(_POOL * _PANEL, needed), 2 * width)
+            needed = max(_PANEL, int((sign * gain > sign * chosen_gains[-1]).sum()))
+            width = min(int(_POOL * needed), 2 * width)
         pivots = pivots[:accepted]
         order[done : done + accepted] = pivots
         gains[done : done + accepted] = chosen_gains[:accepted]

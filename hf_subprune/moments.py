@@ -11,9 +11,9 @@ import torch
 
 # Products are split into this many column panels, of which only the upper triangle is computed.
 _PANELS = 4
-# Rows wait until there are so many of them, or numbers in them: larger products take less time, and fewer are added.
-_ROWS_AT_ONCE = 2048
-_NUMBERS_AT_ONCE = 1 << 22
+# Rows wait until there are so many of them, or of numbers in them: products of few rows take as long to add as to make.
+_ROWS_AT_ONCE = 1024
+_NUMBERS_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True, eq=False)

@@ -213,7 +213,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
                     if block.name in last or (not last and len(pending) >= processes()):
                         install()
                 del moments
-                if block.name in ends:
+                if not last or block.name in ends:  # not where forwards come that would take the memory again
                     release_memory()
             install()
 

@@ -81,9 +81,8 @@ def refine(
     tableau = _Tableau(H, C, kept, groups, scale.to(dtype), sets)
     limit = len(kept) * 10 if budget is None else budget
     single = groups.shape[1] == 1 and sets == 1
-    rounds = (tableau.recall, tableau.oscillate, tableau.exchange_columns) if single else (tableau.exchange_group,)
-    made = 0
-    for exchange in rounds:
+    made = tableau.recall(limit) if single and limit else 0  # once: a second time has nearly nothing to add
+    for exchange in (tableau.oscillate, tableau.exchange_columns) if single else (tableau.exchange_group,):
         while made < limit and (count := exchange(limit - made)):
             made += count
     outside = tableau.columns((~tableau.inside).nonzero()[:, 0])
