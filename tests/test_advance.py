@@ -28,6 +28,20 @@ class Skips(nn.Module):
         return self.layers[2](self.layers[1](first) + first)
 
 
+class Grows(nn.Module):
+    """The last layer reads what all others returned, of different widths, as a decoder of feature maps does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(*sizes)) for sizes in ((4, 4), (4, 6), (10, 4)))
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x):
+        first = self.layers[0](x)
+        second = self.layers[1](first)
+        return self.layers[2](torch.cat([self.norm(first), second], -1))
+
+
 class Reused(nn.Module):
     """One layer is called twice."""
 
@@ -125,8 +139,9 @@ def test_each_layer_runs_once_and_stops_before_the_consumer_that_it_is_told():
     assert ran == [first[0], *first, "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"]
 
 
-def test_outputs_that_are_read_again_later_are_kept():
-    model = Skips().eval()
+@pytest.mark.parametrize("family", [Skips, Grows])
+def test_outputs_that_are_read_again_later_are_kept(family):
+    model = family().eval()
     found = plan(model, [block(f"layers.{i}.0") for i in range(3)], {"x": torch.randn(2, 4)})
     assert [segment.path for segment in found.segments] == ["layers.0", "layers.1", "layers.2"]
     assert found.retain_all
