@@ -161,8 +161,8 @@ class Stream:
             inputs: Pairs of a module path and what to call with the module's first input whenever it is called; it may
                 `stop` the forward.
             outputs: Pairs of a module path and what to call with the module's output, likewise.
-            stop_at: Path of a block's consumer: end at its last call, before it computes anything, instead of at the end
-                of the segment (the segment's output is then not computed).
+            stop_at: Path of a block's consumer: end at its last call, before it computes anything, instead of at the
+                end of the segment (the segment's output is then not computed).
         """
         segment = self.segment
         with ExitStack() as stack:

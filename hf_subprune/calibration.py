@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ _HEAD = 16
 
 # Tokens of a text that are enough to see what depends on what.
 _PROBE_TOKENS = 32
+# Ready batches that are read, however many samples they hold, where they cannot be cut: for two folds and to hold out.
+_FEWEST_UNCUT = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,14 +298,20 @@ def _pad_id(model: PreTrainedModel, processing_class: Any) -> int:
     return next((candidate for candidate in candidates if candidate is not None and candidate >= 0), 0)
 
 
-def _counts(found: int, config: PruneConfig) -> tuple[int, int]:
-    """Samples to fit on and to hold out, of those found."""
+def _fewest_to_fit(found: int, config: PruneConfig, kind: str) -> int:
+    """How many must be fitted on, where enough were found to hold out one more."""
     to_fit = 2 if config.shrinkage == "auto" else 1
     if found <= to_fit:
         raise ValueError(
-            f"Calibration needs at least {to_fit + 1} samples that are not blank with shrinkage={config.shrinkage!r}: "
-            f"{to_fit} to fit on and 1 held out. Found {found}."
+            f"Calibration needs at least {to_fit + 1} {kind} with shrinkage={config.shrinkage!r}: {to_fit} to fit on "
+            f"and 1 held out. Found {found}."
         )
+    return to_fit
+
+
+def _counts(found: int, config: PruneConfig) -> tuple[int, int]:
+    """Samples to fit on and to hold out, of those found."""
+    _fewest_to_fit(found, config, "samples that are not blank")
     fit = min(config.samples, found - max(1, found // 5))
     if found >= config.samples + config.held_out:
         fit = config.samples
@@ -342,7 +351,7 @@ def _collate(samples: list[Features], pad_id: int) -> Batch:
 
 
 def _read_ready(items: Iterable[Any], model: PreTrainedModel, wanted: int) -> list[Batch]:
-    """Ready batches, labels dropped, until they hold the wanted number of samples."""
+    """Ready batches, labels dropped, until they hold the wanted number of samples, in three at least if uncut."""
     batches: list[Batch] = []
     found = 0
     for item in items:
@@ -351,13 +360,15 @@ def _read_ready(items: Iterable[Any], model: PreTrainedModel, wanted: int) -> li
         batch = {name: value for name, value in item.items() if value is not None and not is_label(name, model)}
         batches.append(batch)
         found += _rows(batch)
-        if found >= wanted:
+        if found >= wanted and (len(batches) >= _FEWEST_UNCUT or all(map(is_divisible, batches))):
             break
     return batches
 
 
 def _rows(batch: Batch) -> int:
-    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
+    """Number of samples: other tensors may hold several rows a sample, such as patches, or one for all samples."""
+    rows = {len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim}
+    return min(rows - {1}, default=1)
 
 
 def _tokens(batches: list[Batch]) -> int | None:
@@ -380,9 +391,11 @@ def _split_ready(batches: list[Batch], config: PruneConfig) -> tuple[list[Batch]
         fit, held_out = _counts(sum(map(_rows, batches)), config)
         largest = min(config.batch_size, -(-fit // 2))
         return _cut(batches, 0, fit, largest), _cut(batches, fit, fit + held_out, config.batch_size), (fit, held_out)
-    fit, _ = _counts(len(batches), config)
-    counts = sum(map(_rows, batches[:fit])), sum(map(_rows, batches[fit:]))
-    return batches[:fit], batches[fit:], counts
+    found = len(batches)
+    fewest = _fewest_to_fit(found, config, "batches whose tensors do not share a first dimension")
+    samples = list(itertools.accumulate(map(_rows, batches)))
+    fit = max(fewest, min(bisect_left(samples, config.samples) + 1, found - max(1, found // 5)))
+    return batches[:fit], batches[fit:], (samples[fit - 1], samples[-1] - samples[fit - 1])
 
 
 def _pieces(batch: Batch, size: int) -> list[Batch]:

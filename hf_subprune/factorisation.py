@@ -4,11 +4,18 @@ import math
 
 import torch
 
+# The most that is added to a unit diagonal, as a multiple of what float32 rounds: batches are multiplied in float32,
+# whatever dtype their sums have, and small columns with large means lose more.
+_MOST = 1e4
+
 
 def unit_scale(diagonal: torch.Tensor) -> torch.Tensor:
-    """`(n,)` powers of two that scale columns to a diagonal between 1/2 and 2 without rounding; 0 for dead columns."""
+    """`(n,)` powers of two that scale columns to a diagonal between 1/2 and 2 without rounding; 0 for dead columns.
+
+    Dead are those, too, that are so small that their dtype holds few digits of them.
+    """
     exponent = -(diagonal.double().clamp_min(torch.finfo(torch.float64).tiny).log2() / 2).round()
-    return torch.where(diagonal > 0, exponent.exp2(), 0.0)
+    return torch.where(diagonal >= torch.finfo(diagonal.dtype).tiny, exponent.exp2(), 0.0)
 
 
 def rounding(H: torch.Tensor, dtype: torch.dtype = torch.float64) -> float:
@@ -41,7 +48,9 @@ def factorise(H: torch.Tensor, *, least: float = 0.0, dtype: torch.dtype = torch
     scaled = H.to(dtype, copy=True).mul_(scale[:, None]).mul_(scale)
     scaled.diagonal().add_(scale == 0)
     added = 0.0
-    for jitter in (least, *(max(least, noise) * 10.0**e for e in range(5))):
+    limit = _MOST * math.sqrt(max(len(H), 1)) * torch.finfo(torch.float32).eps
+    steps = math.floor(math.log10(limit / max(least, noise)) + 1e-9) + 1
+    for jitter in (least, *(max(least, noise) * 10.0**e for e in range(steps))):
         scaled.diagonal().add_(jitter - added)
         added = jitter
         factor, info = torch.linalg.cholesky_ex(scaled)
@@ -50,5 +59,5 @@ def factorise(H: torch.Tensor, *, least: float = 0.0, dtype: torch.dtype = torch
             return factor, scale, jitter
     raise RuntimeError(
         f"The moments of {len(H)} columns are not positive semi-definite: the factorisation failed with {jitter:.0e} "
-        "added to a unit diagonal. Accumulate them in float64."
+        "added to a unit diagonal: check the calibration activations."
     )

@@ -11,7 +11,7 @@ import torch
 
 # Products are split into this many column panels, of which only the upper triangle is computed.
 _PANELS = 4
-# Rows wait until there are so many of them, or of numbers in them: products of few rows take as long to add as to make.
+# So many rows, or numbers in them, are awaited: to add a product of few rows takes as long as to make it.
 _ROWS_AT_ONCE = 1024
 _NUMBERS_AT_ONCE = 1 << 21
 
@@ -44,8 +44,8 @@ class Moments:
 class MomentAccumulator:
     """Sums second moments over batches of rows.
 
-    Some thousand rows at a time are multiplied in their own precision, float32 at least, and added in `dtype`. They are
-    shifted by the mean of the first batch before that, so that centring cancels no digits (intercept only).
+    A thousand rows or more are multiplied at a time, in their own precision, float32 at least, and added in `dtype`.
+    They are shifted by the mean of the first batch before that, so that centring cancels no digits (intercept only).
 
     Args:
         n: Number of consumer inputs.

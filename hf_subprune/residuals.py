@@ -44,7 +44,8 @@ def find_additions(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, Addi
 
     One forward and some short backwards show it: there, and only there, the derivative by the consumer's output is the
     same diagonal matrix for all rows while the values differ. Blocks for which there is none have no entry: their
-    output is normalised first, as in Gemma 2, or reordered, or they are experts, which see some of the tokens.
+    output is normalised first, as in Gemma 2, or reordered, their consumer is called again before it is added, as in
+    Pegasus-X, or they are experts, which see some of the tokens.
 
     Args:
         model: In eval mode.
@@ -80,6 +81,7 @@ class _Watch:
         self.found = found
         self._outputs: dict[str, torch.Tensor] = {}
         self._seen: dict[str, set[tuple[str, bool]]] = {}
+        self._ambiguous: set[str] = set()
 
     def at_input(self, path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -91,7 +93,11 @@ class _Watch:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             if path in self.consumers and isinstance(output, torch.Tensor):
                 leaf = output.detach().requires_grad_()
-                self._outputs.setdefault(path, leaf)
+                if path in self._outputs:  # called again before the first output is added: which one would be found?
+                    self._ambiguous.add(path)
+                    del self._outputs[path]
+                elif path not in self._ambiguous:
+                    self._outputs[path] = leaf
                 self._seen.setdefault(path, set())
                 return leaf.clone()  # what follows may write into it
             self._look(path, False, output)

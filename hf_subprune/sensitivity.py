@@ -214,6 +214,8 @@ class _GradientSum:
 
     def watch(self, consumer: str, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """Forward hook: the graph starts at the first consumer, gradients are read at every one."""
+        if not torch.is_grad_enabled():
+            return output  # the model itself runs this call, of several, without gradients
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # a leaf could not be written into by what follows
         shape = output.movedim(self._axis, -1).shape

@@ -1,5 +1,6 @@
 """What is taken from the inputs and outputs of one block's consumer as batches run by."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -202,11 +203,16 @@ class Tap:
         if self._targets is not None:
             targets, sent = send_to_device(self._targets.pop(self.block.name, self._index), inputs.device)
         if rest is not None:
-            targets = targets - self._output_rows(rest)  # type: ignore[operator]
+            rest = self._output_rows(rest)
+            self._check_paired(len(targets), len(rest))  # type: ignore[arg-type]
+            targets = targets - rest  # type: ignore[operator]
         fitted = self._index < self._fitted
         into = self.moments.folds[self._index % len(self.moments.folds)] if fitted else self.moments.held_out
         start = done = 0
         positions = output_positions(self.consumer, inputs.shape)
+        if targets is not None and sent is None:
+            mask = self.calibration.mask((*positions, 1), self._index, self.block.consumer)
+            self._check_paired(len(targets), math.prod(positions) if mask is None else int(mask.sum()))
         for part in input_rows(self.consumer, inputs):
             rows = self._real(part, (*positions, part.shape[1]), start)
             start += len(part)
@@ -231,6 +237,14 @@ class Tap:
         """Which tokens the rows of an expert are, in increasing order; `None` where all tokens pass."""
         routed = routed_tokens(self.calibration.model, self.block.consumer)
         return None if routed is None else self._real(routed[1], (len(routed[1]), 1))
+
+    def _check_paired(self, targets: int, rows: int) -> None:
+        if targets != rows:
+            raise ValueError(
+                f"Block {self.block.name}: {self.block.consumer} reads {rows} tokens of batch {self._index} in the "
+                f"model as pruned so far, but {targets} in the original: lengths depend on what the model predicts. "
+                f"Use variant='layer' or 'seq', which pair no tokens of two models."
+            )
 
     def _culprits(self, inputs: torch.Tensor) -> str:
         """Which samples of the batch are not finite, where the first dimension counts samples."""

@@ -271,6 +271,21 @@ def test_ready_batches_that_cannot_be_cut_stay_whole(bert):
     assert prepared.probe is prepared.fit[0]
 
 
+def test_batches_of_patches_are_counted_by_their_images(bert):
+    batches = [
+        {"pixel_values": torch.randn(32, 6), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)} for _ in range(99)
+    ]
+    prepared = prepare(bert, iter(batches), PruneConfig(samples=8, held_out=2))
+    assert (prepared.fit_samples, prepared.held_out_samples) == (8, 2)
+    assert (len(prepared.fit), len(prepared.held_out)) == (4, 1)
+    fewest = prepare(bert, iter(batches), PruneConfig(samples=1, held_out=1))
+    assert (len(fewest.fit), len(fewest.held_out)) == (2, 1)
+    with pytest.raises(
+        ValueError, match=r"at least 3 batches whose tensors do not share a first dimension .* Found 2"
+    ):
+        prepare(bert, batches[:2], PruneConfig())
+
+
 def test_no_more_batches_are_read_than_needed(bert):
     read = []
 

@@ -187,6 +187,20 @@ def test_activations_that_are_not_finite_name_the_block_and_the_sample(variant):
         next(collect(model, segments, calibration, variant, {}))
 
 
+def test_tokens_of_two_models_that_cannot_be_paired_are_refused():
+    """As in speech synthesis, where predicted durations decide on lengths."""
+    model, calibration, blocks, segments = prepared("llama")
+    walk = collect(model, segments, calibration, "asym", {})
+    next(walk)  # by now the targets of the layer are there
+    module = model.model.layers[0].mlp
+    run = module.forward
+    module.forward = lambda hidden: run(hidden[:, 1:])
+    with pytest.raises(
+        ValueError, match=rf"{blocks[1].name}.* reads \d+ tokens of batch 0 .*but \d+ .*variant='layer'"
+    ):
+        next(walk)
+
+
 def test_sums_of_wide_blocks_take_half_the_memory_and_hold_six_digits(monkeypatch):
     model, calibration, _, segments = prepared("llama")
 

@@ -55,6 +55,23 @@ def test_outputs_that_are_normalised_first_have_none():
     assert blocks and not found
 
 
+def test_consumers_that_are_called_again_before_they_are_added_have_none():
+    """As Pegasus-X does: its second call is of global tokens."""
+    model = tiny("bert")
+    (batch,) = ready_batches(model, count=1)
+    blocks = discover(model, batch).blocks
+    before = set(find_additions(model, plan(model, blocks, batch), batch))
+    module = model.bert.encoder.layer[1].output
+
+    def again(hidden, rest):
+        output = module.dense(hidden)
+        module.dense(hidden[:, :2])
+        return module.LayerNorm(output + rest)
+
+    module.forward = again
+    assert before - set(find_additions(model, plan(model, blocks, batch), batch)) == {"bert.encoder.layer.1.mlp"}
+
+
 def test_the_model_is_as_before():
     model = tiny("bert").train()
     (batch,) = ready_batches(model, count=1)

@@ -97,6 +97,27 @@ def test_logits_give_the_metric_of_full_jacobians(family, all_samples):
     assert (found - expected).norm() < 0.25 * expected.norm()
 
 
+def test_calls_that_a_model_runs_without_gradients_are_passed_over(all_samples):
+    """As recurrent models run all rounds but the last."""
+    model = tiny("bert").eval()
+    batches = padded_batches(model)
+    blocks = discover(model, batches[0]).blocks[:2]
+    expected = output_metrics(model, blocks, batches)
+    layer = model.bert.encoder.layer[0]
+    run = layer.forward
+
+    def twice(*args, **kwargs):
+        with torch.no_grad():
+            run(*args, **kwargs)
+        return run(*args, **kwargs)
+
+    layer.forward = twice
+    found = output_metrics(model, blocks, batches)
+    for block in blocks:
+        assert expected[block.name].norm() > 0
+        torch.testing.assert_close(found[block.name], expected[block.name])
+
+
 def test_hidden_states_give_gauss_newton_of_full_jacobians(all_samples):
     model = tiny("bert").eval().base_model
     batches = padded_batches(model)
