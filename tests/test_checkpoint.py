@@ -177,7 +177,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, writer):
 
     def full(*args, **kwargs):
         calls.append(1)
-        if len(calls) == (4 if writer == "save_file" else 9):
+        if len(calls) == (2 if writer == "save_file" else 9):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(*args, **kwargs)
 
@@ -237,7 +237,7 @@ def test_no_finished_layer_keeps_a_file_mapped(tmp_path, monkeypatch):
     release = pruning.release_memory
     monkeypatch.setattr(pruning, "release_memory", lambda: (release(), seen.append(len(mapped()))))
     prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
-    assert len(seen) >= 6
+    assert len(seen) >= 3  # once a layer
     assert max(seen) <= 2
 
 
