@@ -181,8 +181,7 @@ class Stream:
                 stack.callback(self.model.get_submodule(segment.path).register_forward_hook(finished).remove)
             else:
                 calls = dict(zip((b.consumer for b in segment.blocks), segment.calls, strict=True))[stop_at]
-                last = _stop_at_call(calls)  # behind the taps, as hooks run in the order in which they came
-                stack.callback(self.model.get_submodule(stop_at).register_forward_pre_hook(last).remove)
+                stack.enter_context(_ended_at_call(calls, self.model.get_submodule(stop_at)))
             before = {path: self._read(output) for path, output in self._outputs[index].items()}
             stack.enter_context(_stubbed(self.model, self.plan, self.position, before))
             stack.enter_context(self._led(self._stand_ins[index]))
@@ -306,19 +305,6 @@ def _container(path: str, modules: Mapping[str, nn.Module]) -> bool:
     return any(isinstance(modules[above], _CONTAINERS) for above in _ancestors(path)[:-1])
 
 
-def _stop_at_call(number: int) -> Callable[..., None]:
-    """A hook that ends the forward in the call of this number."""
-    left = number
-
-    def hook(*_: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            stop()
-
-    return hook
-
-
 def _input_hook(tap: Callable[[torch.Tensor], None]) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tap(args[0] if args else next(iter(kwargs.values())))
@@ -365,6 +351,28 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = had
+
+
+@contextmanager
+def _ended_at_call(number: int, module: nn.Module) -> Iterator[None]:
+    """The module's call of this number computes nothing, and ends the forward behind hooks that are on the module.
+
+    Behind them, as those that read its weights from elsewhere drop them then.
+    """
+    left, run = number, module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        return run(*args, **kwargs) if left else None
+
+    def ended(*_: Any) -> None:
+        if left == 0:
+            stop()
+
+    with forward_replaced(module, forward), ExitStack() as stack:
+        stack.callback(module.register_forward_hook(ended).remove)
+        yield
 
 
 @dataclass

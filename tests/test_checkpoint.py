@@ -177,7 +177,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, writer):
 
     def full(*args, **kwargs):
         calls.append(1)
-        if len(calls) == (2 if writer == "save_file" else 9):
+        if len(calls) == (4 if writer == "save_file" else 9):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(*args, **kwargs)
 
