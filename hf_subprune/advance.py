@@ -112,14 +112,15 @@ def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
         Segment(path, tuple(inside), tuple(calls[b.consumer] for b in inside))
         for path, inside in sorted(members.items(), key=lambda item: order.index(item[0]))
     ]
+    leads = _leads(model, segments, batch)
     for retain_all in (False, True):
         found = Plan(tuple(segments), retain_all, unreached)
-        if (leads := _leads(model, segments, batch)) and _replays_exactly(model, replace(found, leads=leads), batch):
+        if leads and _replays_exactly(model, replace(found, leads=leads), batch):
             return replace(found, leads=leads)
         if _replays_exactly(model, found, batch):
             alone = {p: at for p, at in leads.items() if _replays_exactly(model, replace(found, leads={p: at}), batch)}
             together = replace(found, leads=alone)
-            return together if _replays_exactly(model, together, batch) else found
+            return together if alone and _replays_exactly(model, together, batch) else found
     whole = Segment("", tuple(reached), tuple(calls[b.consumer] for b in reached))
     return Plan((whole,), False, unreached)
 

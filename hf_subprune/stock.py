@@ -139,9 +139,9 @@ class _Search:
             if head_size[0] == attempt.changes[0][0]
         ]
         pairs += [pair for pair in itertools.combinations(reaching, 2) if pair[0][:2] != pair[1][:2]]
-        return self._improving(list(self._attempts(pairs)))
+        return self._improving(self._attempts(pairs))
 
-    def _improving(self, attempts: list[_Attempt]) -> list[_Attempt]:
+    def _improving(self, attempts: Iterable[_Attempt]) -> list[_Attempt]:
         """Those that are nearer than the current config, also as they come back from disk, the nearest first."""
         limit = len(self._wrong(self.current, self.telling))
         nearer = [attempt for attempt in attempts if len(self._wrong(attempt, self.telling)) < limit]

@@ -202,19 +202,17 @@ class Tap:
         targets, sent = (None, None)
         if self._targets is not None:
             targets, sent = send_to_device(self._targets.pop(self.block.name, self._index), inputs.device)
+        positions = output_positions(self.consumer, inputs.shape)
+        mask = self.calibration.mask((*positions, 1), self._index, self.block.consumer)
+        if targets is not None and sent is None:
+            self._check_paired(len(targets), math.prod(positions) if mask is None else int(mask.sum()))
         if rest is not None:
-            rest = self._output_rows(rest)
-            self._check_paired(len(targets), len(rest))  # type: ignore[arg-type]
-            targets = targets - rest  # type: ignore[operator]
+            targets = targets - self._output_rows(rest)  # type: ignore[operator]
         fitted = self._index < self._fitted
         into = self.moments.folds[self._index % len(self.moments.folds)] if fitted else self.moments.held_out
         start = done = 0
-        positions = output_positions(self.consumer, inputs.shape)
-        if targets is not None and sent is None:
-            mask = self.calibration.mask((*positions, 1), self._index, self.block.consumer)
-            self._check_paired(len(targets), math.prod(positions) if mask is None else int(mask.sum()))
         for part in input_rows(self.consumer, inputs):
-            rows = self._real(part, (*positions, part.shape[1]), start)
+            rows = part if mask is None else part[mask[start : start + len(part)].to(part.device)]
             start += len(part)
             target = None if targets is None else targets[done : done + len(rows)]
             done += len(rows)
@@ -253,10 +251,10 @@ class Tap:
         bad = (~torch.isfinite(inputs)).flatten(1).any(1).nonzero().flatten().tolist()
         return f", samples {bad} of the batch"
 
-    def _real(self, rows: torch.Tensor, shape: Sequence[int], start: int = 0) -> torch.Tensor:
-        """Those of some rows, the first of which is row `start` of a tensor of `shape`, that are no padding."""
+    def _real(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Those rows of a tensor of `shape` that are no padding."""
         mask = self.calibration.mask(shape, self._index, self.block.consumer)
-        return rows if mask is None else rows[mask[start : start + len(rows)].to(rows.device)]
+        return rows if mask is None else rows[mask.to(rows.device)]
 
 
 def _accumulator(n: int, m: int | None, intercept: bool, device: torch.device) -> MomentAccumulator:
