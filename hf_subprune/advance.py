@@ -66,13 +66,11 @@ class Plan:
     Args:
         segments: In the order in which the forward calls them.
         retain_all: Whether every segment's output must be kept (a later part reads it), not only each chain's last.
-        unreached: Blocks whose consumer the forward does not call on this data.
         leads: Modules that are not run again behind a segment, and the position of that segment.
     """
 
     segments: tuple[Segment, ...]
     retain_all: bool
-    unreached: tuple[Block, ...]
     leads: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -81,6 +79,9 @@ def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
 
     The split is checked on the spot: replayed segment by segment, each must see exactly the inputs that it saw in the
     plain forward.
+
+    Raises:
+        ValueError: the forward does not call the consumers of some blocks; the message names these.
     """
     modules = dict(model.named_modules())
     calls: dict[str, int] = {}
@@ -97,8 +98,12 @@ def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
             stack.callback(modules[path].register_forward_pre_hook(count(path)).remove)
         call(model, batch)
 
-    reached = sorted((b for b in blocks if b.consumer in calls), key=lambda b: list(calls).index(b.consumer))
-    unreached = tuple(b for b in blocks if b.consumer not in calls)
+    if unreached := [b.name for b in blocks if b.consumer not in calls]:
+        raise ValueError(
+            f"The data never reaches {', '.join(unreached)}: pass data that runs this part of the model, or leave it "
+            f"whole with `exclude`."
+        )
+    reached = sorted(blocks, key=lambda b: list(calls).index(b.consumer))
     members: dict[str, list[Block]] = {}
     for block in reached:
         members.setdefault(_segment_path(block, reached, modules, calls), []).append(block)
@@ -114,7 +119,7 @@ def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
     ]
     leads = _leads(model, segments, batch)
     for retain_all in (False, True):
-        found = Plan(tuple(segments), retain_all, unreached)
+        found = Plan(tuple(segments), retain_all)
         if leads and _replays_exactly(model, replace(found, leads=leads), batch):
             return replace(found, leads=leads)
         if _replays_exactly(model, found, batch):
@@ -122,7 +127,7 @@ def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
             together = replace(found, leads=alone)
             return together if alone and _replays_exactly(model, together, batch) else found
     whole = Segment("", tuple(reached), tuple(calls[b.consumer] for b in reached))
-    return Plan((whole,), False, unreached)
+    return Plan((whole,), False)
 
 
 class Stream:

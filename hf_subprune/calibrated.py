@@ -164,12 +164,6 @@ class Calibrated:
         candidates = [b for b in blocks if any(_may_shrink(b, target) for target in targets)]
         with self.clock("discovery"):
             segments = plan(model, candidates, self.probe)
-        if segments.unreached:
-            names = ", ".join(b.name for b in segments.unreached)
-            raise ValueError(
-                f"The calibration data never reaches {names}: pass data that runs this part of the model, or leave it "
-                f"whole with `exclude`."
-            )
         return found, blocks, targets, candidates, segments
 
     def _scratch_bytes(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import listed
 from .blocks import Block, Refusal, by_stack
 from .surgery import parameter_like
 
@@ -183,11 +184,13 @@ class Apart:
 
 @contextmanager
 def all_running(model: nn.Module) -> Iterator[None]:
-    """Within the context every expert that was taken apart runs on every token, so that a small batch shows them all.
+    """Within the context experts run on tokens that they were not sent, so that a small batch shows all of them.
 
-    The output of the model is the same: what the router did not ask for counts with weight 0.
+    Those that were taken apart run on every token, those of a list on every token if they would get none. The output
+    of the model is the same: what the router did not ask for counts with weight 0.
     """
-    held = [held for module in model.modules() if (held := apart_in(module)) is not None]
+    found = [apart_in(module) or listed.apart_in(module) for module in model.modules()]
+    held: list[Apart | listed.Listed] = [one for one in found if one is not None]
     before = [held.every for held in held]
     for one in held:
         one.every = True
@@ -225,12 +228,32 @@ def whole_stacks(model: nn.Module, blocks: Iterable[Block]) -> tuple[list[Block]
 
 
 def routed_tokens(model: nn.Module, path: str) -> tuple[str, torch.Tensor, int] | None:
-    """Of a linear that is part of an expert: where its stack is, and which of how many tokens reached it last."""
+    """Of a linear in an expert: where its stack or list is, and which of how many tokens reached the expert last."""
     stack = stack_of(model, path)
-    if stack is None:
+    if stack is not None:
+        expert: Any = model.get_submodule(path.rpartition(".")[0])
+        return stack, expert.tokens, expert.of
+    found = _in_list(model, path)
+    if found is None or found[1] not in found[2].tokens:
         return None
-    expert: Any = model.get_submodule(path.rpartition(".")[0])
-    return stack, expert.tokens, expert.of
+    around, name, held = found
+    return around, held.tokens[name], held.of
+
+
+def is_expert(model: nn.Module, path: str) -> bool:
+    """Whether a linear is in an expert, which sees some of the tokens."""
+    return stack_of(model, path) is not None or _in_list(model, path) is not None
+
+
+def _in_list(model: nn.Module, path: str) -> tuple[str, str, listed.Listed] | None:
+    """Where the list of experts is that a linear is in, the expert's name there, and what watches the list."""
+    parts = path.split(".")
+    for depth, name in enumerate(parts):
+        around = ".".join(parts[:depth])
+        held = listed.apart_in(model.get_submodule(around))
+        if held is not None:
+            return around, name, held
+    return None
 
 
 def refuse_stacks(model: nn.Module, blocks: Iterable[Block], layers: Iterable[str]) -> list[Refusal]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -70,10 +70,11 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     found: list[Block] = []
     candidate: Block | Refusal | None
     refusals: list[Refusal] = []
+    ran = _called(model, inputs)
     with traced(model, inputs) as trace:
         seek = _Seeker(model, trace)
         for consumer in dict.fromkeys(read.reader for read in trace.reads):
-            if consumer != OUTPUT:
+            if consumer in ran:  # a router may choose others by the outputs that a trace puts in
                 try:
                     candidate = seek.candidate(consumer)
                 except RuntimeError as error:
@@ -102,8 +103,7 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     refusals += [Refusal(block.name, block.kind, reason, LEFT_WHOLE) for block, reason in unequal]
     refusals += _functional(model, readers, blocks)
     refusals += _grouped(model, blocks)
-    ran = {read.reader for read in trace.reads} - {OUTPUT}
-    refusals += _unread(model, ran - readers.keys(), blocks)
+    refusals += _unread(model, {read.reader for read in trace.reads} - {OUTPUT} - readers.keys(), blocks)
     refusals += _unreached(model, ran, blocks)
     layers = {layer for name, _ in model.named_modules() if name and (layer := layer_of(model, name)) is not None}
     refusals += refuse_stacks(model, blocks, layers)
@@ -123,6 +123,18 @@ def _own_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
             f"`inputs`, a small batch of your own."
         ) from error
     return inputs
+
+
+def _called(model: nn.Module, inputs: Mapping[str, Any]) -> set[str]:
+    """Paths of the linears that a forward calls."""
+    called: set[str] = set()
+    with undisturbed(model), torch.no_grad(), ExitStack() as stack:
+        for name, module in model.named_modules():
+            if is_linear(module):
+                hook = module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+                stack.callback(hook.remove)
+        model(**inputs)
+    return called
 
 
 def _functional(model: nn.Module, readers: Mapping[str, set[str]], blocks: Sequence[Block]) -> list[Refusal]:
@@ -183,7 +195,7 @@ def _unreached(model: nn.Module, readers: Collection[str], blocks: Sequence[Bloc
         if name not in found and name not in readers and _numberless(name) in like
     }
     reason = "the probe batch does not reach it, as it reaches others like it"
-    advice = "Pass `inputs` of more tokens (to `prune`: longer or more samples), until some are sent to it."
+    advice = "It is left whole. Pass `inputs` of more tokens to look for it."
     return [Refusal(path, kind, reason, advice) for path, kind in silent.items()]
 
 

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .advance import Batch, Plan, placed
 from .blocks import Block
+from .experts import is_expert
 from .linears import feature_axis
 from .verification import undisturbed
 
@@ -57,7 +58,7 @@ def find_additions(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, Addi
         model.requires_grad_(False)
         for segment in plan.segments:
             layer = model.get_submodule(segment.path)
-            watch = _Watch(model, [block for block in segment.blocks if block.stack is None], found)
+            watch = _Watch(model, [block for block in segment.blocks if not is_expert(model, block.consumer)], found)
             # Hooks run in the order in which they are registered: the layer's output is looked at, then cut off.
             for path, module in layer.named_modules(prefix=segment.path):
                 stack.callback(module.register_forward_pre_hook(watch.at_input(path), with_kwargs=True).remove)

@@ -1,7 +1,7 @@
 """What a model stacks in one tensor, taken apart into ordinary linears for as long as it is worked on.
 
 That is the projections of all experts of a layer (`experts`), and those of queries, keys and values in
-`nn.MultiheadAttention` (`multihead`).
+`nn.MultiheadAttention` (`multihead`). Experts that are modules of their own are watched besides (`listed`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from . import experts, multihead
+from . import experts, listed, multihead
+
+_FORMS = (experts, multihead, listed)
 
 
 def take_apart(model: nn.Module) -> list[nn.Module]:
@@ -22,7 +24,7 @@ def take_apart(model: nn.Module) -> list[nn.Module]:
     Returns:
         The modules that were taken apart.
     """
-    found = [experts.understood(module) or multihead.understood(module) for module in model.modules()]
+    found = [form.understood(module) for module in model.modules() for form in _FORMS]
     modules = [held for held in found if held is not None]
     for held in modules:
         held.attach()
@@ -41,7 +43,7 @@ def put_together(modules: Iterable[nn.Module]) -> Callable[[], None]:
     Raises:
         ValueError: the experts of one module have different widths.
     """
-    found = [experts.apart_in(module) or multihead.apart_in(module) for module in modules]
+    found = [form.apart_in(module) for module in modules for form in _FORMS]
     taken = [held for held in found if held is not None]
     parameters = [held.together() for held in taken]
     for held, own in zip(taken, parameters, strict=True):

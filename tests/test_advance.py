@@ -87,7 +87,6 @@ def test_segments_are_the_layers_in_forward_order(family, endings, paths):
     model = tiny(family)
     found = plan(model, consumers(model, *endings), probe_inputs(model))
     assert [segment.path for segment in found.segments] == paths
-    assert not found.unreached
     assert not found.retain_all
 
 
@@ -203,11 +202,11 @@ def test_a_layer_that_is_called_twice_is_advanced_with_all_around_it():
     assert len(seen) == 2
 
 
-def test_blocks_off_the_data_s_path_are_reported():
+def test_blocks_off_the_data_s_path_are_refused():
     model = Skips().eval()
     model.extra = nn.ModuleList([nn.Linear(4, 4)])
-    found = plan(model, [block("layers.0.0"), block("extra.0")], {"x": torch.randn(2, 4)})
-    assert [b.name for b in found.unreached] == ["extra.0"]
+    with pytest.raises(ValueError, match=r"never reaches extra\.0: pass data"):
+        plan(model, [block("layers.0.0"), block("extra.0")], {"x": torch.randn(2, 4)})
 
 
 def test_nothing_stays_on_the_model():
