@@ -25,7 +25,6 @@ from .masking import Mask, MaskEdit
 from .moments import restrict
 from .progress import peak_memory
 from .report import BlockReport, Change, PruneReport
-from .reweighting import relative_error
 from .solver import solve_block
 from .stacked import apart, put_together
 from .surgery import Edit, kept_columns, shrink, taken_back, undo_all
@@ -268,12 +267,8 @@ class GradualPruning:
             chosen=chosen,
             **self._selection(),
         )
-        held_out = relative_error(
-            restrict(moments.of_held_out(W), kept_columns(block, present)),
-            solution.kept_columns,
-            solution.V,
-            solution.bias_shift,
-        )
+        columns = kept_columns(block, present)[solution.kept_columns.cpu()]
+        held_out = moments.held_out_error(W, columns, solution.V, solution.bias_shift)
         # Every process trains the same units, although sums over the same data may differ in the last bit.
         units, V, shift = broadcast((solution.kept_units.to(W.device), solution.V, solution.bias_shift))
         bias = None if consumer.bias is None else consumer.bias.detach() + shift.to(consumer.bias)

@@ -54,6 +54,7 @@ class MomentAccumulator:
         intercept: Whether moments are centred.
         dtype: Of the sums; float64 holds them to 1e-15 relative, float32 to about 1e-6.
         device: Where the sums live.
+        keep_rows: Whether rows are kept as they are, as long as they take no more memory than the sums would.
     """
 
     def __init__(
@@ -64,22 +65,34 @@ class MomentAccumulator:
         intercept: bool,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
+        keep_rows: bool = False,
     ):
-        self.n, self.m, self.intercept, self.dtype = n, m, intercept, dtype
+        self.n, self.m, self.intercept, self.dtype, self.keep_rows = n, m, intercept, dtype, keep_rows
         self.rows = 0
         self.shift: torch.Tensor | None = None
         self._waiting: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        self._gram = torch.zeros(n, n, dtype=dtype, device=device)  # upper triangle of panels only
         self._sum = torch.zeros(n, dtype=torch.float64, device=device)
+        if not keep_rows:
+            self._make_sums()
         if m is not None:
-            self._cross = torch.zeros(n, m, dtype=dtype, device=device)
             self._target_sum = torch.zeros(m, dtype=torch.float64, device=device)
             self._target_square = torch.zeros((), dtype=torch.float64, device=device)
+
+    def _make_sums(self) -> None:
+        self.keep_rows = False
+        self._gram = torch.zeros(self.n, self.n, dtype=self.dtype, device=self.device)  # upper triangle of panels only
+        if self.m is not None:
+            self._cross = torch.zeros(self.n, self.m, dtype=self.dtype, device=self.device)
 
     @property
     def device(self) -> torch.device:
         """Where the sums are."""
         return self._sum.device
+
+    @property
+    def kept_rows(self) -> list[tuple[torch.Tensor, torch.Tensor | None]] | None:
+        """Inputs, less `shift` if there is one, and targets of each `update`, while rows are kept."""
+        return self._waiting if self.keep_rows else None
 
     def to(self, device: torch.device | str) -> "MomentAccumulator":
         """The same sums on a device."""
@@ -120,11 +133,17 @@ class MomentAccumulator:
         self.rows += len(x)
         self._waiting.append((x, y))
         rows = sum(len(x) for x, _ in self._waiting)
-        if rows >= _ROWS_AT_ONCE or rows * self.n >= _NUMBERS_AT_ONCE:
+        if self.keep_rows:
+            enough = rows * x.element_size() > self.n * self.dtype.itemsize
+        else:
+            enough = rows >= _ROWS_AT_ONCE or rows * self.n >= _NUMBERS_AT_ONCE
+        if enough:
             self._add_up()
 
     def _add_up(self) -> None:
         """Multiply the rows that wait, and add their products."""
+        if self.keep_rows:
+            self._make_sums()
         if not self._waiting:
             return
         inputs, targets = zip(*self._waiting, strict=True)

@@ -30,7 +30,6 @@ from .offload import input_device, taken_over, without_values
 from .processes import from_process, is_mine, processes
 from .progress import Clock, peak_memory, progress, timed
 from .report import BlockReport, Change, PruneReport
-from .reweighting import relative_error
 from .solver import BlockSolution, solve_block
 from .stacked import apart, put_together
 from .surgery import Edit, shrink, taken_back, undo_all
@@ -394,9 +393,8 @@ def _solution(
         generator=torch.Generator().manual_seed(config.seed),
         chosen=chosen,
     )
-    del problem  # its moments are as large as the held-out ones to come
-    held_out = moments.of_held_out(W)
-    return solution, relative_error(held_out, solution.kept_columns, solution.V, solution.bias_shift)
+    del problem  # its moments are as large as the held-out ones may be
+    return solution, moments.held_out_error(W, solution.kept_columns, solution.V, solution.bias_shift)
 
 
 def _check_alike(configs: Sequence[PruneConfig]) -> None:

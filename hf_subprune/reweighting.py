@@ -106,6 +106,40 @@ def relative_error(moments: Moments, columns: torch.Tensor, V: torch.Tensor, shi
     return _relative_error(restrict(moments, columns), V, shift)
 
 
+def relative_error_of_rows(
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    mean: torch.Tensor | None,
+    W: torch.Tensor,
+    columns: torch.Tensor,
+    V: torch.Tensor,
+    shift: torch.Tensor,
+) -> float:
+    """`relative_error` from the rows themselves: where they are few, that takes less than their moments do.
+
+    Args:
+        rows: Pairs of inputs `(rows, n)`, float32, and targets `(rows, m)`, or `None` for the inputs times `W`.
+        mean: `(n,)`, what was subtracted from the inputs; `None` without an intercept.
+        W: `(n, m)`, the original weight.
+        columns: `(k,)` int64, kept columns.
+        V: `(k, m)`.
+        shift: `(m,)`, the change of the bias.
+    """
+    inputs, targets = rows[0]
+    W, V, offset, columns = W.to(inputs), V.to(inputs), -shift.to(inputs), columns.to(inputs.device)
+    if mean is not None:
+        offset = offset - mean.to(inputs)[columns] @ V + (mean.to(inputs) @ W if targets is None else 0)
+    left, square = torch.zeros(2, dtype=torch.float64, device=inputs.device)
+    total = torch.zeros_like(offset, dtype=torch.float64)
+    for x, y in rows:
+        target = x @ W if y is None else y.to(x)
+        left += (target - x[:, columns] @ V + offset).square().sum(0).sum(dtype=torch.float64)
+        square += target.square().sum(0).sum(dtype=torch.float64)
+        total += target.sum(0, dtype=torch.float64)
+    if mean is not None:
+        square -= total.square().sum() / sum(len(x) for x, _ in rows)
+    return float(left / square) if square > 0 else 0.0
+
+
 def _relative_error(kept: Moments, V: torch.Tensor, shift: torch.Tensor) -> float:
     """`relative_error` for moments of the kept columns."""
     return max(kept.t + _left(kept, V, shift), 0.0) / kept.t if kept.t > 0 else 0.0

@@ -21,6 +21,7 @@ from .linears import feature_axis, input_rows, matrix_shape, output_positions, o
 from .moments import MomentAccumulator, Moments, combine, unseen
 from .offload import device_of
 from .residuals import Addition, first_tensor
+from .reweighting import relative_error, relative_error_of_rows
 
 FOLDS = 2
 """Parts of the calibration batches whose moments are kept apart."""
@@ -70,15 +71,21 @@ class BlockMoments:
             seen += [unseen(W, seen, self.held_out.intercept)] * missing
         return seen
 
-    def of_held_out(self, W: torch.Tensor) -> Moments:
-        """The moments of the held-out rows; of those fitted on for an expert that gets none of the held-out ones.
+    def held_out_error(self, W: torch.Tensor, columns: torch.Tensor, V: torch.Tensor, shift: torch.Tensor) -> float:
+        """The relative error on the held-out rows; on those fitted on for an expert that gets no held-out ones.
 
-        In float32: they are reported on, in a few digits.
+        Args:
+            W: `(n, m)`, the consumer's weight, inputs by outputs.
+            columns: `(k,)` int64, the columns kept.
+            V: `(k, m)`, their new weights.
+            shift: `(m,)`, the change of the bias.
         """
         held_out = self.held_out
-        if held_out.rows > held_out.intercept:
-            return held_out.moments(W, torch.float32)
-        return combine(self.of_folds(W))
+        if held_out.rows <= held_out.intercept:
+            return relative_error(combine(self.of_folds(W)), columns, V, shift)
+        if held_out.kept_rows is not None:
+            return relative_error_of_rows(held_out.kept_rows, held_out.shift, W, columns, V, shift)
+        return relative_error(held_out.moments(W, torch.float32), columns, V, shift)  # reported, in a few digits
 
 
 class Targets:
@@ -141,11 +148,12 @@ class Tap:
             intercept = getattr(self.consumer, "bias", None) is not None
             count, device = min(FOLDS, len(self.calibration.fit)) + 1, device_of(self.consumer.weight)
             try:
-                made = [_accumulator(n, targets, intercept, device) for _ in range(count)]
+                made = [_accumulator(n, targets, intercept, device, index == count - 1) for index in range(count)]
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                made = [_accumulator(n, targets, intercept, torch.device("cpu")) for _ in range(count)]
+                device = torch.device("cpu")
+                made = [_accumulator(n, targets, intercept, device, index == count - 1) for index in range(count)]
             self._accumulators = BlockMoments(tuple(made[:-1]), made[-1])
         return self._accumulators
 
@@ -257,6 +265,6 @@ class Tap:
         return rows if mask is None else rows[mask.to(rows.device)]
 
 
-def _accumulator(n: int, m: int | None, intercept: bool, device: torch.device) -> MomentAccumulator:
+def _accumulator(n: int, m: int | None, intercept: bool, device: torch.device, keep_rows: bool) -> MomentAccumulator:
     dtype = torch.float64 if n <= _DOUBLE_UP_TO else torch.float32
-    return MomentAccumulator(n, m, intercept=intercept, dtype=dtype, device=device)
+    return MomentAccumulator(n, m, intercept=intercept, dtype=dtype, device=device, keep_rows=keep_rows)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_subprune.moments import MomentAccumulator, combine
-from hf_subprune.reweighting import SHRINKAGE_GRID, cross_fit, relative_error, reweight, solve
+from hf_subprune.reweighting import SHRINKAGE_GRID, cross_fit, relative_error, relative_error_of_rows, reweight, solve
 
 
 def activations(rows=300, n=16, m=5, seed=0):
@@ -67,6 +67,30 @@ def test_relative_error_on_other_rows_counts_what_the_fitted_bias_leaves(interce
     truth = float(residual.square().sum() / scale.square().sum())
     found = relative_error(moments_of(other, W, intercept), COLUMNS, new.V, new.bias_shift)
     assert found == pytest.approx(truth, rel=1e-9)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("targets", [True, False])
+def test_rows_say_the_relative_error_that_their_moments_say(intercept, targets):
+    B, W = activations()
+    new = reweight(moments_of(B, W, intercept), W, COLUMNS, 0.1)
+    other = activations(rows=20, seed=1)[0]
+    Y = (other + 0.5) @ W if targets else None
+    held = MomentAccumulator(16, 5 if targets else None, intercept=intercept, keep_rows=True)
+    for part in (slice(0, 12), slice(12, 20)):
+        held.update(other[part], None if Y is None else Y[part])
+        if part.start == 0:
+            fit = (W, COLUMNS, new.V, new.bias_shift)
+            found = relative_error_of_rows(held.kept_rows, held.shift, *fit)
+            some, target = other[part], other[part] @ W if Y is None else Y[part]
+            residual = target - some[:, COLUMNS] @ new.V - new.bias_shift
+            truth = residual.square().sum() / (target - target.mean(0) * intercept).square().sum()
+            assert found == pytest.approx(float(truth), rel=1e-9)
+    assert held.kept_rows is None  # 20 rows take more memory than 16 columns of sums
+    plain = MomentAccumulator(16, 5 if targets else None, intercept=intercept)
+    plain.update(other, Y)
+    torch.testing.assert_close(held.moments(W).H, plain.moments(W).H)
+    torch.testing.assert_close(held.moments(W).C, plain.moments(W).C)
 
 
 def left_out_errors(parts, W, columns, grid):

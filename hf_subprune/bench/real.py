@@ -55,7 +55,7 @@ def demo_problems(samples: int = 128, held_out: int = 32, count: int = 3) -> dic
     problems = {}
     for block, moments in collect(model, plan(model, chosen, calibration.probe), calibration, "layer", {}):
         W = weight_matrix(model.get_submodule(block.consumer)).clone()
-        problems[block.name] = RealProblem(moments.of_folds(W), moments.of_held_out(W), W)
+        problems[block.name] = RealProblem(moments.of_folds(W), moments.held_out.moments(W), W)
     return problems
 
 
