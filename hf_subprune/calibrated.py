@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from .allocation import (
     fill_in,
     measured_blocks,
 )
-from .blocks import Block, Discovery, Refusal, by_tie, by_width
+from .blocks import Block, Discovery, by_tie, by_width, choose_blocks
 from .budgets import interpolate
 from .calibration import CalibrationSet
 from .collection import collect
@@ -398,50 +397,6 @@ class Calibrated:
             predicted_drift=predicted,
             latencies=target.latencies,
         )
-
-
-def choose_blocks(blocks: Sequence[Block], refusals: Sequence[Refusal], config: PruneConfig) -> list[Block]:
-    """The blocks that the config lets us prune.
-
-    Raises:
-        ValueError: a pattern matches nothing, a tie is chosen in part, or no block is left; the message lists what
-            there is.
-    """
-    names = [b.name for b in blocks]
-    for option in ("include", "exclude"):
-        for pattern in getattr(config, option):
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"`{option}` pattern {pattern!r} matches no block; the blocks are {', '.join(names)}."
-                )
-    chosen = [
-        b
-        for b in blocks
-        if b.kind in config.units
-        and (not config.include or any(fnmatchcase(b.name, p) for p in config.include))
-        and not any(fnmatchcase(b.name, p) for p in config.exclude)
-    ]
-    for group in by_width(blocks):
-        part = [b.name for b in group if b in chosen]
-        if 0 < len(part) < len(group):
-            rest = [b.name for b in group if b not in chosen]
-            must = f"{group[0].tie!r} must all keep the same units"
-            if group[0].tie is None:
-                must = f"of {group[0].stack!r} are stored together and must all keep equally many units"
-            raise ValueError(
-                f"Blocks {must}, but the config prunes {', '.join(part)} and not {', '.join(rest)}: `include` or "
-                f"`exclude` all of them."
-            )
-    if not chosen:
-        there = ", ".join(f"{b.name} ({b.kind})" for b in blocks) or "none"
-        kinds = sorted({b.kind for b in blocks} - set(config.units))
-        advice = f" Add {kinds} to `units` to prune these." if kinds else ""
-        why = "".join(f"\n  {r.name}: {r.reason} {r.advice}" for r in refusals)
-        raise ValueError(
-            f"No prunable block is left: units={list(config.units)}, include={list(config.include)}, "
-            f"exclude={list(config.exclude)}; prunable blocks found: {there}.{advice}{why}"
-        )
-    return chosen
 
 
 def _may_shrink(block: Block, target: Target) -> bool:

@@ -206,6 +206,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
                 for block in segment.blocks:
                     solve(block, None)
                 install()
+                release_memory()
             for block, moments in timed(calibrated.moments(alone, config, edits, folder), clock, "calibration"):
                 with clock("selection"):
                     solve(block, moments)
