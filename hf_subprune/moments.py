@@ -95,12 +95,12 @@ class MomentAccumulator:
         return self._waiting if self.keep_rows else None
 
     def to(self, device: torch.device | str) -> "MomentAccumulator":
-        """The same sums on a device."""
-        self._add_up()
+        """A copy on a device, of the sums and of rows that wait; nothing is computed where they are."""
         moved = copy(self)
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
-                setattr(moved, name, value.to(device))
+                setattr(moved, name, value.to(device, copy=True))
+        moved._waiting = [(x.to(device), None if y is None else y.to(device)) for x, y in self._waiting]
         return moved
 
     def update(self, inputs: torch.Tensor, targets: torch.Tensor | None = None) -> None:

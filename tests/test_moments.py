@@ -103,3 +103,18 @@ def test_misuse_is_refused():
     raw.update(B)
     with pytest.raises(ValueError, match="Centred and raw"):
         combine([raw.moments(W), accumulator.moments(W)])
+
+
+@pytest.mark.parametrize("keep_rows", [True, False])
+def test_a_copy_on_a_device_holds_the_same_and_goes_its_own_way(keep_rows):
+    B, A, W = rows(count=10)
+    accumulator = MomentAccumulator(12, 4, intercept=True, keep_rows=keep_rows)
+    accumulator.update(B, A @ W)
+    copied = accumulator.to("cpu")
+    assert (copied.kept_rows is not None) == keep_rows
+    expected = copied.moments()
+    accumulator.update(B + 1, A @ W)
+    assert torch.equal(copied.moments().H, expected.H) and copied.rows == 10
+    H, C, _ = truth(torch.cat([B, B + 1]), torch.cat([A @ W, A @ W]), True)
+    torch.testing.assert_close(accumulator.moments().H, H)
+    torch.testing.assert_close(accumulator.moments().C, C)
