@@ -7,6 +7,7 @@ every forward calls every expert, on no rows if need be, and it is known which t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -28,6 +29,8 @@ class Listed:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._own = partial(type(module).forward, module)
+        self._held = module.__dict__.get("forward")  # accelerate's, which moves what is given to where it runs
         self.every = False
         self.tokens: dict[str, torch.Tensor] = {}
         self.of = 0
@@ -35,7 +38,7 @@ class Listed:
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         hidden, *routing = (*args, *kwargs.values())
         self.tokens, self.of = self._sent(hidden, routing), len(hidden)
-        output = type(self.module).forward(self.module, hidden, *routing)
+        output = (self._held or self._own)(hidden, *routing)
         for name, tokens in self.tokens.items():
             if len(tokens) == 0:
                 extra = self.module.get_submodule(name)(hidden if self.every else hidden[:0])
@@ -52,7 +55,7 @@ class Listed:
         numbers = torch.arange(len(hidden), dtype=torch.float32, device=hidden.device)
         self.module._modules.update(notes)
         try:
-            type(self.module).forward(self.module, numbers.unsqueeze(1).expand_as(hidden).clone(), *routing)
+            self._own(numbers.unsqueeze(1).expand_as(hidden).clone(), *routing)
         finally:
             self.module._modules.update(own)
         given = {name: numbers[:0].unsqueeze(1) if note.rows is None else note.rows for name, note in notes.items()}
@@ -71,6 +74,8 @@ class Listed:
     def detach(self, parameters: dict[str, nn.Parameter | None]) -> None:
         """Watch no longer; there are no `parameters`."""
         del self.module.__dict__["forward"]
+        if self._held is not None:
+            self.module.__dict__["forward"] = self._held
 
 
 class _Note(nn.Module):
@@ -85,12 +90,12 @@ class _Note(nn.Module):
 
 def understood(module: nn.Module) -> Listed | None:
     """The list to be watched, if it calls alike modules on what it is told of tokens."""
-    if not isinstance(module, _LISTS) or "forward" in module.__dict__ or "forward" not in vars(type(module)):
+    if not isinstance(module, _LISTS) or apart_in(module) is not None or "forward" not in vars(type(module)):
         return None
-    hidden_routing_weights = 3
+    self_hidden_routing_weights = 4
     experts = _experts(module)
     alike = len({type(module.get_submodule(name)) for name in experts}) == 1
-    if len(experts) < 2 or not alike or len(signature(module.forward).parameters) < hidden_routing_weights:
+    if len(experts) < 2 or not alike or len(signature(type(module).forward).parameters) < self_hidden_routing_weights:
         return None
     return Listed(module)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 
-from hf_subprune import PruneConfig, prune
+from hf_subprune import PruneConfig, prune, prune_checkpoint
 from hf_subprune.coverage.tiny import tiny_model
 from hf_subprune.experts import all_running, routed_tokens
 from hf_subprune.padding import token_mask
@@ -96,6 +96,17 @@ def test_they_are_pruned_though_the_routers_of_both_models_disagree(variant):
     assert len(experts) == 16
     assert all(0 < block.units_after < 96 and block.fitted_error < 1 for block in experts)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_read_layer_by_layer_gives_the_same(tmp_path):
+    model = switch()
+    model.save_pretrained(tmp_path / "original")
+    config = PruneConfig(**QUICK, keep=0.6, layout="ragged")
+    prune_checkpoint(str(tmp_path / "original"), batches(), config, out=str(tmp_path / "pruned"))
+    prune(model, batches(), config)
+    pruned = type(model).from_pretrained(tmp_path / "pruned").state_dict()
+    assert all(torch.equal(pruned[name], value) for name, value in model.state_dict().items())
 
 
 class Mixture(nn.Module):
