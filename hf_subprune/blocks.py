@@ -1,7 +1,7 @@
 """A prunable block: one consumer, the producers that feed it, and the units that can be removed from it."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -245,3 +245,9 @@ def choose_blocks(blocks: Sequence[Block], refusals: Sequence[Refusal], config: 
             f"exclude={list(config.exclude)}; prunable blocks found: {there}.{advice}{why}"
         )
     return chosen
+
+
+def some_of(names: Collection[str]) -> str:
+    """The first three names, and how many more there are, for a message."""
+    first, more = sorted(names)[:3], len(names) - 3
+    return ", ".join(map(repr, first)) + (f" and {more} more" if more > 0 else "")

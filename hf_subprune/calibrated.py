@@ -22,7 +22,7 @@ from .allocation import (
     fill_in,
     measured_blocks,
 )
-from .blocks import Block, Discovery, by_tie, by_width, choose_blocks
+from .blocks import Block, Discovery, by_tie, by_width, choose_blocks, some_of
 from .budgets import interpolate
 from .calibration import CalibrationSet
 from .collection import collect
@@ -212,7 +212,7 @@ class Calibrated:
         )
         silent = [name for name, M in metrics.items() if not float(M.diagonal().sum()) > 0]
         if silent:
-            logger.warning(f"The model's output does not depend on {', '.join(silent)}: all errors count alike there.")
+            logger.warning(f"The model's output does not depend on {some_of(silent)}: all errors count alike there.")
         return metrics.without(silent)
 
     def _survey(

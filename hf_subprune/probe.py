@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .attributes import settle
-from .blocks import Block, Discovery, Refusal, Slice, counted_once, parameters_per_unit
+from .blocks import Block, Discovery, Refusal, Slice, counted_once, parameters_per_unit, some_of
 from .experts import all_running, refuse_stacks, stack_of, whole_stacks
 from .linears import input_dim, is_convolution, is_linear, taps
 from .offload import device_of
@@ -96,7 +96,7 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
         blocks, inexact = settle(model, found, inputs)
     for block, reason in inexact:
         if seek.shared[block.consumer]:
-            reason = f"its units share rows of {_listed(seek.shared[block.consumer])}, and {reason}"
+            reason = f"its units share rows of {some_of(seek.shared[block.consumer])}, and {reason}"
         elif block.consumer in seek.outside:
             reason = f"{seek.outside[block.consumer]}, and {reason}"
         refusals.append(Refusal(block.name, seek.presumed[block.consumer], reason, NO_ATTRIBUTE))
@@ -325,8 +325,8 @@ class _Seeker:
         if not readers or layers == {layer_of(model, consumer)}:
             return None
         reason = (
-            f"its channels are those of a residual stream: they come from {_listed([one.name for one in made])} and "
-            f"also feed {_listed(readers)}"
+            f"its channels are those of a residual stream: they come from {some_of([one.name for one in made])} and "
+            f"also feed {some_of(readers)}"
         )
         return Refusal(consumer, "whole", reason, LEFT_WHOLE)
 
@@ -413,7 +413,7 @@ def _shared_parameters(trace: Trace, read: Read, lines: list[tuple[Line, torch.T
         others = line.source.readers - {read.reader}
         if OUTPUT in others or (len(others) > FEW and not parameter):
             raise _RefusedError(
-                f"it reads a residual stream: {line.source.name!r} also feeds {_listed(others)}", "whole"
+                f"it reads a residual stream: {line.source.name!r} also feeds {some_of(others)}", "whole"
             )
         for other in trace.reads:
             if other.reader in others and other.tensor.grad_fn is not None and line.source.name not in shared:
@@ -434,11 +434,6 @@ def _shared_parameters(trace: Trace, read: Read, lines: list[tuple[Line, torch.T
 
 def _line(jacobian: Jacobian, line: Line) -> Line:
     return next(one for one in jacobian.lines if one.axis == line.axis)
-
-
-def _listed(names: Collection[str]) -> str:
-    first, more = sorted(names)[:3], len(names) - 3
-    return ", ".join(map(repr, first)) + (f" and {more} more" if more > 0 else "")
 
 
 REARRANGEMENT = re.compile(
@@ -533,7 +528,7 @@ def _check_untied(model: nn.Module, slices: Sequence[Slice]) -> None:
     for piece in slices:
         others = set(paths[id(named[piece.tensor])]) - {piece.tensor} if piece.tensor in named else set()
         if others:
-            raise _RefusedError(f"{piece.tensor!r} is tied to {_listed(others)}")
+            raise _RefusedError(f"{piece.tensor!r} is tied to {some_of(others)}")
 
 
 def _named(model: nn.Module, blocks: list[Block]) -> list[Block]:
