@@ -92,7 +92,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
         r"num_queries|num_proposals|num_latents|hash_byte_group_vocab|query_num|num_query_tokens|num_prototypes",
         at_most(QUERIES),
     ),
-    (r"source_positions|max_length|num_frames|train_num_points|index_topk", at_most(FRAMES)),
+    (r"source_positions|max_length|num_frames|frames_per_clip|train_num_points|index_topk", at_most(FRAMES)),
     (r"lora_rank|_rank$", at_most(WIDTH // 4)),
     (r"intermediate|ffn|d_ff|dff|dim_ff|mlp_dim|mlp_hidden|feed_?forward|inner|linear_units", width(INNER)),
     (r"n(um)?_filters$", width(WIDTH // 8)),
@@ -122,7 +122,7 @@ NEEDED = {
     "image_token_index": VOCABULARY - 1,
     "image_token_id": VOCABULARY - 1,
 }
-IMAGE_SIZE = re.compile(r"image_size|img_size|input_size|resolution")
+IMAGE_SIZE = re.compile(r"image_size|img_size|input_size|crop_size|resolution")
 NO_CLASS = "Transformers has no"
 
 
