@@ -237,7 +237,8 @@ class Calibrated:
                 if propagation is None:
                     continue
                 together = waiting.setdefault(block.tie or block.stack or block.name, [])
-                together.append((block, self.problem(block, moments), moments.rows))
+                last = self.stored is None
+                together.append((block, self.problem(block, moments, last=last), moments.rows))
                 if len(together) < members[block]:
                     continue
                 del waiting[block.tie or block.stack or block.name]
@@ -364,12 +365,13 @@ class Calibrated:
         """The plan to walk some of the blocks by."""
         return self.plan if list(blocks) == self.candidates else plan(self.model, blocks, self.probe)
 
-    def problem(self, block: Block, moments: BlockMoments) -> Problem:
-        """What selection and reweighting need of one block."""
+    def problem(self, block: Block, moments: BlockMoments, *, last: bool = False) -> Problem:
+        """What selection and reweighting need of one block; its moments are asked for no more if this is the last."""
         W = weight_matrix(self.model.get_submodule(block.consumer)).to(moments.device)
         metric = self.metrics.get(block.name)
         metric = None if metric is None else metric.to(moments.device)
-        return Problem(moments.of_folds(W), W, block.columns, metric, block.sets, self.gradients.get(block.name))
+        folds = moments.of_folds(W, last=last)
+        return Problem(folds, W, block.columns, metric, block.sets, self.gradients.get(block.name))
 
     def predictions(self, block: Block) -> dict[str, Any]:
         """The block's curves, for the report; there are none of query heads."""

@@ -275,7 +275,7 @@ class GradualPruning:
         edit = MaskEdit(self.model, block, present[units.cpu()], V, bias)
         return edit, {
             "fitted_error": solution.fitted_error,
-            "held_out_error": held_out,
+            "held_out_error": solution.fitted_error if held_out is None else held_out,
             "shrinkage": solution.shrinkage if self.config.reweight else None,
             "method": f"gradual, {solution.method}",
             "guarantee": None,

@@ -187,13 +187,16 @@ class MomentAccumulator:
             self._sum += self.rows * d
         self.shift = shift
 
-    def moments(self, weight: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> Moments:
+    def moments(
+        self, weight: torch.Tensor | None = None, dtype: torch.dtype | None = None, *, last: bool = False
+    ) -> Moments:
         """The moments of everything added so far.
 
         Args:
             weight: `(n, m)`, the consumer's weight, inputs by outputs; required when no targets were added, for
                 which the target is `B @ weight`.
             dtype: Of the result; that of the sums when `None`.
+            last: Whether nothing more is asked of the accumulator: the sums turn into the result in the same memory.
 
         Raises:
             ValueError: no row was added, or the weight is missing.
@@ -206,15 +209,17 @@ class MomentAccumulator:
         if self.intercept:
             root = (self._sum / self.rows**0.5).to(self.dtype)
             input_mean = mean + self.shift.to(mean)  # type: ignore[union-attr]
-        H = torch.empty_like(self._gram, dtype=dtype)
+        H = self._gram if last and dtype in (None, self.dtype) else torch.empty_like(self._gram, dtype=dtype)
         for start, stop in self._panels():
-            rows = self._gram[start:stop, start:]
+            rows = self._gram[start:stop, start:].clone()
             if root is not None:
-                rows = torch.addr(rows, root[start:stop], root[start:], alpha=-1)
+                rows.addr_(root[start:stop], root[start:], alpha=-1)
             H[start:stop, start:] = rows
             H[start:, start:stop] = rows.T
             corner = H[start:stop, start:stop]
             corner.copy_(corner.triu() + corner.triu(1).T)
+        if last:
+            del self._gram
         input_mean = input_mean.to(H)
         if self.m is None:
             if weight is None:

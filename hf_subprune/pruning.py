@@ -374,8 +374,9 @@ def _solution(
     config: PruneConfig,
     chosen: Chosen | None,
 ) -> tuple[BlockSolution, float]:
-    """The solution of one block, where its moments are, and its error on the held-out rows."""
-    problem = calibrated.problem(block, moments)
+    """The solution of one block, where its moments are, and its error on the held-out rows, if any reached it."""
+    # Where a solution that finds no room is tried again elsewhere, the sums are read once more.
+    problem = calibrated.problem(block, moments, last=calibrated.stored is None and moments.device.type == "cpu")
     W = problem.W
     solution = solve_block(
         problem.folds,
@@ -395,7 +396,8 @@ def _solution(
         chosen=chosen,
     )
     del problem  # its moments are as large as the held-out ones may be
-    return solution, moments.held_out_error(W, solution.kept_columns, solution.V, solution.bias_shift)
+    held_out = moments.held_out_error(W, solution.kept_columns, solution.V, solution.bias_shift)
+    return solution, solution.fitted_error if held_out is None else held_out
 
 
 def _check_alike(configs: Sequence[PruneConfig]) -> None:

@@ -18,7 +18,7 @@ from .calibration import CalibrationSet
 from .durable import read_objects, write_objects
 from .experts import routed_tokens
 from .linears import feature_axis, input_rows, matrix_shape, output_positions, output_rows
-from .moments import MomentAccumulator, Moments, combine, unseen
+from .moments import MomentAccumulator, Moments, unseen
 from .offload import device_of
 from .residuals import Addition, first_tensor
 from .reweighting import relative_error, relative_error_of_rows
@@ -59,20 +59,23 @@ class BlockMoments:
         """The same sums on a device."""
         return BlockMoments(tuple(fold.to(device) for fold in self.folds), self.held_out.to(device))
 
-    def of_folds(self, W: torch.Tensor) -> list[Moments]:
+    def of_folds(self, W: torch.Tensor, *, last: bool = False) -> list[Moments]:
         """The moments of each fold; a fold that sends no token to an expert knows nothing but its weights.
 
         Args:
             W: `(n, m)`, the consumer's weight, inputs by outputs.
+            last: Whether this is asked for once only: the sums turn into the moments, in the same memory.
         """
         # Of a single row, centred moments are zero.
-        seen = [fold.moments(W) for fold in self.folds if fold.rows > fold.intercept]
+        seen = [fold.moments(W, last=last) for fold in self.folds if fold.rows > fold.intercept]
         if missing := len(self.folds) - len(seen):
             seen += [unseen(W, seen, self.held_out.intercept)] * missing
         return seen
 
-    def held_out_error(self, W: torch.Tensor, columns: torch.Tensor, V: torch.Tensor, shift: torch.Tensor) -> float:
-        """The relative error on the held-out rows; on those fitted on for an expert that gets no held-out ones.
+    def held_out_error(
+        self, W: torch.Tensor, columns: torch.Tensor, V: torch.Tensor, shift: torch.Tensor
+    ) -> float | None:
+        """The relative error on the held-out rows; `None` for an expert that gets none of them.
 
         Args:
             W: `(n, m)`, the consumer's weight, inputs by outputs.
@@ -82,7 +85,7 @@ class BlockMoments:
         """
         held_out = self.held_out
         if held_out.rows <= held_out.intercept:
-            return relative_error(combine(self.of_folds(W)), columns, V, shift)
+            return None
         if held_out.kept_rows is not None:
             return relative_error_of_rows(held_out.kept_rows, held_out.shift, W, columns, V, shift)
         return relative_error(held_out.moments(W, torch.float32), columns, V, shift)  # reported, in a few digits

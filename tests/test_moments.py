@@ -118,3 +118,18 @@ def test_a_copy_on_a_device_holds_the_same_and_goes_its_own_way(keep_rows):
     H, C, _ = truth(torch.cat([B, B + 1]), torch.cat([A @ W, A @ W]), True)
     torch.testing.assert_close(accumulator.moments().H, H)
     torch.testing.assert_close(accumulator.moments().C, C)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("targets", [True, False])
+def test_the_last_moments_are_the_same_in_the_memory_of_the_sums(intercept, targets):
+    B, A, W = rows(offset=2.0)
+    accumulator = MomentAccumulator(12, 4 if targets else None, intercept=intercept)
+    accumulator.update(B, A @ W if targets else None)
+    first = accumulator.moments(W)
+    gram = accumulator.sums()[0]
+    last = accumulator.moments(W, last=True)
+    assert last.H.data_ptr() == gram.data_ptr() != first.H.data_ptr()
+    assert torch.equal(last.H, first.H) and torch.equal(last.C, first.C) and last.t == first.t
+    with pytest.raises(AttributeError):
+        accumulator.moments(W)
