@@ -129,7 +129,9 @@ class Apart:
             # In front of the linear, so that the moments of its input weigh each row as the layer's output does.
             return expert.second((inner * share).to(inner.dtype))
         part = expert.second(inner)
-        return (self.module.post_expert_norm(part) if self.normed else part) * share  # type: ignore[operator]
+        if self.normed:
+            part = self.module.post_expert_norm(part)  # type: ignore[operator]
+        return (part.masked_fill(share == 0, 0) if self.every else part) * share  # of no weight, even if it overflows
 
     def gated(self, inner: torch.Tensor) -> torch.Tensor:
         module: Any = self.module
@@ -238,6 +240,21 @@ def routed_tokens(model: nn.Module, path: str) -> tuple[str, torch.Tensor, int] 
         return None
     around, name, held = found
     return around, held.tokens[name], held.of
+
+
+def by_layer(model: nn.Module, blocks: Iterable[Block]) -> list[list[Block]]:
+    """Like blocks of experts that share the tokens of a layer, together; any other is alone. In order of their first.
+
+    Args:
+        model: The model, its experts apart.
+        blocks: Of it.
+    """
+    together: dict[Any, list[Block]] = {}
+    for block in blocks:
+        found = _in_list(model, block.consumer)
+        inside = found and (found[0], block.consumer.removeprefix(f"{found[0]}.{found[1]}."))
+        together.setdefault(inside or block.stack or block, []).append(block)
+    return list(together.values())
 
 
 def is_expert(model: nn.Module, path: str) -> bool:

@@ -6,12 +6,12 @@ every forward calls every expert, on no rows if need be, and it is known which t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from inspect import signature
+from inspect import BoundArguments, signature
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 _LISTS = (nn.ModuleDict, nn.ModuleList)
@@ -22,46 +22,59 @@ class Listed:
 
     Attributes:
         every: Whether experts that no token is sent to run on all tokens, which count with weight 0.
-        tokens: By name of an expert, `(rows,)` int64: which of the `of` tokens of the latest call were sent to it.
-            Empty where what experts are given is no selection of tokens.
+        tokens: By name of an expert, `(rows,)` int64: which of the `of` tokens of the latest call its rows are, in
+            their order; a token may be there twice. Empty where what experts are given is no selection of tokens.
         of: Number of tokens in the latest call.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._own = partial(type(module).forward, module)
+        self._signature = signature(self._own)
         self._held = module.__dict__.get("forward")  # accelerate's, which moves what is given to where it runs
         self.every = False
         self.tokens: dict[str, torch.Tensor] = {}
         self.of = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        hidden, *routing = (*args, *kwargs.values())
-        self.tokens, self.of = self._sent(hidden, routing), len(hidden)
-        output = (self._held or self._own)(hidden, *routing)
-        for name, tokens in self.tokens.items():
-            if len(tokens) == 0:
-                extra = self.module.get_submodule(name)(hidden if self.every else hidden[:0])
-                if self.every:
-                    output = output + 0 * extra
-                    self.tokens[name] = torch.arange(len(hidden), device=hidden.device)
+        given = self._signature.bind(*args, **kwargs)
+        first = next(iter(given.arguments))
+        hidden = given.arguments[first]
+        self.tokens, self.of = {}, len(hidden)
+        if hidden.ndim == 2:
+            numbers = torch.arange(len(hidden), dtype=torch.float32, device=hidden.device)
+            given.arguments[first] = numbers.unsqueeze(1).expand_as(hidden).clone()
+            self.tokens = self._sent(given, numbers)
+        output = (self._held or self._own)(*args, **kwargs)
+        for name in [name for name, tokens in self.tokens.items() if len(tokens) == 0]:
+            if self.every:
+                self.tokens[name] = torch.arange(len(hidden), device=hidden.device)
+            extra = self.module.get_submodule(name)(hidden[self.tokens[name]])
+            if self.every:
+                output = output + 0 * extra.nan_to_num()
         return output
 
     @torch.no_grad()
-    def _sent(self, hidden: torch.Tensor, routing: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Which tokens each expert is given: what it gets when the tokens are their own numbers."""
+    def _sent(self, given: BoundArguments, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Which tokens each expert gets when those `given` are their own numbers; empty if it gets something else."""
         own = {name: self.module._modules[name] for name in _experts(self.module)}
         notes = {name: _Note() for name in own}
-        numbers = torch.arange(len(hidden), dtype=torch.float32, device=hidden.device)
         self.module._modules.update(notes)
         try:
-            self._own(numbers.unsqueeze(1).expand_as(hidden).clone(), *routing)
+            self._own(*given.args, **given.kwargs)
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                raise
+            return {}  # it does with its experts what is not followed here
         finally:
             self.module._modules.update(own)
-        given = {name: numbers[:0].unsqueeze(1) if note.rows is None else note.rows for name, note in notes.items()}
-        if all(torch.isin(rows, numbers).all() and (rows == rows[:, :1]).all() for rows in given.values()):
-            return {name: rows[:, 0].long() for name, rows in given.items()}
-        return {}
+        tokens = {}
+        for name, note in notes.items():
+            rows = numbers[:0, None] if note.rows is None else note.rows
+            if rows.ndim != 2 or not (rows == rows[:, :1]).all() or not torch.isin(rows[:, 0], numbers).all():
+                return {}
+            tokens[name] = rows[:, 0].long()
+        return tokens
 
     def attach(self) -> None:
         """Watch."""
@@ -85,7 +98,7 @@ class _Note(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         self.rows = rows
-        return torch.zeros_like(rows)
+        return torch.full_like(rows, torch.nan)  # no number of a token, if another module reads it
 
 
 def understood(module: nn.Module) -> Listed | None:
@@ -102,7 +115,8 @@ def understood(module: nn.Module) -> Listed | None:
 
 def _experts(module: nn.Module) -> list[str]:
     """Names of the modules in a list that hold parameters; dropout holds none."""
-    return [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
+    modules = module._modules.items()  # children that have two names have tokens under each
+    return [name for name, child in modules if child is not None and next(child.parameters(), None) is not None]
 
 
 def apart_in(module: nn.Module) -> Listed | None:

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .advance import forward_replaced, placed
-from .blocks import Block, by_stack
+from .blocks import Block
 from .calibration import Batch, is_divisible
 from .evaluation import compared_output
 from .execution import fast_products
+from .experts import by_layer
 from .linears import feature_axis, input_rows, matrix_shape, weight_matrix
 from .offload import device_of, input_device
 from .padding import token_mask
@@ -69,7 +70,7 @@ def output_metrics(
         By block name, `(m, m)` on the consumer's device in float64; zeros where the output does not depend on it. The
         experts of one layer have one matrix, of the tokens of all of them: some get very few.
     """
-    groups = by_stack(blocks)
+    groups = by_layer(model, blocks)
     files = [None if folder is None else folder / f"{index}.bin" for index in range(len(groups))]
     sums = [_GradientSum(model, group, file) for group, file in zip(groups, files, strict=True)]
     _run_backwards(model, sums, batches, probes=probes, seed=seed, recomputed=recomputed)

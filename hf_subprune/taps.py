@@ -52,8 +52,8 @@ class BlockMoments:
 
     @property
     def device(self) -> torch.device:
-        """Where the sums are."""
-        return self.held_out.device
+        """Where the sums of the folds are; what is held out is on the CPU if it found no room there."""
+        return self.folds[0].device
 
     def to(self, device: torch.device | str) -> "BlockMoments":
         """The same sums on a device."""
@@ -86,6 +86,7 @@ class BlockMoments:
         held_out = self.held_out
         if held_out.rows <= held_out.intercept:
             return None
+        columns, V, shift = send_to_device((columns, V, shift), held_out.device)
         if held_out.kept_rows is not None:
             return relative_error_of_rows(held_out.kept_rows, held_out.shift, W, columns, V, shift)
         return relative_error(held_out.moments(W, torch.float32), columns, V, shift)  # reported, in a few digits
@@ -150,14 +151,17 @@ class Tap:
             targets = None if self._targets is None else m
             intercept = getattr(self.consumer, "bias", None) is not None
             count, device = min(FOLDS, len(self.calibration.fit)) + 1, device_of(self.consumer.weight)
+
+            def made(device: torch.device) -> BlockMoments:
+                parts = [_accumulator(n, targets, intercept, device, index == count - 1) for index in range(count)]
+                return BlockMoments(tuple(parts[:-1]), parts[-1])
+
             try:
-                made = [_accumulator(n, targets, intercept, device, index == count - 1) for index in range(count)]
+                self._accumulators = made(device)
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                device = torch.device("cpu")
-                made = [_accumulator(n, targets, intercept, device, index == count - 1) for index in range(count)]
-            self._accumulators = BlockMoments(tuple(made[:-1]), made[-1])
+                self._accumulators = made(torch.device("cpu"))
         return self._accumulators
 
     def start(self, index: int) -> None:
@@ -235,7 +239,8 @@ class Tap:
                 )
             if target is not None and sent is not None and (tokens := self._tokens()) is not None:
                 # Routers of the two models may differ: only tokens that both send to this expert tell it what to do.
-                rows, target = rows[torch.isin(tokens, sent)], targets[torch.isin(sent, tokens)]  # type: ignore[index]
+                here, there = common(tokens, sent)
+                rows, target = rows[here], targets[there]  # type: ignore[index]
             into.update(rows, target)
 
     def _output_rows(self, output: torch.Tensor) -> torch.Tensor:
@@ -243,7 +248,7 @@ class Tap:
         return self._real(output_rows(self.consumer, output), shape)
 
     def _tokens(self) -> torch.Tensor | None:
-        """Which tokens the rows of an expert are, in increasing order; `None` where all tokens pass."""
+        """Which tokens the rows of an expert are, in any order; `None` where all tokens pass."""
         routed = routed_tokens(self.calibration.model, self.block.consumer)
         return None if routed is None else self._real(routed[1], (len(routed[1]), 1))
 
@@ -266,6 +271,25 @@ class Tap:
         """Those rows of a tensor of `shape` that are no padding."""
         mask = self.calibration.mask(shape, self._index, self.block.consumer)
         return rows if mask is None else rows[mask.to(rows.device)]
+
+
+def common(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where in each list of tokens those are that both hold, as pairs; the second time that a token comes is another.
+
+    Args:
+        first: `(a,)` int64.
+        second: `(b,)` int64.
+
+    Returns:
+        Two of equal length, int64: `first[here] == second[there]`.
+    """
+    orders, keys = [], []
+    for tokens in (first, second):
+        ordered, order = tokens.sort(stable=True)
+        time = torch.arange(len(ordered), device=ordered.device) - torch.searchsorted(ordered, ordered)
+        orders.append(order)
+        keys.append(ordered * (len(first) + len(second)) + time)
+    return orders[0][torch.isin(keys[0], keys[1])], orders[1][torch.isin(keys[1], keys[0])]
 
 
 def _accumulator(n: int, m: int | None, intercept: bool, device: torch.device, keep_rows: bool) -> MomentAccumulator:
