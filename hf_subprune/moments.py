@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 # Products are split into this many column panels, of which only the upper triangle is computed.
 _PANELS = 4
@@ -131,6 +132,8 @@ class MomentAccumulator:
                 self.shift = x.mean(0)
             x = x - self.shift.to(x)
         self.rows += len(x)
+        if self.keep_rows:
+            x, y = x.to(self.device), None if y is None else y.to(self.device)
         self._waiting.append((x, y))
         rows = sum(len(x) for x, _ in self._waiting)
         if self.keep_rows:
@@ -143,21 +146,33 @@ class MomentAccumulator:
     def _add_up(self) -> None:
         """Multiply the rows that wait, and add their products."""
         if self.keep_rows:
-            self._make_sums()
-        if not self._waiting:
-            return
-        inputs, targets = zip(*self._waiting, strict=True)
-        self._waiting = []
-        x = torch.cat(inputs)
-        del inputs
-        self._sum += x.sum(0).to(self.device)
-        for start, stop in self._panels():
-            self._gram[start:stop, start:] += (x[:, start:stop].T @ x[:, start:]).to(self.device)
-        if self.m is not None:
-            y = torch.cat(targets).to(x)
-            self._cross += (x.T @ y).to(self.device)
-            self._target_sum += y.sum(0, dtype=torch.float64).to(self.device)  # not shifted
-            self._target_square += y.square().sum(0).sum(dtype=torch.float64).to(self.device)
+            try:
+                self._make_sums()
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                vars(self).update(vars(self.to("cpu")))
+                self._make_sums()
+        while self._waiting:
+            x, y = self._taken()
+            self._sum += x.sum(0).to(self.device)
+            for start, stop in self._panels():
+                self._gram[start:stop, start:] += (x[:, start:stop].T @ x[:, start:]).to(self.device)
+            if y is not None:
+                y = y.to(x)
+                self._cross += (x.T @ y).to(self.device)
+                self._target_sum += y.sum(0, dtype=torch.float64).to(self.device)  # not shifted
+                self._target_square += y.square().sum(0).sum(dtype=torch.float64).to(self.device)
+
+    def _taken(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows that wait, or the first thousand of them and some, and their targets; they wait no more."""
+        count = rows = 0
+        while count < len(self._waiting) and rows < _ROWS_AT_ONCE:
+            rows += len(self._waiting[count][0])
+            count += 1
+        inputs, targets = zip(*self._waiting[:count], strict=True)
+        del self._waiting[:count]
+        return torch.cat(inputs), None if self.m is None else torch.cat(targets)
 
     def _panels(self) -> list[tuple[int, int]]:
         width = -(-self.n // _PANELS)
@@ -196,7 +211,8 @@ class MomentAccumulator:
             weight: `(n, m)`, the consumer's weight, inputs by outputs; required when no targets were added, for
                 which the target is `B @ weight`.
             dtype: Of the result; that of the sums when `None`.
-            last: Whether nothing more is asked of the accumulator: the sums turn into the result in the same memory.
+            last: Whether nothing more is asked of the accumulator: sums of the result's dtype turn into it where they
+                are, others are let go of.
 
         Raises:
             ValueError: no row was added, or the weight is missing.
@@ -209,7 +225,8 @@ class MomentAccumulator:
         if self.intercept:
             root = (self._sum / self.rows**0.5).to(self.dtype)
             input_mean = mean + self.shift.to(mean)  # type: ignore[union-attr]
-        H = self._gram if last and dtype in (None, self.dtype) else torch.empty_like(self._gram, dtype=dtype)
+        in_place = last and dtype in (None, self.dtype)
+        H = self._gram if in_place else torch.empty_like(self._gram, dtype=dtype)
         for start, stop in self._panels():
             rows = self._gram[start:stop, start:].clone()
             if root is not None:
@@ -228,7 +245,9 @@ class MomentAccumulator:
             C = H @ W
             t = float((W * C).sum(dtype=torch.float64))
             return Moments(H, C, t, self.rows, input_mean, input_mean @ W, self.intercept)
-        C, t = self._cross.to(H, copy=True), float(self._target_square)
+        C, t = self._cross.to(H, copy=not in_place), float(self._target_square)
+        if last:
+            del self._cross
         target_mean = self._target_sum / self.rows
         if self.intercept:
             C.addr_(self._sum.to(C), target_mean.to(C), alpha=-1)

@@ -88,23 +88,26 @@ def test_pieces_of_a_batch_stay_in_its_fold():
 
 def test_a_block_is_solved_on_the_cpu_where_its_device_has_no_room(monkeypatch):
     expected = prune(tiny("llama"), ready_batches(tiny("llama")), PruneConfig(**QUICK))
-    device, to, solve, moved = BlockMoments.device, BlockMoments.to, pruning._solution, []
+    device, to, problem = BlockMoments.device, BlockMoments.to, pruning.Calibrated.problem
+    asked, moved = [], []
 
-    def fail_on_device(*args):
+    def fail_on_device(*args, last):
+        asked.append(last)
         if not moved:
             raise OUT_OF_MEMORY
-        return solve(*args)
+        return problem(*args, last=last)
 
     def move(moments, where):
         moved.append(where)
         monkeypatch.setattr(BlockMoments, "device", device)
         return to(moments, where)
 
-    monkeypatch.setattr(pruning, "_solution", fail_on_device)
+    monkeypatch.setattr(pruning.Calibrated, "problem", fail_on_device)
     monkeypatch.setattr(BlockMoments, "to", move)
     monkeypatch.setattr(BlockMoments, "device", property(lambda _: torch.device("cuda")))
     report = prune(tiny("llama"), ready_batches(tiny("llama")), PruneConfig(**QUICK))
     assert moved == ["cpu"]
+    assert not asked[0] and all(asked[1:])  # the sums must outlast the first try
     assert [b.kept_units for b in report.blocks] == [b.kept_units for b in expected.blocks]
 
 

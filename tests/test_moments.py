@@ -105,6 +105,28 @@ def test_misuse_is_refused():
         combine([raw.moments(W), accumulator.moments(W)])
 
 
+def test_rows_that_find_no_room_for_their_sums_are_added_up_on_the_cpu(monkeypatch):
+    make, failures = MomentAccumulator._make_sums, [RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")]
+
+    def full(self):
+        if failures:
+            raise failures.pop()
+        make(self)
+
+    rows, targets = torch.randn(40, 6), torch.randn(40, 3)
+    expected = MomentAccumulator(6, 3, intercept=True)
+    kept = MomentAccumulator(6, 3, intercept=True, keep_rows=True)
+    monkeypatch.setattr(MomentAccumulator, "_make_sums", full)
+    for accumulator in (expected, kept):
+        accumulator.update(rows[:8], targets[:8])
+    assert kept.kept_rows is not None
+    for accumulator in (expected, kept):
+        accumulator.update(rows[8:], targets[8:])
+    assert kept.kept_rows is None and not failures
+    one, other = (accumulator.moments(last=True) for accumulator in (expected, kept))
+    assert torch.allclose(one.H, other.H) and torch.allclose(one.C, other.C) and one.rows == other.rows == 40
+
+
 @pytest.mark.parametrize("keep_rows", [True, False])
 def test_a_copy_on_a_device_holds_the_same_and_goes_its_own_way(keep_rows):
     B, A, W = rows(count=10)
