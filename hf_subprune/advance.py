@@ -22,7 +22,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .blocks import Block
+from .blocks import Block, some_of
 from .durable import read_objects, write_objects
 from .offload import input_device
 
@@ -100,8 +100,8 @@ def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
 
     if unreached := [b.name for b in blocks if b.consumer not in calls]:
         raise ValueError(
-            f"The data never reaches {', '.join(unreached)}: pass data that runs this part of the model, or leave it "
-            f"whole with `exclude`."
+            f"The probe batch, the first samples of the data, does not reach {some_of(unreached)}: begin the data "
+            f"with samples that do, or leave this part of the model whole with `exclude`."
         )
     reached = sorted(blocks, key=lambda b: list(calls).index(b.consumer))
     members: dict[str, list[Block]] = {}

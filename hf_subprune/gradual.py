@@ -11,9 +11,10 @@ import torch
 from accelerate.utils import broadcast
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .advance import plan
-from .blocks import Block, by_tie
+from .blocks import Block, by_tie, some_of
 from .calibrated import Calibrated
 from .calibration import prepare
 from .collection import collect
@@ -23,6 +24,7 @@ from .layout import choose_layout
 from .linears import weight_matrix
 from .masking import Mask, MaskEdit
 from .moments import restrict
+from .probe import called
 from .progress import peak_memory
 from .report import BlockReport, Change, PruneReport
 from .solver import solve_block
@@ -31,6 +33,8 @@ from .surgery import Edit, kept_columns, shrink, taken_back, undo_all
 from .taps import BlockMoments
 from .tied import Problem, choose_together
 from .verification import undisturbed, verify
+
+logger = logging.get_logger(__name__)
 
 
 class GradualPruning:
@@ -108,7 +112,7 @@ class GradualPruning:
         if not self._solutions and self.config.allocation() != "uniform":  # it has trained since it was calibrated
             self._calibrate()
         widths = {b.name: self._width(b, removed) for b in self.blocks}
-        shrinking = [b for b in self.blocks if widths[b.name] < len(self.kept[b.name])]
+        shrinking = self._reached([b for b in self.blocks if widths[b.name] < len(self.kept[b.name])])
         if not shrinking:
             return False
         edits: dict[str, MaskEdit] = {}
@@ -136,6 +140,17 @@ class GradualPruning:
         self._masks = self._make_masks()
         self._seconds += time.perf_counter() - start
         return True
+
+    def _reached(self, blocks: Sequence[Block]) -> list[Block]:
+        """Those of the blocks that the probe batch runs: a router may learn to send an expert none of its tokens."""
+        with apart(self.model):
+            readers = called(self.model, self._calibrated.probe)
+        if silent := [b.name for b in blocks if b.consumer not in readers]:
+            logger.warning(
+                f"The probe batch, the first samples of the calibration data, no longer reaches {some_of(silent)}: "
+                f"these blocks keep the units that they have."
+            )
+        return [b for b in blocks if b.consumer in readers]
 
     def finish(self) -> PruneReport:
         """Remove the masked units for good.

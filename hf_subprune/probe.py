@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
@@ -70,7 +70,7 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     found: list[Block] = []
     candidate: Block | Refusal | None
     refusals: list[Refusal] = []
-    ran = _called(model, inputs)
+    ran = called(model, inputs)
     with traced(model, inputs) as trace:
         seek = _Seeker(model, trace)
         for consumer in dict.fromkeys(read.reader for read in trace.reads):
@@ -104,7 +104,7 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     refusals += _functional(model, readers, blocks)
     refusals += _grouped(model, blocks)
     refusals += _unread(model, {read.reader for read in trace.reads} - {OUTPUT} - readers.keys(), blocks)
-    refusals += _unreached(model, ran, blocks)
+    refusals += _unreached(model, ran, {read.reader for read in trace.reads}, blocks)
     layers = {layer for name, _ in model.named_modules() if name and (layer := layer_of(model, name)) is not None}
     refusals += refuse_stacks(model, blocks, layers)
     blocks, parts = whole_stacks(model, blocks)
@@ -125,16 +125,16 @@ def _own_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _called(model: nn.Module, inputs: Mapping[str, Any]) -> set[str]:
+def called(model: nn.Module, inputs: Mapping[str, Any]) -> set[str]:
     """Paths of the linears that a forward calls."""
-    called: set[str] = set()
+    paths: set[str] = set()
     with undisturbed(model), torch.no_grad(), ExitStack() as stack:
         for name, module in model.named_modules():
             if is_linear(module):
-                hook = module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+                hook = module.register_forward_pre_hook(lambda *_, name=name: paths.add(name))
                 stack.callback(hook.remove)
         model(**inputs)
-    return called
+    return paths
 
 
 def _functional(model: nn.Module, readers: Mapping[str, set[str]], blocks: Sequence[Block]) -> list[Refusal]:
@@ -184,15 +184,22 @@ def _unread(model: nn.Module, names: set[str], blocks: Sequence[Block]) -> list[
     return [Refusal(path, "unknown", reason, LEFT_WHOLE) for path in sorted(paths) if paths[path] > 1]
 
 
-def _unreached(model: nn.Module, readers: Collection[str], blocks: Sequence[Block]) -> list[Refusal]:
-    """Refuse the modules with linears that the batch did not run while it ran others like them: experts."""
+def _unreached(model: nn.Module, ran: set[str], readers: set[str], blocks: Sequence[Block]) -> list[Refusal]:
+    """Refuse the modules with linears that the batch did not run while it ran others like them: experts.
+
+    Args:
+        model: The model.
+        ran: Linears that a forward calls.
+        readers: Those that a trace calls, in which routers may choose others.
+        blocks: That were found.
+    """
     found = {piece.tensor.rpartition(".")[0]: block.kind for block in blocks for piece in block.slices}
-    like = {_numberless(name): "whole" for name in readers} | {_numberless(name): found[name] for name in found}
+    like = {_numberless(name): "whole" for name in ran | readers} | {_numberless(name): found[name] for name in found}
     silent = {
         name.rpartition(".")[0]: like[_numberless(name)]
         for name, module in model.named_modules()
         if is_linear(module) and not is_convolution(module)
-        if name not in found and name not in readers and _numberless(name) in like
+        if name not in found and name not in ran & readers and _numberless(name) in like
     }
     reason = "the probe batch does not reach it, as it reaches others like it"
     advice = "It is left whole. Pass `inputs` of more tokens to look for it."

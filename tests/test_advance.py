@@ -205,7 +205,7 @@ def test_a_layer_that_is_called_twice_is_advanced_with_all_around_it():
 def test_blocks_off_the_data_s_path_are_refused():
     model = Skips().eval()
     model.extra = nn.ModuleList([nn.Linear(4, 4)])
-    with pytest.raises(ValueError, match=r"never reaches extra\.0: pass data"):
+    with pytest.raises(ValueError, match=r"first samples of the data, does not reach 'extra\.0': begin the data"):
         plan(model, [block("layers.0.0"), block("extra.0")], {"x": torch.randn(2, 4)})
 
 
