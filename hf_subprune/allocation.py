@@ -22,7 +22,7 @@ from .budgets import (
 from .calibration import Batch, CalibrationSet
 from .config import PruneConfig
 from .curves import LossCurve, Trial
-from .evaluation import Drift, Outputs, drift, model_outputs
+from .evaluation import Drift, Outputs, drift, iter_outputs
 from .surgery import shrink
 from .taps import FOLDS
 from .targets import Part, Target
@@ -215,12 +215,13 @@ class Propagation:
             self._quality = float(evaluation(model))
             return
         unseen = [batch for index, batch in enumerate(calibration.fit) if index % FOLDS]
-        rows = 0
-        for index in sorted(range(len(unseen)), key=lambda i: abs(i - len(unseen) // 2)):  # of middling length first
-            if rows < _MEASURED_ROWS:
-                self.batches.append(unseen[index])
-                self._reference += model_outputs(model, self.batches[-1:])
-                rows += len(self._reference[-1].rows)
+        order = sorted(range(len(unseen)), key=lambda i: abs(i - len(unseen) // 2))  # of middling length first
+        unseen = [unseen[index] for index in order]
+        for batch, outputs in zip(unseen, iter_outputs(model, unseen), strict=True):
+            self.batches.append(batch)
+            self._reference.append(outputs)
+            if sum(len(one.rows) for one in self._reference) >= _MEASURED_ROWS:
+                break
         self._per_sample = has_row_per_sample(self._reference, self.batches)
 
     def measure(self, blocks: Sequence[Block], trials: Sequence[Trial]) -> float:

@@ -209,7 +209,7 @@ def model_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Outp
 def iter_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> Iterator[Outputs]:
     """As `model_outputs`, one batch at a time: nothing is stored when both models are at hand."""
     for batch in batches:
-        yield _outputs(model, batch, _STORED_BYTES // len(batches))
+        yield _outputs(model, batch, _STORED_BYTES // len(batches), None)
 
 
 def drift(
@@ -220,7 +220,7 @@ def drift(
     Args:
         model: The changed model.
         batches: Those that the reference was computed on.
-        reference: `model_outputs(original, batches)`, or `iter_outputs` of it.
+        reference: `model_outputs(original, batches)`, or `iter_outputs` of it; the rows that it holds are compared.
         shared: Whether other processes have further batches, for one figure over all.
 
     Raises:
@@ -229,7 +229,8 @@ def drift(
     sums: dict[str, float] = dict.fromkeys(("error", "norm", "kl", "same", "cosine", "pooled"), 0.0)
     rows = samples = 0
     logits = False
-    for old, new in zip(reference, iter_outputs(model, batches), strict=True):
+    for old, batch in zip(reference, batches, strict=True):
+        new = _outputs(model, batch, 0, len(old.rows))
         logits = old.kind == "logits"
         rows += len(old.rows)
         for a, b in zip(old.rows.split(_ROWS_AT_ONCE), new.rows.split(_ROWS_AT_ONCE), strict=True):
@@ -340,14 +341,15 @@ def _is_batched(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
-def _outputs(model: PreTrainedModel, batch: Batch, limit: int) -> Outputs:
-    """The rows of a batch's output that are compared, at most `limit` bytes of them."""
+def _outputs(model: PreTrainedModel, batch: Batch, limit: int, count: int | None) -> Outputs:
+    """The rows of a batch's output that are compared: `count` of them, or at most `limit` bytes."""
     kind, output = compared_output(_forward(model, batch))
     mask = token_mask(model, "", batch, output.shape)
     rows = output.reshape(-1, output.shape[-1])
     if mask is not None:
         rows = rows[mask.to(rows.device)]
-    count = min(len(rows), max(1, limit // (rows.shape[1] * rows.element_size())))
+    if count is None:
+        count = min(len(rows), max(1, limit // (rows.shape[1] * rows.element_size())))
     spaced = torch.linspace(0, len(rows) - 1, count, device=rows.device).round().long()
     pooled = _mean_over_tokens(model, batch, output) if kind == "hidden" and output.ndim == 3 else None
     return Outputs(kind, rows[spaced].cpu(), pooled)

@@ -249,6 +249,15 @@ def test_large_outputs_are_sampled_evenly(monkeypatch):
     assert drift(model, batches, reference).rows == 10
 
 
+def test_the_rows_that_a_reference_holds_are_compared_however_many_batches_there_are(monkeypatch):
+    model, batches = make_llama(), make_batches()
+    monkeypatch.setattr(evaluation, "_STORED_BYTES", 2 * 5 * 30 * 4)
+    one_by_one = [output for batch in batches for output in model_outputs(model, [batch])]
+    assert [len(output.rows) for output in one_by_one] == [10, 10]
+    change = drift(model, batches, one_by_one)
+    assert change.rows == 20 and change.relative_error == 0
+
+
 def test_drift_needs_as_many_batches_as_references():
     model, batches = make_llama(), make_batches()
     with pytest.raises(ValueError, match="argument 2 is shorter"):
