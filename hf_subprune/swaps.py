@@ -107,7 +107,11 @@ class _Tableau:
         # Dead and duplicate columns have no finite inverse: lift the unit diagonal by rounding errors.
         self.lift = _LIFT * rounding(H, scale.dtype)
         G.diagonal().add_(self.lift)
-        factor = torch.linalg.cholesky(G[:s, :s])
+        factor, info = torch.linalg.cholesky_ex(G[:s, :s])
+        while int(info) and self.lift < 1:
+            G.diagonal().add_(9 * self.lift)
+            self.lift *= 10
+            factor, info = torch.linalg.cholesky_ex(G[:s, :s])
         half, x = (torch.linalg.solve_triangular(factor, part, upper=False) for part in (G[:s, s:], X[:s]))
         G[s:, s:].addmm_(half.T, half, alpha=-1)
         X[s:].addmm_(half.T, x, alpha=-1)
