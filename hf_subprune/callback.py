@@ -79,7 +79,7 @@ class SubpruneCallback(TrainerCallback, ExportableState):
     ) -> None:
         if when not in WHEN:
             raise ValueError(f"SubpruneCallback.when takes one of {', '.join(map(repr, WHEN))}; got {when!r}.")
-        self.config = PruneConfig.from_dict(dict(config)) if isinstance(config, Mapping) else config or PruneConfig()
+        self.config = PruneConfig.of(config)
         self.data, self.when, self.schedule = data, when, Schedule.of(schedule)
         self.report: PruneReport | None = None
         self.has_data = data is not None

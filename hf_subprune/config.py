@@ -4,7 +4,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -230,6 +230,24 @@ class PruneConfig:
         if all(getattr(self, name) is None for name in TARGETS):
             self.keep = 0.5
         self.target()
+        if isinstance(self.keep, dict) and (missing := sorted(self.keep.keys() - set(self.units))):
+            raise ValueError(
+                f"PruneConfig: keep says how much of {', '.join(missing)} to keep, but units holds "
+                f"{', '.join(self.units)} only: add {', '.join(missing)} to units, or take it out of keep."
+            )
+
+    @classmethod
+    def of(cls, config: "PruneConfig | Mapping[str, Any] | None") -> "PruneConfig":
+        """The config itself, that of a dict of its fields, or the default one for `None`.
+
+        Raises:
+            TypeError: it is something else.
+        """
+        if config is None or isinstance(config, Mapping):
+            return cls.from_dict(dict(config or {}))
+        if not isinstance(config, cls):
+            raise TypeError(f"`config` must be a PruneConfig or a dict of its fields, not {type(config).__name__}.")
+        return config
 
     def target(self) -> str:
         """Name of the field that says how small the model is to be.

@@ -56,7 +56,7 @@ def remove_experts(
     """Take the same fraction of the experts out of every layer; `undo` gets what puts them back.
 
     Raises:
-        ValueError: there is no layer of which experts can be taken.
+        ValueError: there is no layer of which experts can be taken, or too few would be left for its router.
     """
     probe = send_to_device(calibration.probe, input_device(model))
     with clock("discovery"):
@@ -66,12 +66,19 @@ def remove_experts(
     if not layers:
         why = "".join(f"\n  {refusal.name}: {refusal.reason}." for refusal in refusals)
         raise ValueError(f"{type(model).__name__} has no layer of which whole experts can be removed.{why}")
+    for routed in layers:
+        left, units = int(fraction * routed.block.units + 1e-9), routed.block.units
+        if left < routed.chosen:
+            raise ValueError(
+                f"keep={fraction} would leave {left} of {units} experts in {routed.block.name}, whose router sends "
+                f"each token to {routed.chosen}: keep {routed.chosen / units:.3g} or more of the experts."
+            )
     removals: list[tuple[RoutedLayer, Removal, float]] = []
     for tokens in timed(tokens_of(model, layers, calibration), clock, "calibration"):
         start = time.perf_counter()
         with clock("selection"):
             routed = tokens.routed
-            kept = choose_experts(tokens, max(routed.chosen, int(fraction * routed.block.units + 1e-9)))
+            kept = choose_experts(tokens, int(fraction * routed.block.units + 1e-9))
             fitted = fit_experts(tokens, kept, shrinkage=config.shrinkage, reweight_kept=config.reweight)
         removals.append((routed, fitted, time.perf_counter() - start))
     with clock("verification"):

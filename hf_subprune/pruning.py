@@ -1,7 +1,7 @@
 """`prune`: the one place that joins the stages."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -43,7 +43,7 @@ logger = logging.get_logger(__name__)
 def prune(
     model: PreTrainedModel,
     data: Any,
-    config: PruneConfig | None = None,
+    config: PruneConfig | Mapping[str, Any] | None = None,
     processing_class: Any = None,
     *,
     evaluation: Callable[[PreTrainedModel], float] | None = None,
@@ -59,7 +59,7 @@ def prune(
             are held in the CPU's memory.
         data: `datasets.Dataset` or `IterableDataset`, list of strings, list of images, or iterable of ready batches
             (dicts of tensors). See `calibration.prepare`.
-        config: What to keep and how; `PruneConfig()` when left out.
+        config: What to keep and how, or a dict of the fields of `PruneConfig`; `PruneConfig()` when left out.
         processing_class: Tokenizer, image processor or processor, as in `Trainer`; not needed for ready batches.
         evaluation: Quality of a model, more is better, for budget `"equal_loss"` in the paper's labelled form. It is
             called twice a block, and once for the original.
@@ -69,12 +69,12 @@ def prune(
         `from_pretrained`.
 
     Raises:
-        TypeError: the model is not a `PreTrainedModel`, or the data has a type that is not understood.
+        TypeError: the model is not a `PreTrainedModel`, or the config or the data has a type that is not understood.
         ValueError: the model cannot be pruned as it is (quantized, on the meta device, wrapped by PEFT, no prunable
             block), or the data or the budget does not allow it.
         EquivalenceError: the shrunk model is not the masked model; nothing was changed.
     """
-    config = config or PruneConfig()
+    config = PruneConfig.of(config)
     if "experts" in config.units:
         check_prunable(model)
         return _prune_experts_first(model, data, config, processing_class, evaluation)
@@ -120,6 +120,9 @@ def prune_sizes(
         ValueError: the configs differ in something else; or as `prune`.
     """
     check_prunable(model)
+    if not isinstance(configs, Sequence):
+        raise TypeError(f"`configs` must be a list of PruneConfig, one a size, not {type(configs).__name__}.")
+    configs = [PruneConfig.of(config) for config in configs]
     _check_alike(configs)
     with full_precision(), _eval_mode(model), apart(model):
         with fast_products(model):

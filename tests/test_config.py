@@ -107,3 +107,17 @@ def test_broken_files_are_named(tmp_path, name, text, said):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=CONFIG_NAME):
         PruneConfig.from_pretrained(tmp_path)
+
+
+def test_a_fraction_of_a_kind_that_is_not_pruned_is_an_error():
+    with pytest.raises(ValueError, match="keep says how much of channels, experts to keep, but units holds mlp, att"):
+        PruneConfig(keep={"mlp": 0.5, "experts": 0.5, "channels": 0.5})
+
+
+def test_a_config_comes_as_it_is_as_a_dict_or_not_at_all():
+    config = PruneConfig(keep=0.7)
+    assert PruneConfig.of(config) is config
+    assert PruneConfig.of({"keep": 0.7}) == config
+    assert PruneConfig.of(None) == PruneConfig()
+    with pytest.raises(TypeError, match="`config` must be a PruneConfig or a dict of its fields, not float"):
+        PruneConfig.of(0.7)
