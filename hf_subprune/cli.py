@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging
 from typer.core import TyperGroup
 
@@ -50,7 +51,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)  # of several processes, one speaks
+# Of several processes, one speaks. Names and messages may hold brackets, which are no markup.
+console = Console(quiet=int(os.environ.get("RANK", "0")) > 0, markup=False, emoji=False)
 
 app.add_typer(bench_app, name="bench")
 
@@ -410,7 +412,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False)
+        Console(stderr=True).print(Text.assemble(("Error:", "red"), f" {error}"))
         raise SystemExit(1) from error
 
 

@@ -1,12 +1,14 @@
 import json
 
 import pytest
+from rich.table import Table
 from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from hf_subprune import PruneConfig, PruneReport, cli
+from hf_subprune.bench import commands
 from hf_subprune.coverage.tiny import tiny_model
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "past", "it", "and", "nobody", "saw"]
@@ -146,6 +148,25 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(folder, texts, tmp_path,
     assert message in printed
     assert "Traceback" not in printed
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["missing[train].txt", "a[/red].txt", "a:cat:.txt"])
+def test_brackets_in_a_message_are_no_markup(folder, tmp_path, monkeypatch, capsys, name):
+    arguments = ["hf-subprune", "prune", str(folder), "--data", name, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.strip() == f"Error: No file or folder {name}."
+
+
+@pytest.mark.parametrize("console", [cli.console, commands.console])
+def test_brackets_in_a_table_or_a_path_are_no_markup(console):
+    table = Table(title="a[/red]")
+    table.add_column("b[train]")
+    table.add_row("c:cat:[/red]")
+    with console.capture() as printed:
+        console.print(table, "d[train]")
+    assert all(part in printed.get() for part in ("a[/red]", "b[train]", "c:cat:[/red]", "d[train]"))
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(folder, texts, tmp_path):

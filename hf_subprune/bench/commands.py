@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 bench_app = typer.Typer(help="Measure this package on this machine.", no_args_is_help=True)
-console = Console()
+console = Console(markup=False, emoji=False)
 
 Out = Annotated[Path | None, typer.Option(help="Folder for the rows as JSON, and for plots.")]
 
