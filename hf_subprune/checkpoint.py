@@ -30,7 +30,7 @@ from .processes import processes, state
 from .progress import Clock
 from .pruning import check_prunable, prune_to
 from .report import PruneReport
-from .saving import check_output, save_pruned
+from .saving import check_output, check_shard_size, save_pruned
 from .skeleton import build_skeleton
 from .stacked import apart
 
@@ -81,14 +81,16 @@ def prune_checkpoint(
 
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.
-        ValueError: as `prune`; a file of the checkpoint is cut short; or the run that was stopped had another model,
-            config, data or number of processes: the message says what differs.
-        OSError: the disk has no room. What is finished stays, and the same call goes on.
+        ValueError: as `prune`; `out` holds something else; `max_shard_size` is no size; a file of the checkpoint is
+            cut short; or the run that was stopped had another model, config, data or number of processes: the message
+            says what differs.
+        OSError: `out` cannot be made, or the disk has no room. What is finished stays, and the same call goes on.
     """
     config, out = config or PruneConfig(), Path(out).absolute()
     if config.latency is not None:
         raise ValueError("Latency is measured on a model in memory: choose another target, or use `prune`.")
     check_output(out)
+    check_shard_size(max_shard_size)
     source = _local(name_or_path)
     shards = check_shards(source)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -251,21 +251,24 @@ def prune(
     from .hub import check_repo_name, push_folder
     from .processes import processes, state
     from .pruning import prune as prune_model
-    from .saving import check_output, save_pruned
-    from .sizes import save_sizes, size_table
+    from .saving import check_output, check_shard_size, save_pruned
+    from .sizes import check_sizes, save_sizes, size_table
     from .tables import block_table, summary_table
 
     _set_quiet(quiet)
+    check_shard_size(max_shard_size)
     if len(configs) > 1:
         if offload:
             raise ValueError("--offload takes one size: give one value of --keep.")
         if push is not None:
             raise ValueError("--push takes one size: push the folder of the one you want with `hf-subprune push`.")
-        loaded, processing_class = load_model(model, dtype=dtype)
-        samples = load_data(data, split=split, column=column)
         if processes() > 1:
             raise ValueError("Several processes prune to one size at a time: give one value of --keep.")
-        reports = save_sizes(out, loaded, samples, configs, processing_class, command=command_line())
+        check_sizes(out, configs)
+        loaded, processing_class = load_model(model, dtype=dtype)
+        samples = load_data(data, split=split, column=column)
+        options: dict[str, Any] = {"max_shard_size": max_shard_size, "command": command_line()}
+        reports = save_sizes(out, loaded, samples, configs, processing_class, **options)
         console.print(size_table(list(reports.values())))
         console.print("Saved to " + ", ".join(map(str, reports)) + ".", soft_wrap=True)
         return
@@ -275,7 +278,7 @@ def prune(
         check_repo_name(push)
     samples = load_data(data, split=split, column=column)
     if offload:
-        options: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "command": command_line()}
+        options = {"dtype": dtype, "max_shard_size": max_shard_size, "command": command_line()}
         report = prune_checkpoint(model, samples, config, out, **options)
     else:
         loaded, processing_class = load_model(model, dtype=dtype)

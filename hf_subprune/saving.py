@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -15,10 +16,11 @@ logger = logging.get_logger(__name__)
 
 
 def check_output(folder: str | Path) -> None:
-    """Refuse a folder that holds something else than an earlier result of ours.
+    """Refuse a folder that holds something else than an earlier result of ours, or that cannot be made.
 
     Raises:
         ValueError: `folder` is a file, or a folder that is neither empty nor ours.
+        OSError: nothing can be written beside it.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -28,6 +30,27 @@ def check_output(folder: str | Path) -> None:
             f"The output folder {folder} exists and was not written by hf_subprune (it holds no {REPORT_NAME}): "
             "give another folder, or empty this one."
         )
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent):  # as `save_pruned` does
+            pass
+    except OSError as error:
+        raise OSError(
+            f"The output folder {folder} cannot be made, {parent} takes no new folder ({error.strerror}): "
+            "give another folder."
+        ) from error
+
+
+def check_shard_size(size: int | str) -> None:
+    """Refuse what `save_pretrained` does not take as its `max_shard_size`, before there is something to save.
+
+    Raises:
+        ValueError: `size` is no size.
+    """
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"max_shard_size takes a size such as '2GB' or '500MB', got {size!r}.") from error
 
 
 def save_pruned(
@@ -45,7 +68,7 @@ def save_pruned(
         save_options: For `save_pretrained`, e.g. `max_shard_size`.
 
     Raises:
-        ValueError: as `check_output`.
+        ValueError, OSError: as `check_output`.
     """
     folder = Path(folder)
     check_output(folder)

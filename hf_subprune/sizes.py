@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from .config import PruneConfig
 from .pruning import prune_sizes
-from .report import PruneReport
-from .saving import check_output, save_pruned
+from .report import REPORT_NAME, PruneReport
+from .saving import check_output, check_shard_size, save_pruned
 
 PLOT_NAME = "sizes.png"
 
@@ -24,6 +24,7 @@ def save_sizes(
     configs: Sequence[PruneConfig],
     processing_class: Any = None,
     *,
+    max_shard_size: int | str = "2GB",
     command: str = "",
 ) -> dict[Path, PruneReport]:
     """Prune to each config's size from one calibration and save each, and a plot of size against quality.
@@ -34,28 +35,48 @@ def save_sizes(
         data: As for `prune`.
         configs: As for `prune_sizes`.
         processing_class: Saved beside each model; may be `None`.
+        max_shard_size: Of one file of weights.
         command: Put into the reports.
 
     Returns:
         The report of each size by its folder.
 
     Raises:
-        ValueError: two sizes have one name, a folder holds something else, or as `prune_sizes`. No size is made then.
+        ValueError, OSError: as `check_sizes`, `check_shard_size` or `prune_sizes`. No size is made then.
     """
-    folders = [Path(folder) / size_name(config) for config in configs]
-    if len(set(folders)) < len(folders):
-        raise ValueError(f"Two of the sizes are the same: {', '.join(path.name for path in folders)}.")
-    for path in folders:
-        check_output(path)
+    folders = check_sizes(folder, configs)
+    check_shard_size(max_shard_size)
     reports: dict[Path, PruneReport] = {}
     for path, report in zip(folders, prune_sizes(model, data, configs, processing_class), strict=True):
         reports[path] = replace(report, command=command)
-        save_pruned(path, model, processing_class, reports[path])
+        save_pruned(path, model, processing_class, reports[path], max_shard_size=max_shard_size)
     if find_spec("matplotlib"):
         from .plots import plot_tradeoff
 
         plot_tradeoff({"pruned": list(reports.values())}).savefig(Path(folder) / PLOT_NAME)
     return reports
+
+
+def check_sizes(folder: str | Path, configs: Sequence[PruneConfig]) -> list[Path]:
+    """The folder of each size within `folder`, which may hold earlier sizes.
+
+    Raises:
+        ValueError: two sizes have one name, or `folder` or one in it holds something else.
+        OSError: as `check_output`.
+    """
+    folder = Path(folder)
+    folders = [folder / size_name(config) for config in configs]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"Two of the sizes are the same: {', '.join(path.name for path in folders)}.")
+    if not any(folder.glob(f"*/{REPORT_NAME}")):
+        if (folder / REPORT_NAME).is_file():
+            raise ValueError(
+                f"The output folder {folder} holds one pruned model: give another folder for several sizes."
+            )
+        check_output(folder)
+    for path in folders:
+        check_output(path)
+    return folders
 
 
 def size_name(config: PruneConfig) -> str:

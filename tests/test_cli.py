@@ -150,6 +150,28 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(folder, texts, tmp_path,
     assert not out.exists()
 
 
+@pytest.mark.parametrize("keeps", [("0.5",), ("0.75", "0.5")])
+def test_what_cannot_be_saved_is_refused_before_any_work(folder, texts, tmp_path, monkeypatch, keeps):
+    monkeypatch.setattr("hf_subprune.datafiles.load_model", lambda *args, **kwargs: pytest.fail("A model was loaded."))
+    out = tmp_path / "out"
+
+    def refused(*words):
+        arguments = ["prune", folder, "--data", texts, "--out", out, "--keep", *keeps, *words]
+        return str(CliRunner().invoke(cli.app, [str(word) for word in arguments]).exception)
+
+    assert "max_shard_size takes a size" in refused("--max-shard-size", "foo")
+    assert "cannot be made" in refused("--out", texts / "out")
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert "was not written by hf_subprune" in refused()
+
+
+def test_several_sizes_are_saved_in_shards(folder, texts, tmp_path):
+    words = ["--samples", 24, "--held-out", 8, "--units", "mlp", "--max-shard-size", "50KB", "--quiet"]
+    run("prune", folder, "--data", texts, "--out", tmp_path / "out", "--keep", 0.75, 0.5, *words)
+    assert all(len(list((tmp_path / "out" / name).glob("*.safetensors"))) > 1 for name in ("keep-0.75", "keep-0.5"))
+
+
 @pytest.mark.parametrize("name", ["missing[train].txt", "a[/red].txt", "a:cat:.txt"])
 def test_brackets_in_a_message_are_no_markup(folder, tmp_path, monkeypatch, capsys, name):
     arguments = ["hf-subprune", "prune", str(folder), "--data", name, "--out", str(tmp_path / "out")]
