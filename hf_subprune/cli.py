@@ -60,7 +60,7 @@ Model = Annotated[str, typer.Argument(help="Local folder or Hub id of a model.",
 Data = Annotated[
     str, typer.Option(help="Hub data set id, a .txt, .jsonl, .csv or .parquet file, or a folder of images.")
 ]
-Split = Annotated[str | None, typer.Option(help="Split of the data set; its first one when left out.")]
+Split = Annotated[str | None, typer.Option(help="Split of a Hub data set; train, or its first one, when left out.")]
 Column = Annotated[str | None, typer.Option(help="Column to read; found by its type when left out.")]
 Columns = Annotated[
     str | None, typer.Option("--column", help="Column to read, 'first,second' for sts; found by its type if left out.")

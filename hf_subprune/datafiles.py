@@ -1,5 +1,6 @@
 """The command line's MODEL and DATA: a name or a path to what the Python interface takes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def load_data(
     Args:
         source: A `.txt` (a sample per line), `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of images (with
             folders inside), or the id of a data set on the Hub, `"id:name"` for one of its configurations.
-        split: Of a Hub data set; its train split, or its only one, when left out.
+        split: Of a Hub data set, or of a folder of images with folders such as `train` and `test`; the train split, or
+            the first one, when left out. A file is one split, `"train"`.
         column: The only column to read; found by its type later when left out.
         labels: Whether the folders that images lie in are their labels.
 
@@ -38,11 +40,11 @@ def load_data(
             raise ValueError(
                 f"The folder {path} holds no images: give a folder of images, or one {_file_kinds()} file."
             )
-        data = _open("imagefolder", data_dir=str(path), drop_labels=not labels)
+        data = _open("imagefolder", split, data_dir=str(path), drop_labels=not labels)
     elif path.is_file():
         if path.suffix.lower() not in _READERS:
             raise ValueError(f"{path} cannot be read as data: give a {_file_kinds()} file, or a folder of images.")
-        data = _open(_READERS[path.suffix.lower()], data_files=str(path))
+        data = _open(_READERS[path.suffix.lower()], split, data_files=str(path))
     elif path.suffix.lower() in _READERS or path.is_absolute() or source.startswith((".", "~")):
         raise FileNotFoundError(f"No file or folder {path}.")
     else:
@@ -54,10 +56,14 @@ def _file_kinds() -> str:
     return ", ".join(list(_READERS)[:-1]) + f" or {list(_READERS)[-1]}"
 
 
-def _open(reader: str, **arguments: Any) -> IterableDataset:
+def _open(reader: str, split: str | None, **arguments: Any) -> IterableDataset:
     source = arguments.get("data_files") or arguments.get("data_dir")
     try:
-        data = load_dataset(reader, split="train", streaming=True, **arguments)
+        splits = load_dataset(reader, streaming=True, **arguments)
+    except Exception as error:  # readers raise their own library's errors
+        raise ValueError(f"{source} cannot be read: {error}") from error
+    data = _one_split(splits, str(source), split)
+    try:
         first = next(iter(data), None)
     except Exception as error:  # readers raise their own library's errors
         raise ValueError(f"{source} cannot be read: {error}") from error
@@ -74,12 +80,17 @@ def _open_from_hub(source: str, split: str | None) -> IterableDataset:
         raise FileNotFoundError(
             f"{source!r} is no file or folder here, and no data set on the Hub could be opened by that name: {error}"
         ) from error
+    return _one_split(splits, source, split)
+
+
+def _one_split(splits: Mapping[str, IterableDataset], source: str, split: str | None) -> IterableDataset:
     if split is None:
         split = "train" if "train" in splits else next(iter(splits))
     if split not in splits:
-        raise ValueError(
-            f"The data set {source} has no split {split!r}, choose one of {', '.join(map(repr, splits))}."
-        )
+        known = f"choose one of {', '.join(map(repr, splits))}"
+        if Path(source).is_file():
+            known = "a file is not split as data sets of the Hub are: leave the split out"
+        raise ValueError(f"The data set {source} has no split {split!r}, {known}.")
     return splits[split]
 
 

@@ -74,6 +74,20 @@ def test_bad_files_are_named(tmp_path, name, content, error, said):
         load_data(str(source.parent if "/" in (name or "") else source))
 
 
+def test_a_split_that_local_data_do_not_have_is_refused(tmp_path):
+    (tmp_path / "data.txt").write_text("first\n")
+    with pytest.raises(ValueError, match=r"data\.txt has no split 'test', a file is not split .*: leave"):
+        load_data(str(tmp_path / "data.txt"), split="test")
+    assert list(load_data(str(tmp_path / "data.txt"), split="train")) == [{"text": "first"}]
+    for number, name in enumerate(("train", "test")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("L", (4, 4), number).save(tmp_path / "images" / name / "a.png")
+    assert next(iter(load_data(str(tmp_path / "images"))))["image"].getpixel((0, 0)) == 0
+    assert next(iter(load_data(str(tmp_path / "images"), split="test")))["image"].getpixel((0, 0)) == 1
+    with pytest.raises(ValueError, match="no split 'dev', choose one of 'train', 'test'"):
+        load_data(str(tmp_path / "images"), split="dev")
+
+
 def test_an_unknown_column_is_refused_with_the_known_ones(tmp_path):
     (tmp_path / "data.csv").write_text("text,title\na,b\n")
     with pytest.raises(ValueError, match="no column 'body', choose one of 'text', 'title'"):
