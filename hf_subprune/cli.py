@@ -2,6 +2,7 @@
 
 import functools
 import inspect as introspection
+import json
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ from .bench.commands import bench_app
 from .config import TARGETS, PruneConfig, field_help
 
 _NUMBER = re.compile(r"\d*\.?\d+")
+_KEEP_FORMS = "a fraction such as 0.5, or one for each kind of units, mlp=0.5,attention=0.75"
 
 
 def _repeated(arguments: Sequence[str]) -> list[str]:
@@ -84,19 +86,31 @@ Dtype = Annotated[str, typer.Option(help="Weights are loaded in this dtype; 'aut
 
 def _parse(name: str, text: str) -> Any:
     """An option's text as the value of a `PruneConfig` field."""
-    if name == "keep" and "=" in text:
-        pairs = [part.partition("=") for part in text.split(",")]
-        return {kind.strip(): float(value) for kind, _, value in pairs}
+    if name == "keep":
+        return _parse_keep(text)
     default = getattr(PruneConfig, name)
     if isinstance(default, tuple):
         return tuple(part.strip() for part in text.split(",") if part.strip())
-    if name in ("keep", "macs", "latency", "shrinkage", "params", "round_to", "size"):
+    if name in ("macs", "latency", "shrinkage", "params", "round_to", "size"):
         for number in (int, float):
             try:
                 return number(text)
             except ValueError:
                 pass
     return text
+
+
+def _parse_keep(text: str) -> float | dict[str, float]:
+    """`0.5`, `mlp=0.5,attention=0.75` or `{"mlp": 0.5, "attention": 0.75}`."""
+    try:
+        if text.lstrip().startswith("{"):
+            return dict(json.loads(text))
+        if "=" in text:
+            pairs = [part.partition("=") for part in text.split(",")]
+            return {kind.strip(): float(value) for kind, _, value in pairs}
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"--keep takes {_KEEP_FORMS}; got {text!r}.") from error
 
 
 def _config_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -108,12 +122,14 @@ def _config_options(command: Callable[..., None]) -> Callable[..., None]:
     options = []
     for spec in fields(PruneConfig):
         plain: Any = type(spec.default) if type(spec.default) in (bool, int) else str
+        text = help_of.get(spec.name, "")
         if spec.name == "keep":
             plain = list[str]
+            text += f" Here: {_KEEP_FORMS}. Several values, 0.75 0.5, make several sizes."
         shown = spec.default if not isinstance(spec.default, tuple) else ",".join(spec.default)
         if spec.default is None:
             shown = "0.5 without another target" if spec.name == "keep" else ""
-        option = typer.Option(help=help_of.get(spec.name, ""), show_default=str(shown) or "none")
+        option = typer.Option(help=text, show_default=str(shown) or "none")
         options.append(
             introspection.Parameter(
                 spec.name,

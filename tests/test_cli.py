@@ -117,6 +117,19 @@ def test_options_override_the_config_file(folder, texts, tmp_path):
     assert (config.keep, config.samples, config.units, config.seed) == (0.5, 24, ("mlp",), 3)
 
 
+@pytest.mark.parametrize(
+    "text", ["mlp=0.5,attention=0.75", "mlp = 0.5, attention = 0.75", '{"mlp": 0.5, "attention": 0.75}']
+)
+def test_a_fraction_for_each_kind_is_given_in_short_or_as_json(text):
+    @cli._config_options
+    def command(configs):
+        given.extend(configs)
+
+    given = []
+    command(keep=[text, "0.5"], **dict.fromkeys(set(PruneConfig().to_dict()) - {"keep"}))
+    assert [config.keep for config in given] == [{"mlp": 0.5, "attention": 0.75}, 0.5]
+
+
 def test_every_field_of_the_config_is_an_option():
     printed = run("prune", "--help")
     missing = [name for name in PruneConfig().to_dict() if f"--{name.replace('_', '-')}" not in printed]
@@ -133,6 +146,12 @@ def test_inspect_lists_blocks_and_parameters(folder):
     ("words", "message"),
     [
         (("--keep", "2"), "keep"),
+        (
+            ("--keep", "mlp=abc"),
+            "--keep takes a fraction such as 0.5, or one for each kind of units, mlp=0.5,attention",
+        ),
+        (("--keep", '{"mlp": 0.5'), "--keep takes a fraction"),
+        (("--keep", "half"), "--keep takes a fraction"),
         (("--variant", "sideways"), "'layer', 'seq', 'asym'"),
         (("--exclude", "nothing"), "matches no block"),
     ],
