@@ -209,7 +209,7 @@ def model_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Outp
 def iter_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> Iterator[Outputs]:
     """As `model_outputs`, one batch at a time: nothing is stored when both models are at hand."""
     for batch in batches:
-        yield _outputs(model, batch, _STORED_BYTES // len(batches), None)
+        yield _outputs(model, batch, room=_STORED_BYTES // len(batches))
 
 
 def drift(
@@ -224,13 +224,19 @@ def drift(
         shared: Whether other processes have further batches, for one figure over all.
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: there is no batch, or the outputs are of other kinds or shapes.
     """
     sums: dict[str, float] = dict.fromkeys(("error", "norm", "kl", "same", "cosine", "pooled"), 0.0)
     rows = samples = 0
     logits = False
     for old, batch in zip(reference, batches, strict=True):
-        new = _outputs(model, batch, 0, len(old.rows))
+        new = _outputs(model, batch, most=len(old.rows))
+        if (old.kind, old.rows.shape) != (new.kind, new.rows.shape):
+            shapes = [f"{which.kind} of shape {tuple(which.rows.shape)}" for which in (old, new)]
+            raise ValueError(
+                f"The outputs of the two models do not match: the reference gives {shapes[0]} for a batch, the other "
+                f"model {shapes[1]}. Compare a pruned model with the model that it was made from."
+            )
         logits = old.kind == "logits"
         rows += len(old.rows)
         for a, b in zip(old.rows.split(_ROWS_AT_ONCE), new.rows.split(_ROWS_AT_ONCE), strict=True):
@@ -341,15 +347,16 @@ def _is_batched(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
-def _outputs(model: PreTrainedModel, batch: Batch, limit: int, count: int | None) -> Outputs:
-    """The rows of a batch's output that are compared: `count` of them, or at most `limit` bytes."""
+def _outputs(model: PreTrainedModel, batch: Batch, *, room: int = 0, most: int | None = None) -> Outputs:
+    """The rows of a batch's output that are compared: at most so many, or as many as `room` bytes hold."""
     kind, output = compared_output(_forward(model, batch))
     mask = token_mask(model, "", batch, output.shape)
     rows = output.reshape(-1, output.shape[-1])
     if mask is not None:
         rows = rows[mask.to(rows.device)]
-    if count is None:
-        count = min(len(rows), max(1, limit // (rows.shape[1] * rows.element_size())))
+    if most is None:
+        most = max(1, room // (rows.shape[1] * rows.element_size()))
+    count = min(len(rows), most)
     spaced = torch.linspace(0, len(rows) - 1, count, device=rows.device).round().long()
     pooled = _mean_over_tokens(model, batch, output) if kind == "hidden" and output.ndim == 3 else None
     return Outputs(kind, rows[spaced].cpu(), pooled)

@@ -258,6 +258,17 @@ def test_the_rows_that_a_reference_holds_are_compared_however_many_batches_there
     assert change.rows == 20 and change.relative_error == 0
 
 
+def test_outputs_that_do_not_match_are_refused_with_their_shapes():
+    batches = make_batches(1)
+    reference = model_outputs(make_bert(), batches)
+    with pytest.raises(ValueError, match=r"gives hidden of shape \(13, 16\) .* other model logits of shape \(3, 5\)"):
+        drift(make_bert(BertForSequenceClassification, num_labels=5), batches, reference)
+    torch.manual_seed(0)
+    wide = BertModel(BertConfig(vocab_size=30, **{**SIZES, "hidden_size": 18})).eval()
+    with pytest.raises(ValueError, match=r"hidden of shape \(13, 16\) .* hidden of shape \(13, 18\)"):
+        drift(wide, batches, reference)
+
+
 def test_drift_needs_as_many_batches_as_references():
     model, batches = make_llama(), make_batches()
     with pytest.raises(ValueError, match="argument 2 is shorter"):
