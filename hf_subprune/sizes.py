@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -90,16 +91,12 @@ def size_name(config: PruneConfig) -> str:
 
 def size_table(reports: Sequence[PruneReport]) -> Table:
     """Size, cost and drift of every report side by side, as a rich table."""
-    table = Table(title="Sizes", title_justify="left")
-    qualities = list(reports[0].drift)
-    for name in (
-        "target",
-        "parameters",
-        "MACs a sample",
-        "latency",
-        *(f"held-out {q.replace('_', ' ')}" for q in qualities),
-    ):
-        table.add_column(name, justify="left" if name == "target" else "right")
+    table = Table(title="Sizes", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("target", overflow="fold")
+    qualities = list(reports[0].drift_figures)
+    shown = [quality.replace("_", " ") for quality in qualities]
+    for name in ("parameters", "MACs a sample", "latency", *shown):
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for report in reports:
         table.add_row(
             size_name(PruneConfig.from_dict(report.config)),
@@ -108,4 +105,6 @@ def size_table(reports: Sequence[PruneReport]) -> Table:
             "" if report.latency is None else f"{report.latency.after * 1e3:.1f} ms, {report.latency.ratio:.0%}",
             *(f"{report.drift[q]:.4f}" if q in report.drift else "" for q in qualities),
         )
+    table.caption = f"{', '.join(shown)}: of the output on held-out samples."
+    table.caption_justify = "left"
     return table
