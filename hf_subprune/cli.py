@@ -364,14 +364,18 @@ def evaluate(
     from .comparison import compare
     from .datafiles import load_data, load_model
     from .metrics import load_metric
-    from .report import PruneReport
+    from .report import REPORT_NAME, PruneReport
     from .tables import metric_table
     from .tasks import Trial, load_task
 
     _set_quiet(quiet)
     if task is None and (metric or label or save):
         raise ValueError("--metric, --label and --save belong to a task: name it with --task.")
+    if save and not Path(folder).is_dir():
+        raise ValueError(f"--save adds to the report in DIR, a local folder that `prune` wrote; got {folder!r}.")
     report = PruneReport.load(folder) if save else None
+    if report is not None and not os.access(Path(folder) / REPORT_NAME, os.W_OK):
+        raise PermissionError(f"--save cannot write {Path(folder) / REPORT_NAME}: allow it, or leave --save out.")
     chosen = load_metric(metric) if metric else None
     original, processing_class = load_model(against, dtype=dtype)
     pruned, _ = load_model(folder, dtype=dtype)

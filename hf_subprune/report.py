@@ -342,6 +342,10 @@ class PruneReport:
         path = Path(path)
         if path.is_dir():
             path = path / REPORT_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"No pruning report at {path}: give a folder that holds {REPORT_NAME}, as `prune` writes it."
+            )
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, AttributeError, TypeError) as error:

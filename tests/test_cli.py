@@ -2,6 +2,7 @@ import json
 
 import pytest
 from rich.table import Table
+from sample_report import make_report
 from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
@@ -107,6 +108,21 @@ def test_a_task_that_cannot_be_done_is_refused(folder, texts, words, message):
     result = CliRunner().invoke(cli.app, arguments)
     assert isinstance(result.exception, ValueError)
     assert message in str(result.exception)
+
+
+def test_a_report_that_figures_cannot_be_added_to_is_refused_at_once(folder, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_subprune.datafiles.load_model", lambda *args, **kwargs: pytest.fail("A model was loaded."))
+
+    def refused(pruned):
+        words = ["evaluate", pruned, "--against", folder, "--data", texts, "--task", "classification", "--save"]
+        return str(CliRunner().invoke(cli.app, [str(word) for word in words]).exception)
+
+    said = refused("user/none")
+    assert said == "--save adds to the report in DIR, a local folder that `prune` wrote; got 'user/none'."
+    assert f"No pruning report at {folder / 'subprune_report.json'}" in refused(folder)
+    make_report().save(tmp_path / "out")
+    monkeypatch.setattr("os.access", lambda *args: False)
+    assert f"--save cannot write {tmp_path / 'out' / 'subprune_report.json'}" in refused(tmp_path / "out")
 
 
 def test_options_override_the_config_file(folder, texts, tmp_path):

@@ -42,6 +42,13 @@ def test_other_files_are_refused_with_the_file_and_what_is_wrong(tmp_path, chang
     assert str(path) in str(error.value)
 
 
+def test_a_missing_report_is_named_with_what_to_give(tmp_path):
+    for given, wanted in ((tmp_path, tmp_path / "subprune_report.json"), (tmp_path / "none", tmp_path / "none")):
+        with pytest.raises(FileNotFoundError) as error:
+            PruneReport.load(given)
+        assert f"No pruning report at {wanted}: give a folder that holds subprune_report.json" in str(error.value)
+
+
 def test_a_missing_field_is_named(tmp_path):
     values = make_report().to_dict()
     del values["macs"]
