@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub.utils import httpx
@@ -135,8 +136,9 @@ def prepare(model: PreTrainedModel, data: Any, config: PruneConfig, processing_c
 
     Args:
         model: Any pretrained model; not changed.
-        data: A `datasets.Dataset` or `IterableDataset` (text, image or audio column, or already tokenized); a list
-            of strings, images or waveforms; or ready batches (dicts of tensors).
+        data: A `datasets.Dataset` or `IterableDataset` (text, image or audio column, or already tokenized), or a
+            pandas `DataFrame` of such columns; a list of strings, images or waveforms; or ready batches (dicts of
+            tensors).
         config: `samples`, `held_out`, `max_length`, `batch_size`, `shrinkage` and `seed` are read.
         processing_class: Tokenizer, image processor, feature extractor or processor; not for processed data.
 
@@ -198,7 +200,15 @@ def _items(data: Any, config: PruneConfig) -> Iterator[Any]:
     """The items of the data in the order in which they are used."""
     if isinstance(data, (DatasetDict, IterableDatasetDict)):
         raise TypeError(f"Calibration data must be one split, choose one of {', '.join(map(repr, data))}.")
+    if isinstance(data, pd.DataFrame):
+        data = Dataset.from_pandas(data, preserve_index=False)
     if isinstance(data, Mapping):
+        if not any(isinstance(value, torch.Tensor) for value in data.values()):
+            raise TypeError(
+                "A dict given as calibration data is one ready batch, but this one holds no tensors: tokenize with "
+                "return_tensors='pt', or pass columns as datasets.Dataset.from_dict(data). Keys found: "
+                f"{', '.join(map(repr, data)) or 'none'}."
+            )
         yield data
     elif isinstance(data, IterableDataset):
         yield from _retrying(data.shuffle(seed=config.seed, buffer_size=config.samples + config.held_out))

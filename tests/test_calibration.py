@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
@@ -129,6 +130,13 @@ def test_datasets_find_their_text_column(bert, tokenizer, columns, streaming):
     prepared = prepare(bert, data, PruneConfig(**SMALL), tokenizer)
     assert set(texts_of(prepared.fit, tokenizer)) <= set(TEXTS)
     assert prepared.source.startswith("IterableDataset" if streaming else "Dataset")
+
+
+def test_data_frames_are_read_by_their_rows(bert, tokenizer):
+    frame = pd.DataFrame({"text": [None, *TEXTS], "label": range(31)}, index=[0] * 31)
+    prepared = prepare(bert, frame, PruneConfig(**SMALL), tokenizer)
+    assert (prepared.fit_samples, prepared.source) == (8, "DataFrame")
+    assert set(texts_of(prepared.fit + prepared.held_out, tokenizer)) <= set(TEXTS)
 
 
 def test_a_null_in_the_first_row_does_not_hide_the_column(bert, tokenizer):
@@ -564,6 +572,9 @@ def test_batch_all_refuses_a_blank_text(bert, tokenizer):
         ("some text", TypeError, "Calibration data must be.*got str"),
         (7, TypeError, "got int"),
         (None, TypeError, "got NoneType"),
+        ({"text": TEXTS}, TypeError, r"no tensors: .*Dataset\.from_dict\(data\).*found: 'text'"),
+        ({"input_ids": [[3, 4]] * 8}, TypeError, "return_tensors='pt'.*found: 'input_ids'"),
+        (pd.DataFrame({"n": [1, 2, 3]}), ValueError, "no text column.*Columns found: 'n'"),
         ([1, 2, 3], TypeError, "item of type int"),
         ([TEXTS, TEXTS], TypeError, "item of type list"),
         ([TEXTS[0], 3, 4, 5], TypeError, "item of type int"),
