@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .config import PruneConfig
 from .decoding import add_decoder_inputs
-from .features import Features, example_columns, is_label, make_encoder, text_config
+from .features import Features, example_columns, is_label, is_ready, make_encoder, text_config
 from .padding import token_mask
 from .processes import own_share
 
@@ -147,13 +147,13 @@ def prepare(model: PreTrainedModel, data: Any, config: PruneConfig, processing_c
             ids that the model has no embedding for.
         TypeError: the data is of a kind not listed above.
     """
-    items = _items(data, config)
+    items = _items(model, data, config)
     first = next(items, None)
     if first is None:
         raise ValueError(f"The calibration data ({_describe(data)}) is empty.")
     items = itertools.chain([first], items)
     wanted = config.samples + config.held_out
-    if _is_batch(first):
+    if _is_batch(first, model):
         fit, held_out, counts = _split_ready(_read_ready(items, model, wanted), config)
     else:
         encoded = _encoded(model, items, processing_class, config.max_length)
@@ -196,7 +196,7 @@ def batch_all(
 # Reading
 
 
-def _items(data: Any, config: PruneConfig) -> Iterator[Any]:
+def _items(model: PreTrainedModel, data: Any, config: PruneConfig) -> Iterator[Any]:
     """The items of the data in the order in which they are used."""
     if isinstance(data, (DatasetDict, IterableDatasetDict)):
         raise TypeError(f"Calibration data must be one split, choose one of {', '.join(map(repr, data))}.")
@@ -218,7 +218,7 @@ def _items(data: Any, config: PruneConfig) -> Iterator[Any]:
         and hasattr(data, "__len__")
     ):
         order: Iterable[int] = range(len(data))
-        if len(data) and not _is_batch(data[0]):
+        if len(data) and not _is_batch(data[0], model):
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).tolist()
         yield from (data[i] for i in order)
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, Path)):
@@ -258,12 +258,9 @@ def _describe(data: Any) -> str:
     return kind
 
 
-def _is_batch(item: Any) -> bool:
-    """Whether an item is a ready batch rather than one example: tensors, the token ids (if any) of two dimensions."""
-    if not isinstance(item, Mapping) or not any(isinstance(value, torch.Tensor) for value in item.values()):
-        return False
-    ids = item.get("input_ids")
-    return not isinstance(ids, torch.Tensor) or ids.ndim == 2
+def _is_batch(item: Any, model: PreTrainedModel) -> bool:
+    """Whether an item is a ready batch rather than one example."""
+    return isinstance(item, Mapping) and is_ready(item, model)
 
 
 # Samples
@@ -365,7 +362,7 @@ def _read_ready(items: Iterable[Any], model: PreTrainedModel, wanted: int) -> li
     batches: list[Batch] = []
     found = 0
     for item in items:
-        if not _is_batch(item):
+        if not _is_batch(item, model):
             raise TypeError(f"Ready batches must all be dicts of tensors, found {type(item).__name__}.")
         batch = {name: value for name, value in item.items() if value is not None and not is_label(name, model)}
         batches.append(batch)

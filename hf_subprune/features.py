@@ -1,6 +1,7 @@
 """One raw example (text, image, audio or token ids) to the tensors that a model takes, without labels."""
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,11 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_utils import is_pil_image
 from transformers.utils.generic import find_labels
 
+from .probe_inputs import Sizes
+
 Features = dict[str, torch.Tensor]
 
 # The forward argument that holds each modality's input; a model has one of the names given.
 _INPUTS = {"text": ("input_ids",), "image": ("pixel_values",), "audio": ("input_features", "input_values")}
 _PARTS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_extractor"}
+
+_PATCH_PLACES = ("grid_thw", "spatial_shapes", "pixel_position_ids", "image_position_ids")
 
 
 def forward_arguments(model: PreTrainedModel) -> set[str]:
@@ -33,6 +38,36 @@ def text_config(model: PreTrainedModel) -> Any:
         config.get_text_config(decoder=True),
     )
     return next((side for side in sides if getattr(side, "vocab_size", None) is not None), config)
+
+
+def is_ready(item: Mapping[str, Any], model: PreTrainedModel) -> bool:
+    """Whether columns are a ready batch rather than one sample, as far as the main input's dimensions tell.
+
+    Without a tensor that a model could take, they are a sample; where the dimensions tell nothing, a batch.
+    """
+    tensors = {name: value for name, value in item.items() if isinstance(value, torch.Tensor)}
+    usual = list(itertools.chain(*_INPUTS.values()))
+    if not any(name in (*usual, *forward_arguments(model)) and not is_label(name, model) for name in tensors):
+        return False
+    main = next((name for name in ("input_ids", model.main_input_name, *usual) if name in tensors), None)
+    return main is None or not _is_one(main, tensors[main], model)
+
+
+def _is_one(name: str, value: torch.Tensor, model: PreTrainedModel) -> bool:
+    """Whether an input certainly holds a single sample."""
+    sizes = Sizes(model.config)
+    if name == "input_ids":
+        return value.ndim != 2
+    if name == "input_values":
+        spectrogram = (sizes.get("max_length"), sizes.get("num_mel_bins"))
+        return value.ndim == 1 or tuple(value.shape) == spectrogram
+    if name == "input_features":
+        return value.ndim == 2 and sizes.bins in value.shape
+    if name == "pixel_values" and sizes.get("tubelet_size") is None:
+        # Towers that take a row of patches for an image have arguments that say where each patch lies.
+        in_patches = any(argument.endswith(_PATCH_PLACES) for argument in forward_arguments(model))
+        return value.ndim == 3 and len(value) == sizes.channels and not in_patches
+    return name == model.main_input_name and name.startswith("pixel_values") and value.ndim == 4
 
 
 def is_label(name: str, model: PreTrainedModel) -> bool:
@@ -73,7 +108,8 @@ def make_encoder(
         ValueError: no column fits the model's inputs, or the processing class for it is missing.
     """
     arguments = forward_arguments(model)
-    if any(name in first for names in _INPUTS.values() for name in names if name in arguments):
+    inputs = {model.main_input_name, *itertools.chain(*_INPUTS.values())}
+    if any(name in first for name in inputs & arguments):
         return lambda example: _encoded(model, example, arguments, max_length)
 
     modalities = [kind for kind, names in _INPUTS.items() if arguments.intersection(names)]

@@ -7,6 +7,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import (
+    ASTConfig,
+    ASTModel,
     BartConfig,
     BartModel,
     BertConfig,
@@ -26,9 +28,13 @@ from transformers import (
     RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
+    VideoMAEConfig,
+    VideoMAEModel,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
+    VJEPA2Config,
+    VJEPA2Model,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
@@ -190,6 +196,42 @@ def test_lengths_obey_config_tokenizer_and_positions(tokenizer):
     ).eval()
     assert length(roberta, tokenizer) == 16
     roberta(**prepare(roberta, text, PruneConfig(), tokenizer).fit[0])
+
+
+@pytest.mark.parametrize("labels", ["labels", "label", "idx"])
+def test_rows_of_tensors_are_samples(bert, tokenizer, wav2vec2, whisper_config, labels):
+    ast = ASTModel(ASTConfig(**TEXT_MODEL, max_length=32, num_mel_bins=16))
+    vit = ViTModel(ViTConfig(image_size=16, patch_size=8, **TEXT_MODEL))
+    video = VideoMAEModel(VideoMAEConfig(image_size=16, patch_size=8, num_frames=4, **TEXT_MODEL))
+    vjepa = VJEPA2Model(
+        VJEPA2Config(
+            image_size=16, crop_size=16, patch_size=8, frames_per_clip=4, **TEXT_MODEL,
+            pred_hidden_size=16, pred_num_attention_heads=2, pred_num_hidden_layers=1,
+        )
+    )  # fmt: skip
+    for model, name, shape in (
+        (vit, "pixel_values", (3, 16, 16)),
+        (video, "pixel_values", (4, 3, 16, 16)),
+        (vjepa, "pixel_values_videos", (4, 3, 16, 16)),
+        (wav2vec2, "input_values", (400,)),
+        (ast, "input_values", (32, 16)),
+        (WhisperModel(whisper_config), "input_features", (8, 3000)),
+    ):
+        rows = [{name: torch.randn(shape), labels: torch.tensor(i)} for i in range(8)]
+        prepared = prepare(model, rows, PruneConfig(**SMALL))
+        assert (prepared.fit_samples, prepared.held_out_samples) == (7, 1), model
+        assert prepared.fit[0][name].shape[1:] == shape
+        ready = prepare(model, [{name: torch.randn(8, *shape)}], PruneConfig(**SMALL))
+        assert (ready.fit_samples, ready.fit[0][name].shape[1:]) == (7, shape)
+
+
+def test_tensors_beside_a_text_or_image_make_no_batch(bert, tokenizer):
+    texts = Dataset.from_dict({"text": TEXTS, "label": list(range(30))}).with_format("torch")
+    assert prepare(bert, texts, PruneConfig(**SMALL), tokenizer).fit_samples == 8
+    model = ViTModel(ViTConfig(image_size=16, patch_size=8, **TEXT_MODEL)).eval()
+    images = [{"image": torch.randint(0, 255, (3, 20, 20), dtype=torch.uint8)} for _ in range(6)]
+    prepared = prepare(model, images, PruneConfig(), ViTImageProcessor(size={"height": 16, "width": 16}))
+    assert prepared.fit[0]["pixel_values"].shape[1:] == (3, 16, 16)
 
 
 @pytest.mark.parametrize("kind", ["images", "arrays", "dataset", "stream"])
