@@ -147,17 +147,12 @@ def prepare(model: PreTrainedModel, data: Any, config: PruneConfig, processing_c
             ids that the model has no embedding for.
         TypeError: the data is of a kind not listed above.
     """
-    items = _items(model, data, config)
-    first = next(items, None)
-    if first is None:
-        raise ValueError(f"The calibration data ({_describe(data)}) is empty.")
-    items = itertools.chain([first], items)
+    items, ready = _opened(model, data, config)
     wanted = config.samples + config.held_out
-    if _is_batch(first, model):
+    if ready:
         fit, held_out, counts = _split_ready(_read_ready(items, model, wanted), config)
     else:
-        encoded = _encoded(model, items, processing_class, config.max_length)
-        samples = list(itertools.islice(filter(None, encoded), wanted))
+        samples = _read_samples(model, items, processing_class, config, wanted)
         counts = _counts(len(samples), config)
         pad_id = _pad_id(model, processing_class)
         fit = [_collate(group, pad_id) for group in _groups(samples[: counts[0]], config.batch_size, folds=2)]
@@ -165,6 +160,34 @@ def prepare(model: PreTrainedModel, data: Any, config: PruneConfig, processing_c
     for batch in fit + held_out:
         _complete(model, batch)
     return CalibrationSet(fit, held_out, *counts, source=_describe(data), model=model)
+
+
+def batch_some(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> list[Batch]:
+    """Batches of `config.samples` samples, or of all that there are: to compare models on, none is set aside.
+
+    Args:
+        model: As in `prepare`.
+        data: As in `prepare`.
+        config: `samples`, `max_length`, `batch_size` and `seed` are read.
+        processing_class: As in `prepare`.
+
+    Raises:
+        ValueError, TypeError: as in `prepare`, but one sample is enough.
+    """
+    items, ready = _opened(model, data, config)
+    if ready:
+        batches = _read_ready(items, model, config.samples)
+        if all(map(is_divisible, batches)):
+            batches = _cut(batches, 0, config.samples, config.batch_size)
+    else:
+        samples = _read_samples(model, items, processing_class, config, config.samples)
+        if not samples:
+            raise ValueError(f"The data ({_describe(data)}) holds no sample that is not blank.")
+        pad_id = _pad_id(model, processing_class)
+        batches = [_collate(group, pad_id) for group in _groups(samples, config.batch_size)]
+    for batch in batches:
+        _complete(model, batch)
+    return batches
 
 
 def batch_all(
@@ -194,6 +217,15 @@ def batch_all(
 
 
 # Reading
+
+
+def _opened(model: PreTrainedModel, data: Any, config: PruneConfig) -> tuple[Iterator[Any], bool]:
+    """The items of the data, and whether they are ready batches."""
+    items = _items(model, data, config)
+    first = next(items, None)
+    if first is None:
+        raise ValueError(f"The calibration data ({_describe(data)}) is empty.")
+    return itertools.chain([first], items), _is_batch(first, model)
 
 
 def _items(model: PreTrainedModel, data: Any, config: PruneConfig) -> Iterator[Any]:
@@ -264,6 +296,13 @@ def _is_batch(item: Any, model: PreTrainedModel) -> bool:
 
 
 # Samples
+
+
+def _read_samples(
+    model: PreTrainedModel, items: Iterator[Any], processing_class: Any, config: PruneConfig, wanted: int
+) -> list[Features]:
+    encoded = _encoded(model, items, processing_class, config.max_length)
+    return list(itertools.islice(filter(None, encoded), wanted))
 
 
 def _encoded(

@@ -379,7 +379,7 @@ def evaluate(
     chosen = load_metric(metric) if metric else None
     original, processing_class = load_model(against, dtype=dtype)
     pruned, _ = load_model(folder, dtype=dtype)
-    config = PruneConfig(samples=samples or 128, held_out=1, max_length=max_length, batch_size=batch_size)
+    config = PruneConfig(samples=samples or 128, max_length=max_length, batch_size=batch_size)
     if task is None:
         unlabeled = load_data(data, split=split, column=column)
         console.print(compare(original, pruned, unlabeled, config, processing_class).table())

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from .calibration import prepare
+from .calibration import batch_some
 from .config import PruneConfig
 from .evaluation import Drift, circumstances, count_macs, count_parameters, drift, iter_outputs, measure_in_turn
 from .report import Change
@@ -54,19 +54,19 @@ class Comparison:
 def compare(
     original: PreTrainedModel, pruned: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None
 ) -> Comparison:
-    """Run both models on `config.samples` samples; nothing is fitted.
+    """Run both models on `config.samples` samples, or all that there are; nothing is fitted.
 
     Args:
         original: Before pruning.
         pruned: After.
         data: As for `prune`.
-        config: Its `samples`, `max_length` and `batch_size` are used.
+        config: Its `samples`, `max_length`, `batch_size` and `seed` are used.
         processing_class: As for `prune`.
 
     Raises:
-        TypeError, ValueError: as `calibration.prepare`.
+        TypeError, ValueError: as `calibration.batch_some`.
     """
-    batches = prepare(original, data, config, processing_class).fit
+    batches = batch_some(original, data, config, processing_class)
     before, after = zip(*measure_in_turn([original, pruned], batches[0]), strict=True)
     return Comparison(
         parameters=Change(count_parameters(original), count_parameters(pruned)),

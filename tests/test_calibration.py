@@ -45,7 +45,8 @@ from transformers import (
 )
 
 from hf_subprune import calibration, decoding
-from hf_subprune.calibration import batch_all, prepare
+from hf_subprune.calibration import batch_all, batch_some, prepare
+from hf_subprune.comparison import compare
 from hf_subprune.config import PruneConfig
 from hf_subprune.datafiles import load_data
 from hf_subprune.padding import token_mask
@@ -598,6 +599,24 @@ def test_batch_all_keeps_the_order(bert, tokenizer):
 def test_batch_all_refuses_a_blank_text(bert, tokenizer):
     with pytest.raises(ValueError, match="blank"):
         list(batch_all(bert, ["w1", " "], tokenizer))
+
+
+# Some of the data, none of it held out
+
+
+@pytest.mark.parametrize(("samples", "rows"), [(30, 30), (50, 30), (7, 7), (1, 1)])
+def test_all_samples_that_are_asked_for_are_compared(bert, tokenizer, samples, rows):
+    config = PruneConfig(samples=samples, batch_size=4)
+    assert len(texts_of(batch_some(bert, TEXTS, config, tokenizer), tokenizer)) == rows
+    ready = [{"input_ids": torch.full((6, 4), 3)} for _ in range(5)]
+    assert sum(len(batch["input_ids"]) for batch in batch_some(bert, ready, config)) == rows
+    ready = {"input_ids": torch.full((samples, 4), 3)}
+    assert compare(bert, bert, ready, PruneConfig(samples=samples), tokenizer).drift.rows == 4 * samples
+
+
+def test_blank_texts_cannot_be_compared_on(bert, tokenizer):
+    with pytest.raises(ValueError, match=r"The data \(list of str\) holds no sample that is not blank"):
+        batch_some(bert, ["", " "], PruneConfig(), tokenizer)
 
 
 # Bad data
