@@ -309,13 +309,12 @@ def _encoded(
     model: PreTrainedModel, items: Iterator[Any], processing_class: Any, max_length: int
 ) -> Iterator[Features | None]:
     """Features of each item, `None` for blank texts."""
-    head = list(map(example_columns, itertools.islice(items, _HEAD)))
-    whole = (row for row in head if all(value is not None for value in row.values()))
+    head = list(itertools.islice(items, _HEAD))
+    whole = (item for item in head if all(value is not None for value in example_columns(item).values()))
     encode = make_encoder(
         model, next(whole, head[0]), processing_class, _max_length(model, processing_class, max_length)
     )
-    yield from map(encode, head)
-    yield from (encode(example_columns(item)) for item in items)
+    yield from (encode(example_columns(item)) for item in itertools.chain(head, items))
 
 
 def _max_length(model: PreTrainedModel, processing_class: Any, asked: int) -> int:

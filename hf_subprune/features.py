@@ -98,15 +98,17 @@ def example_columns(item: Any) -> Mapping[str, Any]:
 
 
 def make_encoder(
-    model: PreTrainedModel, first: Mapping[str, Any], processing_class: Any, max_length: int
+    model: PreTrainedModel, item: Any, processing_class: Any, max_length: int
 ) -> Callable[[Mapping[str, Any]], Features | None]:
-    """The function that turns an example into features; what it reads is decided by the first example.
+    """The function that turns an example's columns into features; what it reads is decided by one item of the data.
 
     The function returns tensors without a batch dimension, or `None` for a blank text.
 
     Raises:
         ValueError: no column fits the model's inputs, or the processing class for it is missing.
+        TypeError: the item is of no known kind.
     """
+    first = example_columns(item)
     arguments = forward_arguments(model)
     inputs = {model.main_input_name, *itertools.chain(*_INPUTS.values())}
     if any(name in first for name in inputs & arguments):
@@ -115,10 +117,14 @@ def make_encoder(
     modalities = [kind for kind, names in _INPUTS.items() if arguments.intersection(names)]
     main = next((kind for kind in modalities if model.main_input_name in _INPUTS[kind]), "text")
     columns = {kind: column for kind in modalities if (column := _column(kind, first, model)) is not None}
+    if not modalities:
+        raise ValueError(
+            f"{type(model).__name__}.forward names no input for text, images or audio, only "
+            f"{', '.join(sorted(arguments))}: write its arguments out, or pass ready batches (dicts of tensors)."
+        )
     if not columns:
         raise ValueError(
-            f"The calibration data has no {main} column for {type(model).__name__}. {_NEEDED[main]} "
-            f"Columns found: {', '.join(map(repr, first)) or 'none'}."
+            f"The calibration data has no {main} column for {type(model).__name__}. {_NEEDED[main]} {_found(item)}"
         )
     if {"text", "image"} <= set(columns) and getattr(processing_class, "image_token", None):
         raise ValueError(
@@ -140,10 +146,18 @@ def make_encoder(
 
 
 _NEEDED = {
-    "text": "Name it 'text', or leave one string column.",
-    "image": "It needs a column of images.",
-    "audio": "It needs a column of audio, each value with 'array' and 'sampling_rate'.",
+    "text": "It needs strings, in a column named 'text' where there are several of strings.",
+    "image": "It needs images; a column of file names becomes one with dataset.cast_column(name, datasets.Image()).",
+    "audio": "It needs audio, each value with 'array' and 'sampling_rate'; a column of file names becomes one with "
+    "dataset.cast_column(name, datasets.Audio()).",
 }
+
+
+def _found(item: Any) -> str:
+    if not isinstance(item, Mapping):
+        return f"Its items are of type {type(item).__name__}."
+    columns = (f"{name!r} of type {type(value).__name__}" for name, value in item.items())
+    return f"Columns found: {', '.join(columns) or 'none'}."
 
 
 def _column(kind: str, example: Mapping[str, Any], model: PreTrainedModel) -> str | None:

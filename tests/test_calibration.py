@@ -640,8 +640,9 @@ def test_blank_texts_cannot_be_compared_on(bert, tokenizer):
         ([TEXTS, TEXTS], TypeError, "item of type list"),
         ([TEXTS[0], 3, 4, 5], TypeError, "item of type int"),
         (DatasetDict(train=Dataset.from_dict({"text": TEXTS})), TypeError, "one split, choose one of 'train'"),
-        (Dataset.from_dict({"a": TEXTS, "b": TEXTS}), ValueError, r"no text column for BertModel.*'a', 'b'"),
+        (Dataset.from_dict({"a": TEXTS, "b": TEXTS}), ValueError, "no text column.*'a' of type str, 'b' of"),
         (Dataset.from_dict({"n": [1, 2, 3]}), ValueError, r"no text column.*Columns found: 'n'"),
+        ([{"text": [*TEXTS]}] * 3, ValueError, "no text column.*Columns found: 'text' of type list"),
         (Dataset.from_dict({"label": TEXTS}), ValueError, "no text column"),
         ([{"input_ids": torch.full((4, 4), 99)}], ValueError, r"token id 99, but BertModel embeds 43 tokens"),
         ([{"input_ids": torch.full((1, 4), 3)}, "text"], TypeError, "Ready batches must all be dicts of tensors"),
@@ -668,8 +669,22 @@ def test_raw_images_need_an_image_processor(tokenizer):
     model = ViTModel(ViTConfig(image_size=16, patch_size=8, **TEXT_MODEL)).eval()
     with pytest.raises(ValueError, match="The data holds image but processing_class is"):
         prepare(model, [Image.new("RGB", (16, 16))] * 4, PruneConfig(), tokenizer)
-    with pytest.raises(ValueError, match=r"no image column for ViTModel.*Columns found: 'text'"):
-        prepare(model, TEXTS, PruneConfig(), ViTImageProcessor())
+    said = r"no image column for ViTModel.*file names.*datasets\.Image\(\).*"
+    with pytest.raises(ValueError, match=said + r"Its items are of type str\."):
+        prepare(model, ["a.png"] * 4, PruneConfig(), ViTImageProcessor())
+    with pytest.raises(ValueError, match=said + "Columns found: 'image' of type str"):
+        prepare(model, [{"image": "a.png"}] * 4, PruneConfig(), ViTImageProcessor())
+
+
+def test_a_forward_without_named_inputs_takes_ready_batches_only(bert, tokenizer):
+    class Wrapped(BertModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model = Wrapped(bert.config)
+    with pytest.raises(ValueError, match=r"Wrapped\.forward names no input .* only args, kwargs: .*ready batches"):
+        prepare(model, TEXTS, PruneConfig(), tokenizer)
+    assert prepare(model, [{"input_ids": torch.full((6, 4), 3)}], PruneConfig()).fit_samples == 5
 
 
 def test_images_inside_the_text_must_come_ready(tokenizer):
