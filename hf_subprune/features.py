@@ -205,7 +205,8 @@ def _text_encoder(tokenizer: Any, max_length: int) -> Callable[[Any], Features |
         if not isinstance(text, str) or not text.strip():
             return None
         ids = tokenizer(text, truncation=True, max_length=max_length, return_attention_mask=True)
-        return {name: torch.tensor(value) for name, value in ids.items()} if ids["input_ids"] else None
+        # Tokenizers truncate nothing where their special tokens alone are longer.
+        return {name: torch.tensor(value[:max_length]) for name, value in ids.items()} if ids["input_ids"] else None
 
     return encode
 

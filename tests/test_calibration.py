@@ -57,11 +57,12 @@ SMALL = {"samples": 8, "held_out": 4, "batch_size": 3}
 TEXT_MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
 
-def make_tokenizer(pad="[PAD]", side="right", **kwargs):
+def make_tokenizer(pad="[PAD]", side="right", ends=1, **kwargs):
     vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", 2)])
+    single = "$A" + " [EOS]" * ends
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("[EOS]", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=pad, eos_token="[EOS]", unk_token="[UNK]", padding_side=side, **kwargs
     )
@@ -190,6 +191,7 @@ def test_lengths_obey_config_tokenizer_and_positions(tokenizer):
 
     assert length(make_bert(), tokenizer) == 41
     assert length(make_bert(), tokenizer, max_length=10) == 10
+    assert length(make_bert(), make_tokenizer(ends=2), max_length=1) == 1
     assert length(make_bert(), make_tokenizer(model_max_length=12)) == 12
     assert length(make_bert(max_position_embeddings=14), tokenizer) == 14
     roberta = RobertaModel(
