@@ -461,8 +461,21 @@ def _cut(batches: list[Batch], start: int, stop: int, largest: int) -> list[Batc
 
 def _complete(model: PreTrainedModel, batch: Batch) -> None:
     """Check a batch against the model, and add the decoder inputs that it lacks."""
+    _check_ids(batch)
     _check_vocabulary(model, batch)
     add_decoder_inputs(model, batch)
+
+
+def _check_ids(batch: Batch) -> None:
+    for name in sorted({"input_ids", "decoder_input_ids"} & set(batch)):
+        ids = batch[name]
+        if ids.is_floating_point():
+            raise ValueError(f"{name} of the calibration data must be whole numbers, token ids; found {ids.dtype}.")
+        if ids.numel() and (least := int(ids.min())) < 0:
+            raise ValueError(
+                f"{name} of the calibration data holds {least}, but token ids are 0 or more: pad with a token's id "
+                "and mask the padding in the attention mask; -100 belongs into labels alone."
+            )
 
 
 def _check_vocabulary(model: PreTrainedModel, batch: Batch) -> None:

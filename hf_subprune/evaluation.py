@@ -224,7 +224,7 @@ def drift(
         shared: Whether other processes have further batches, for one figure over all.
 
     Raises:
-        ValueError: there is no batch, or the outputs are of other kinds or shapes.
+        ValueError: there is no batch, or no real token in any, or the outputs are of other kinds or shapes.
     """
     sums: dict[str, float] = dict.fromkeys(("error", "norm", "kl", "same", "cosine", "pooled"), 0.0)
     rows = samples = 0
@@ -256,6 +256,8 @@ def drift(
         sums = {name: sum(part[0][name] for part in parts) for name in sums}
         rows, samples, logits = sum(p[1] for p in parts), sum(p[2] for p in parts), any(p[3] for p in parts)
     if rows == 0:
+        if batches:
+            raise ValueError("Drift finds no real token to compare on: the batches' attention masks hide every one.")
         raise ValueError("Drift needs at least one batch to compare on.")
     return Drift(
         rows=rows,

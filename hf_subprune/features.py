@@ -93,7 +93,7 @@ def example_columns(item: Any) -> Mapping[str, Any]:
         return {"audio": {"array": np.asarray(item), "sampling_rate": None}}
     raise TypeError(
         "Calibration data must hold strings, images, waveforms, rows of columns or ready batches (dicts of tensors), "
-        f"got an item of type {type(item).__name__}."
+        f"got an item of type {type(item).__name__}. Token ids belong into a dict: {{'input_ids': ids}}."
     )
 
 
@@ -146,7 +146,8 @@ def make_encoder(
 
 
 _NEEDED = {
-    "text": "It needs strings, in a column named 'text' where there are several of strings.",
+    "text": "It needs strings, in a column named 'text' where there are several of strings, or token ids in a dict, "
+    "{'input_ids': ids}.",
     "image": "It needs images; a column of file names becomes one with dataset.cast_column(name, datasets.Image()).",
     "audio": "It needs audio, each value with 'array' and 'sampling_rate'; a column of file names becomes one with "
     "dataset.cast_column(name, datasets.Audio()).",

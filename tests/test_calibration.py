@@ -647,6 +647,11 @@ def test_blank_texts_cannot_be_compared_on(bert, tokenizer):
         ([{"text": [*TEXTS]}] * 3, ValueError, "no text column.*Columns found: 'text' of type list"),
         (Dataset.from_dict({"label": TEXTS}), ValueError, "no text column"),
         ([{"input_ids": torch.full((4, 4), 99)}], ValueError, r"token id 99, but BertModel embeds 43 tokens"),
+        ([{"input_ids": torch.full((4, 4), -100)}], ValueError, "input_ids .* holds -100, but token ids are 0"),
+        ([{"input_ids": torch.ones(4, 4)}], ValueError, "input_ids .* whole numbers.*found torch.float32"),
+        ([[3, 4, 5]] * 4, TypeError, "item of type list.*{'input_ids': ids}"),
+        (torch.full((4, 4), 3), TypeError, "item of type Tensor.*{'input_ids': ids}"),
+        ([torch.full((4, 4), 3)] * 4, ValueError, "{'input_ids': ids}.*items are of type Tensor"),
         ([{"input_ids": torch.full((1, 4), 3)}, "text"], TypeError, "Ready batches must all be dicts of tensors"),
     ],
 )

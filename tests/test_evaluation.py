@@ -275,6 +275,9 @@ def test_drift_needs_as_many_batches_as_references():
         drift(model, batches[:1], model_outputs(model, batches))
     with pytest.raises(ValueError, match="at least one batch"):
         drift(model, [], [])
+    masked = [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])} for batch in batches]
+    with pytest.raises(ValueError, match="no real token to compare on"):
+        drift(model, masked, model_outputs(model, masked))
 
 
 # Quality
