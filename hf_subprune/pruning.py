@@ -57,8 +57,8 @@ def prune(
         model: Shrunk in place. If anything fails, it is exactly as it was before. It may be dispatched by accelerate
             (`device_map`), with weights offloaded to the CPU or to disk, and stays so; new weights of offloaded layers
             are held in the CPU's memory.
-        data: `datasets.Dataset` or `IterableDataset`, list of strings, list of images, or iterable of ready batches
-            (dicts of tensors). See `calibration.prepare`.
+        data: `datasets.Dataset` or `IterableDataset`, pandas `DataFrame`, list of strings, list of images, or iterable
+            of ready batches (dicts of tensors). See `calibration.prepare`.
         config: What to keep and how, or a dict of the fields of `PruneConfig`; `PruneConfig()` when left out.
         processing_class: Tokenizer, image processor or processor, as in `Trainer`; not needed for ready batches.
         evaluation: Quality of a model, more is better, for budget `"equal_loss"` in the paper's labelled form. It is
