@@ -427,7 +427,8 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
 
     Raises:
         TypeError: not a `PreTrainedModel`.
-        ValueError: quantized, PEFT-wrapped, or on the meta device; the message says what to do instead.
+        ValueError: quantized, PEFT-wrapped, on the meta device, made in inference mode or given within it; the message
+            says what to do instead.
     """
     if hasattr(model, "peft_config"):
         raise ValueError(
@@ -443,6 +444,10 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
         raise ValueError(
             f"{type(model).__name__} is quantized ({getattr(model, 'quantization_method', 'unknown method')}): prune "
             "the full-precision checkpoint, then quantize the pruned one."
+        )
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            "Pruning takes gradients, which torch.inference_mode() rules out: load and prune the model outside of it."
         )
     if missing := without_values(model):
         raise ValueError(f"Parameter {missing[0]} is on the meta device and has no values: load the weights first.")

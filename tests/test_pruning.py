@@ -241,6 +241,12 @@ def test_models_that_cannot_be_pruned_are_refused():
         prune(nn.Linear(2, 2), [])
     with torch.device("meta"):
         meta = tiny.__wrapped__("bert") if hasattr(tiny, "__wrapped__") else type(tiny("bert"))(tiny("bert").config)
+    with torch.inference_mode(), pytest.raises(ValueError, match="load and prune the model outside of it"):
+        prune(tiny("bert"), [])
+    with torch.inference_mode():
+        made_inside = tiny("bert")
+    with pytest.raises(ValueError, match="load and prune the model outside of it"):
+        prune(made_inside, [])
     with pytest.raises(ValueError, match="meta device"):
         prune(meta, [])
     quantized = tiny("bert")
