@@ -188,8 +188,9 @@ class PruneConfig:
             Choose units by what their loss does to the model's output rather than to the block's: errors are weighted
             by a label-free Fisher or Gauss-Newton matrix, one backward a calibration batch.
         round_to (`int`, default `None`):
-            Widths of MLP blocks are rounded down to a multiple of this many units (never below one multiple); by
-            default 64 where all layers keep the same fraction, 8 where they do not, 1 where blocks are too small.
+            Widths of MLP blocks are rounded down to a multiple of this many units (never below one multiple; blocks
+            that have fewer units are not rounded); by default 64 where all layers keep the same fraction, 8 where they
+            do not, 1 where blocks are too small.
         include (`tuple[str, ...]`, default `()`):
             Patterns (`fnmatch`) of block names; when given, only matching blocks are pruned.
         exclude (`tuple[str, ...]`, default `()`):
