@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .blocks import Block, by_stack, by_tie
+from .blocks import Block, by_stack, by_tie, some_of
 from .calibrated import Calibrated
 from .calibration import CalibrationSet, prepare
 from .collection import finished_segments
@@ -427,8 +427,8 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
 
     Raises:
         TypeError: not a `PreTrainedModel`.
-        ValueError: quantized, PEFT-wrapped, on the meta device, made in inference mode or given within it; the message
-            says what to do instead.
+        ValueError: quantized, PEFT-wrapped, compiled, on the meta device, made in inference mode or given within it;
+            the message says what to do instead.
     """
     if hasattr(model, "peft_config"):
         raise ValueError(
@@ -445,6 +445,10 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
             f"{type(model).__name__} is quantized ({getattr(model, 'quantization_method', 'unknown method')}): prune "
             "the full-precision checkpoint, then quantize the pruned one."
         )
+    if compiled := [
+        name or type(model).__name__ for name, module in model.named_modules() if module._compiled_call_impl
+    ]:
+        raise ValueError(f"{some_of(compiled)} is compiled: load the model anew, prune it, and call `compile` then.")
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
         raise ValueError(
             "Pruning takes gradients, which torch.inference_mode() rules out: load and prune the model outside of it."

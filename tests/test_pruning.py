@@ -241,6 +241,10 @@ def test_models_that_cannot_be_pruned_are_refused():
         prune(nn.Linear(2, 2), [])
     with torch.device("meta"):
         meta = tiny.__wrapped__("bert") if hasattr(tiny, "__wrapped__") else type(tiny("bert"))(tiny("bert").config)
+    compiled = tiny("bert")
+    compiled.base_model.encoder.compile()
+    with pytest.raises(ValueError, match="encoder' is compiled: load the model anew, prune it"):
+        prune(compiled, [])
     with torch.inference_mode(), pytest.raises(ValueError, match="load and prune the model outside of it"):
         prune(tiny("bert"), [])
     with torch.inference_mode():
