@@ -1,6 +1,7 @@
 """Whole experts: which go, what the others make up for, and that the router never misses them."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,9 +180,15 @@ def assert_reloads(model, folder):
         assert torch.equal(reloaded(**batch)[0], model(**batch)[0])
 
 
-def test_a_token_keeps_as_many_experts_as_it_had():
+def test_fewer_experts_than_a_token_is_sent_to_are_refused():
     model = tiny_model("mixtral", "main")
-    report = prune(model, batches(model), PruneConfig(samples=24, held_out=8, keep=0.25, units=("experts",)))
+    before = copy.deepcopy(model.state_dict())
+    config = PruneConfig(samples=24, held_out=8, keep=0.25, units=("experts",))
+    message = r"keep=0\.25 would leave 1 of 4 experts in .*, whose router sends each token to 2: keep 0\.5 or more"
+    with pytest.raises(ValueError, match=message):
+        prune(model, batches(model), config)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    report = prune(model, batches(model), replace(config, keep=0.5))
     assert {block.units_after for block in report.blocks} == {model.config.num_experts_per_tok}
 
 
