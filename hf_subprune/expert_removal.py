@@ -66,11 +66,12 @@ def remove_experts(
     if not layers:
         why = "".join(f"\n  {refusal.name}: {refusal.reason}." for refusal in refusals)
         raise ValueError(f"{type(model).__name__} has no layer of which whole experts can be removed.{why}")
+    left = {routed.block.name: int(fraction * routed.block.units + 1e-9) for routed in layers}
     for routed in layers:
-        left, units = int(fraction * routed.block.units + 1e-9), routed.block.units
-        if left < routed.chosen:
+        name, units = routed.block.name, routed.block.units
+        if left[name] < routed.chosen:
             raise ValueError(
-                f"keep={fraction} would leave {left} of {units} experts in {routed.block.name}, whose router sends "
+                f"keep={fraction} would leave {left[name]} of {units} experts in {name}, whose router sends "
                 f"each token to {routed.chosen}: keep {routed.chosen / units:.3g} or more of the experts."
             )
     removals: list[tuple[RoutedLayer, Removal, float]] = []
@@ -78,7 +79,7 @@ def remove_experts(
         start = time.perf_counter()
         with clock("selection"):
             routed = tokens.routed
-            kept = choose_experts(tokens, int(fraction * routed.block.units + 1e-9))
+            kept = choose_experts(tokens, left[routed.block.name])
             fitted = fit_experts(tokens, kept, shrinkage=config.shrinkage, reweight_kept=config.reweight)
         removals.append((routed, fitted, time.perf_counter() - start))
     with clock("verification"):
