@@ -1,21 +1,13 @@
 """Structured pruning of pretrained Hugging Face Transformers from a few hundred unlabeled samples.
 
-Where to find what, in the order in which a run comes by:
+A floor imports only from the floors below it, from the top:
 
-- Asked for: `config`. Read: `datafiles`, `calibration`, `features`, `padding`, `decoding`.
-- Found: `blocks`, by `probe` with `probe_inputs`, `tracing`, `units`, `attributes` and `ties`; the layers that it
-  knows are in `linears` and `experts`.
-- Collected: `moments`, by `collection`, which walks the model with `advance` and `taps`, and with `residuals`;
-  `sensitivity`.
-- Solved, on tensors only: `solver` joins `importance`, `selection` (on `elimination` and `swaps`), `certificates`,
-  `reweighting` and `factorisation`; `tied` does so for blocks that keep the same units.
-- Allocated: `targets`, `curves`, `budgets`, joined by `allocation`.
-- Shrunk: `surgery`, proved by `verification`; whole experts: `routing`, `expert_removal`.
-- Joined: `pruning` and `calibrated`; `sizes`, `checkpoint` (on `offload` and `durable`), `processes`, `execution`.
-- Stored: `layout` (`stock`, `spec`, `skeleton`, `recast`), `loading`, `remote_code`, `saving`.
-- Told: `report`, `plots`, `evaluation`, `comparison`, `tasks`, `metrics`, `card`, `hub`.
-- Trained with: `callback`, `gradual`, `masking`, `schedules`, `recovery`.
-- Run from: `cli`, `demo`, `bench`, `coverage`.
+- Run from: `cli`, `bench`.
+- Joined: `training`, `checkpoint`, `demo`, `sizes` over `pruning`, the five stages in their order.
+- The stages: `solving`, `allocation`, `routing`, `collection`, `evaluation`, `discovery`; `coverage` surveys them.
+- Told and stored: `report`, `loading`, `storage`.
+- Read and cut: `data`, `surgery`.
+- Below: `models`, a torch model in itself; `blocks`; `runs`, what a run keeps; `config`; `solver`, tensors only.
 """
 
 import importlib
@@ -24,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 from . import loading  # registers the layout that `from_pretrained` reads  # noqa: F401
 from .config import PruneConfig
 from .pruning import prune, prune_sizes
-from .report import PruneReport
+from .report.report import PruneReport
 
 if TYPE_CHECKING:
-    from .callback import SubpruneCallback
     from .checkpoint import prune_checkpoint
-    from .recovery import recover
-    from .saving import save_pruned
+    from .report.saving import save_pruned
+    from .training.callback import SubpruneCallback
+    from .training.recovery import recover
 
 # Imported when they are first asked for: they bring in Trainer, or what reads models and data by name.
 _LAZY = {
-    "SubpruneCallback": "callback",
+    "SubpruneCallback": "training.callback",
     "prune_checkpoint": "checkpoint",
-    "recover": "recovery",
-    "save_pruned": "saving",
+    "recover": "training.recovery",
+    "save_pruned": "report.saving",
 }
 
 __all__ = [

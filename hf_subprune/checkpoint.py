@@ -19,20 +19,22 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .calibrated import Calibrated
-from .calibration import CalibrationSet, prepare
+from .allocation.survey import Calibrated
 from .config import PruneConfig
-from .datafiles import load_processing_class
-from .durable import check_space, write_json
-from .execution import fast_products, freed_at_once, full_precision, with_fitting_batches
-from .offload import taken_over
-from .processes import processes, state
-from .progress import Clock
+from .data.batches import CalibrationSet, with_fitting_batches
+from .data.datafiles import load_processing_class
+from .data.reading import prepare
+from .models.forms import apart
+from .models.offload import taken_over
+from .models.precision import fast_products, full_precision
 from .pruning import check_prunable, prune_to
-from .report import PruneReport
-from .saving import check_output, check_shard_size, save_pruned
-from .skeleton import build_skeleton
-from .stacked import apart
+from .report.report import PruneReport
+from .report.saving import check_output, check_shard_size, save_pruned
+from .runs.durable import check_space, write_json
+from .runs.memory import freed_at_once
+from .runs.processes import processes, state
+from .runs.progress import Clock
+from .storage.skeleton import build_skeleton
 
 logger = logging.get_logger(__name__)
 

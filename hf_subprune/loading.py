@@ -15,8 +15,8 @@ from transformers.modeling_utils import load_state_dict
 from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .layout import QUANT_METHOD, entry, write_ragged
-from .spec import LayoutSpec, apply_spec
+from .storage.layout import QUANT_METHOD, entry, write_ragged
+from .storage.spec import LayoutSpec, apply_spec
 
 # With a quantizer, Transformers before 5.23 loads tensors of any shape, so that a head of another size is the old one.
 _TAKES_ANY_SHAPE = Version(transformers.__version__) < Version("5.23")

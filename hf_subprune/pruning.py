@@ -15,27 +15,31 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .allocation.query_heads import better_units
+from .allocation.survey import Calibrated
 from .blocks import Block, by_stack, by_tie, some_of
-from .calibrated import Calibrated
-from .calibration import CalibrationSet, prepare
-from .collection import finished_segments
+from .collection.block_moments import BlockMoments
+from .collection.walk import finished_segments
 from .config import TARGETS, PruneConfig
-from .durable import once
-from .evaluation import Costs, Outputs, circumstances, count, drift, measure_latency, model_outputs
-from .execution import fast_products, full_precision, release_memory, with_fitting_batches
-from .expert_removal import remove_experts, without_experts
-from .grouped_queries import better_units
-from .layout import choose_layout
-from .offload import input_device, taken_over, without_values
-from .processes import from_process, is_mine, processes
-from .progress import Clock, peak_memory, progress, timed
-from .report import BlockReport, Change, PruneReport
-from .solver import BlockSolution, solve_block
-from .stacked import apart, put_together
-from .surgery import Edit, shrink, taken_back, undo_all
-from .taps import BlockMoments
-from .tied import choose_together
-from .verification import verify
+from .data.batches import CalibrationSet, with_fitting_batches
+from .data.reading import prepare
+from .evaluation.costs import Costs, circumstances, count, measure_latency
+from .evaluation.drift import Outputs, drift, model_outputs
+from .models.forms import apart, put_together
+from .models.offload import input_device, taken_over, without_values
+from .models.precision import fast_products, full_precision
+from .report.records import BlockReport, Change
+from .report.report import PruneReport
+from .routing.removal import remove_experts, without_experts
+from .runs.durable import once
+from .runs.memory import peak_memory, release_memory
+from .runs.processes import from_process, is_mine, processes
+from .runs.progress import Clock, progress, timed
+from .solver.solve import BlockSolution, solve_block
+from .solver.tied import choose_together
+from .storage.layout import choose_layout
+from .surgery.edits import Edit, shrink, taken_back, undo_all
+from .surgery.verification import verify
 
 logger = logging.get_logger(__name__)
 

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from .config import PruneConfig
 from .pruning import prune_sizes
-from .report import REPORT_NAME, PruneReport
-from .saving import check_output, check_shard_size, save_pruned
+from .report.records import REPORT_NAME
+from .report.report import PruneReport
+from .report.saving import check_output, check_shard_size, save_pruned
 
 PLOT_NAME = "sizes.png"
 
@@ -52,7 +53,7 @@ def save_sizes(
         reports[path] = replace(report, command=command)
         save_pruned(path, model, processing_class, reports[path], max_shard_size=max_shard_size)
     if find_spec("matplotlib"):
-        from .plots import plot_tradeoff
+        from .report.plots import plot_tradeoff
 
         plot_tradeoff({"pruned": list(reports.values())}).savefig(Path(folder) / PLOT_NAME)
     return reports

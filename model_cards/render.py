@@ -15,11 +15,11 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from hf_subprune import PruneConfig, prune
-from hf_subprune.card import CARD_NAME, INHERITED, base_card_data, write_card
 from hf_subprune.demo import demo_model_folder, docstrings
-from hf_subprune.report import PAGE_NAME, PLOT_FOLDER, REPORT_NAME
-from hf_subprune.saving import save_pruned
-from hf_subprune.tasks import EmbeddingDrift, Trial
+from hf_subprune.evaluation.tasks import EmbeddingDrift, Trial
+from hf_subprune.report.card import CARD_NAME, INHERITED, base_card_data, write_card
+from hf_subprune.report.records import PAGE_NAME, PLOT_FOLDER, REPORT_NAME
+from hf_subprune.report.saving import save_pruned
 
 BASE = "sentence-transformers/all-MiniLM-L6-v2"  # what the package holds a copy of
 EXAMPLES = {

@@ -20,10 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_see
 from transformers.utils import logging
 
 from hf_subprune import PruneConfig, prune
-from hf_subprune.calibration import batch_all
-from hf_subprune.datafiles import load_model
+from hf_subprune.data.datafiles import load_model
+from hf_subprune.data.reading import batch_all
 from hf_subprune.demo import docstrings
-from hf_subprune.tasks import Perplexity, Trial
+from hf_subprune.evaluation.tasks import Perplexity, Trial
 
 LENGTH = 64  # tokens of a text
 WAYS = {

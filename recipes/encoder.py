@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_subprune.datafiles import load_model
+from hf_subprune.data.datafiles import load_model
 from hf_subprune.demo import demo_model_folder
 
 

@@ -32,9 +32,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import logging
 
 from hf_subprune import PruneConfig, prune
-from hf_subprune.callback import SubpruneCallback
 from hf_subprune.demo import demo_model_folder
-from hf_subprune.schedules import Schedule
+from hf_subprune.training.callback import SubpruneCallback
+from hf_subprune.training.schedules import Schedule
 
 ONE_SHOT = ("before", "after")
 

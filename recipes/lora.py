@@ -2,7 +2,7 @@
 
 In this order: adapters must be merged before pruning. A small BERT learns which function word is missing from a
 sentence (see missing_word.py), loses half of its neurons and heads, and gets low-rank adapters that train on labels
-for a few steps. (`hf_subprune.recovery.recover(..., lora=True)` does without labels: it distils the original.)
+for a few steps. (`hf_subprune.recover(..., lora=True)` does without labels: it distils the original.)
 
     pip install 'hf_subprune[evaluate,lora]'
     python recipes/lora.py
@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging
 
 from hf_subprune import PruneConfig, prune
-from hf_subprune.tasks import Classification, Trial
+from hf_subprune.evaluation.tasks import Classification, Trial
 
 
 def save_and_reload(pruned: PreTrainedModel, adapted: PeftModel, folder: Path) -> PreTrainedModel:

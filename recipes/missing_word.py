@@ -22,8 +22,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_subprune.callback import SubpruneCallback
 from hf_subprune.demo import docstrings
+from hf_subprune.training.callback import SubpruneCallback
 
 WORDS = ["a", "an", "and", "as", "by", "for", "from", "if", "in", "is", "of", "or", "the", "to", "with"]
 VOCABULARY = 3000

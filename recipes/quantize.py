@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from hf_subprune import PruneConfig, prune
 from hf_subprune.demo import docstrings
-from hf_subprune.tasks import EmbeddingDrift, Trial
+from hf_subprune.evaluation.tasks import EmbeddingDrift, Trial
 
 
 def quantized(model: PreTrainedModel) -> PreTrainedModel:

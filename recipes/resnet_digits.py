@@ -28,7 +28,7 @@ from transformers.utils import logging
 from vit_digits import make_data, train
 
 from hf_subprune import PruneConfig, prune
-from hf_subprune.tasks import Classification, Trial
+from hf_subprune.evaluation.tasks import Classification, Trial
 
 WAYS = {
     "new weights, residual stream mended": {"variant": "residual"},

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_subprune import PruneConfig, prune, save_pruned
 from hf_subprune.demo import docstrings
-from hf_subprune.tasks import EmbeddingDrift, Trial, load_task
+from hf_subprune.evaluation.tasks import EmbeddingDrift, Trial, load_task
 
 WAYS = {
     "neurons": {"keep": {"mlp": 0.5}},

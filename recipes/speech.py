@@ -20,7 +20,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForCondi
 from transformers.utils import logging
 
 from hf_subprune import PruneConfig, prune
-from hf_subprune.metrics import as_metric, compare_scores
+from hf_subprune.evaluation.metrics import as_metric, compare_scores
 
 RATE, TONES, PITCHES = 16_000, 3, 8
 START, END = PITCHES, PITCHES + 1  # tokens behind those of the pitches

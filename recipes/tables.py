@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from hf_subprune.tasks import Trial
+from hf_subprune.evaluation.tasks import Trial
 
 
 def before_and_after(trial: Trial, model: PreTrainedModel) -> dict[str, str]:

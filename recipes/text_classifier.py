@@ -17,9 +17,9 @@ from tables import print_table
 from transformers.utils import logging
 
 from hf_subprune import PruneConfig
-from hf_subprune.metrics import RESAMPLES, load_metric
+from hf_subprune.evaluation.metrics import RESAMPLES, load_metric
+from hf_subprune.evaluation.tasks import Classification, Trial
 from hf_subprune.pruning import prune_sizes
-from hf_subprune.tasks import Classification, Trial
 
 METRIC = Path(__file__).parent / "metrics" / "accuracy.py"
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, 
 from transformers.utils import logging
 
 from hf_subprune import PruneConfig
+from hf_subprune.evaluation.tasks import Classification, Trial
 from hf_subprune.pruning import prune_sizes
-from hf_subprune.tasks import Classification, Trial
 
 LAYOUTS = {"stock": "alike", "ragged": "each its own"}
 

@@ -11,7 +11,8 @@ os.environ.setdefault("COLUMNS", "120")
 
 import pytest
 
-from hf_subprune import calibrated, targets
+from hf_subprune.allocation import survey as calibrated
+from hf_subprune.allocation import targets
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from batches import ready_batches
-from test_pruning import QUICK
+from runs_of import QUICK
 from tiny import tiny
 
 from hf_subprune import PruneConfig, prune
-from hf_subprune.processes import state
+from hf_subprune.runs.processes import state
 
 RUNS = {
     "layer": ("bert", {}),

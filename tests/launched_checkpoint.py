@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 from batches import ready_batches
-from test_pruning import QUICK
+from runs_of import QUICK
 from tiny import tiny
 
-import hf_subprune.collection as collection
 from hf_subprune import PruneConfig, prune_checkpoint
-from hf_subprune.processes import state
+from hf_subprune.collection import walk as collection
+from hf_subprune.runs.processes import state
 
 VARIANTS = ("layer", "asym")
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from hf_subprune.blocks import Refusal
-from hf_subprune.report import BlockReport, Change, PruneReport, TaskMetric
+from hf_subprune.report.records import BlockReport, Change, TaskMetric
+from hf_subprune.report.report import PruneReport
 
 CURVE = ((8, 0.9, 0.95), (16, 0.6, 0.7), (24, 0.2, 0.28))
 

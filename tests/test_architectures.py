@@ -6,7 +6,7 @@ import torch
 from hf_subprune import PruneConfig, prune
 from hf_subprune.coverage import tiny_model
 from hf_subprune.coverage.architectures import model_types
-from hf_subprune.probe_inputs import probe_inputs
+from hf_subprune.discovery.probe_inputs import probe_inputs
 
 
 def noisy(inputs, seed):

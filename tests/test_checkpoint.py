@@ -7,23 +7,22 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from unittest.mock import Mock
 
 import psutil
 import pytest
 import torch
 from batches import ready_batches
+from runs_of import QUICK, files
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_pruning import QUICK
 from tiny import tiny
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_subprune import PruneConfig, PruneReport, prune, prune_checkpoint
 from hf_subprune.cli import app
-from hf_subprune.saving import save_pruned
+from hf_subprune.report.saving import save_pruned
 
 CONFIG = PruneConfig(**QUICK, keep=0.5)
 
@@ -33,12 +32,6 @@ def saved(family, folder, dtype=torch.float32, **overrides):
     model = tiny(family, **overrides).to(dtype)
     model.save_pretrained(folder, max_shard_size="60KB")
     return ready_batches(model)
-
-
-def files(folder):
-    """The bytes of every file that does not depend on the clock."""
-    kept = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and "report" not in path.name)
-    return {str(p.relative_to(folder)): p.read_bytes() for p in kept if p.suffix != ".png"}
 
 
 def expected_files(source, batches, config, folder, **options):
@@ -121,7 +114,7 @@ def test_a_stopped_run_goes_on_behind_the_last_finished_layer(tmp_path, monkeypa
         prune_checkpoint(tmp_path / "model", batches, config, tmp_path / "b")
     assert not (tmp_path / "b").exists()
     for name in ("discover", "output_metrics", "model_outputs"):
-        monkeypatch.setattr(f"hf_subprune.calibrated.{name}", None)  # not a second time
+        monkeypatch.setattr(f"hf_subprune.allocation.survey.{name}", None)  # not a second time
     calls.clear()
     monkeypatch.setattr(pruning, "solve_block", lambda *args, **kwargs: calls.append(1) or solve(*args, **kwargs))
     prune_checkpoint(tmp_path / "model", batches, config, tmp_path / "b")
@@ -170,7 +163,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_when_it_is_mended(tmp
 
 @pytest.mark.parametrize("writer", ["save_file", "torch.save"])
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, writer):
-    import hf_subprune.durable as durable
+    import hf_subprune.runs.durable as durable
 
     batches = saved("llama", tmp_path / "model")
     write, calls = (durable.save_file if writer == "save_file" else torch.save), []
@@ -182,7 +175,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, writer):
         return write(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"hf_subprune.durable.{writer}", full)
+        patched.setattr(f"hf_subprune.runs.durable.{writer}", full)
         with pytest.raises(OSError, match=r"No space left.*Make room"):
             prune_checkpoint(tmp_path / "model", batches, PruneConfig(**QUICK, variant="seq"), tmp_path / "out")
     prune_checkpoint(tmp_path / "model", batches, PruneConfig(**QUICK, variant="seq"), tmp_path / "out")
@@ -243,7 +236,9 @@ def test_no_finished_layer_keeps_a_file_mapped(tmp_path, monkeypatch):
 
 def test_too_little_room_is_said_before_any_work(tmp_path, monkeypatch):
     batches = saved("llama", tmp_path / "model")
-    monkeypatch.setattr("hf_subprune.durable.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2000, 1000, 1000))
+    monkeypatch.setattr(
+        "hf_subprune.runs.durable.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2000, 1000, 1000)
+    )
     monkeypatch.setattr("hf_subprune.checkpoint._load", None)
     with pytest.raises(OSError, match=r"pruned model can take up to .* are free"):
         prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")

@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoModel
 
 from hf_subprune.demo import run_demo
-from hf_subprune.report import PruneReport
-from hf_subprune.tables import render
+from hf_subprune.report.report import PruneReport
+from hf_subprune.report.tables import render
 
 
 @pytest.mark.slow

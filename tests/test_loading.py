@@ -1,14 +1,10 @@
 import importlib
 import json
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+from fresh import WIDTHS, ragged, run_fresh
 from hand_pruned import FAMILIES, IMAGES, SIZES, TEXT, TOKENS, outputs
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
@@ -17,26 +13,8 @@ from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_subprune.loading
-from hf_subprune.layout import QUANT_METHOD, choose_layout
 from hf_subprune.loading import SubpruneConfig
-
-WIDTHS = {"mlp": [40, 36], "heads": [3, 2]}
-
-
-def ragged(family, **kept):
-    model = FAMILIES[family].pruned(**(kept or WIDTHS))
-    assert choose_layout(model, "ragged", inputs=FAMILIES[family].inputs).kind == "ragged"
-    return model
-
-
-def run_fresh(script, *args):
-    """Run Python code in a new process; its last line of output is JSON."""
-    root = Path(__file__).parent
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(root), str(root.parent)])}
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+from hf_subprune.storage.layout import QUANT_METHOD, choose_layout
 
 
 def differences_in_a_fresh_process(folder, before=""):

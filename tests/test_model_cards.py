@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_subprune.report import PruneReport
-from hf_subprune.tables import markdown_table, summary_table
+from hf_subprune.report.report import PruneReport
+from hf_subprune.report.tables import markdown_table, summary_table
 
 EXAMPLES = Path(__file__).parent.parent / "model_cards"
 FOLDERS = sorted(path.parent for path in EXAMPLES.glob("*/subprune_report.json"))

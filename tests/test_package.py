@@ -6,8 +6,8 @@ import sys
 import pytest
 
 import hf_subprune
-from hf_subprune.callback import SubpruneCallback
-from hf_subprune.recovery import recover
+from hf_subprune.training.callback import SubpruneCallback
+from hf_subprune.training.recovery import recover
 
 
 def test_everything_that_is_offered_is_there():
@@ -24,4 +24,6 @@ def test_importing_the_package_leaves_trainer_and_plots_alone():
     code = "import sys, hf_subprune; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "hf_subprune.pruning" in loaded
-    assert not {"transformers.trainer", "hf_subprune.callback", "matplotlib", "peft", "evaluate"} & set(loaded)
+    assert not {"transformers.trainer", "hf_subprune.training.callback", "matplotlib", "peft", "evaluate"} & set(
+        loaded
+    )

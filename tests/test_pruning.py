@@ -1,45 +1,16 @@
-import copy
-
 import pytest
 import torch
 from batches import ready_batches
 from datasets import Dataset
+from runs_of import FAMILIES, QUICK, assert_unchanged, snapshot
 from tiny import tiny
 from torch import nn
 
-import hf_subprune.calibrated as calibrated
+import hf_subprune.allocation.survey as calibrated
 import hf_subprune.pruning as pruning
 from hf_subprune import PruneConfig, PruneReport, prune
-from hf_subprune.advance import call
-from hf_subprune.evaluation import model_outputs
-
-FAMILIES = [
-    "bert", "roberta", "distilbert", "modernbert", "gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3",
-    "gemma2", "phi3", "vit", "clip", "t5", "bart", "whisper",
-]  # fmt: skip
-QUICK = {"samples": 20, "held_out": 4, "batch_size": 4}
-
-
-def snapshot(model):
-    """Everything that a failed run must leave alone: parameter objects and values, flags, configuration."""
-    return (
-        {name: (id(p), p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()},
-        {name: module.training for name, module in model.named_modules()},
-        copy.deepcopy(model.config.to_dict()),
-    )
-
-
-def assert_unchanged(model, before):
-    parameters, training, config = before
-    after = dict(model.named_parameters())
-    assert set(after) == set(parameters)
-    for name, (identity, value, requires_grad) in parameters.items():
-        assert id(after[name]) == identity, name
-        assert torch.equal(after[name], value), name
-        assert after[name].requires_grad == requires_grad
-    assert {name: module.training for name, module in model.named_modules()} == training
-    assert model.config.to_dict() == config
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+from hf_subprune.evaluation.drift import model_outputs
+from hf_subprune.models.running import call
 
 
 @pytest.mark.parametrize("family", FAMILIES)

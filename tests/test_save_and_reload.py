@@ -1,12 +1,11 @@
 import pytest
 import torch
 from batches import ready_batches
-from test_pruning import FAMILIES
+from runs_of import FAMILIES
 from tiny import tiny
 
 from hf_subprune import PruneConfig, prune
-from hf_subprune.advance import call
-from hf_subprune.verification import floating_tensors
+from hf_subprune.models.running import call, floating_tensors
 
 SETTINGS = {"samples": 20, "held_out": 4, "batch_size": 4, "loss_aware": False}
 

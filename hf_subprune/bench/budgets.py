@@ -9,21 +9,22 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
-from ..allocation import choose_widths, has_row_per_sample, scalar_drift
+from ..allocation.budgets import interpolate
+from ..allocation.propagation import has_row_per_sample, scalar_drift
+from ..allocation.survey import Calibrated
+from ..allocation.targets import keep_target
+from ..allocation.widths import choose_widths
 from ..blocks import Block
-from ..budgets import interpolate
-from ..calibrated import Calibrated
-from ..calibration import prepare
 from ..config import PruneConfig
-from ..evaluation import drift
-from ..linears import weight_matrix
-from ..moments import combine
-from ..problem import columns_of
-from ..reweighting import Reweighted, reweight
-from ..solver import PRIOR_SHRINKAGE
-from ..stacked import apart
-from ..surgery import shrink
-from ..targets import keep_target
+from ..data.reading import prepare
+from ..evaluation.drift import drift
+from ..models.forms import apart
+from ..models.linears import weight_matrix
+from ..solver.moments import combine
+from ..solver.problem import columns_of
+from ..solver.reweighting import Reweighted, reweight
+from ..solver.solve import PRIOR_SHRINKAGE
+from ..surgery.edits import shrink
 
 HELD_OUT = 64
 

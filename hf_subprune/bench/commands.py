@@ -48,10 +48,10 @@ def quality(
     from transformers.utils import logging
 
     from ..config import IMPORTANCES, VARIANTS, PruneConfig
-    from ..datafiles import load_data, load_model
+    from ..data.datafiles import load_data, load_model
     from ..demo import demo_model_folder, docstrings
-    from ..metrics import load_metric
-    from ..tasks import Trial, load_task
+    from ..evaluation.metrics import load_metric
+    from ..evaluation.tasks import Trial, load_task
     from .quality import bench_quality, plot, settings, table
 
     loaded, processing_class = load_model(str(demo_model_folder()) if model is None else model)
@@ -84,7 +84,7 @@ def latency(
 ) -> None:
     """Whether a pruned text model is as much faster as its MACs promise: widths alike, and each layer its own."""
     from ..config import PruneConfig
-    from ..datafiles import load_model
+    from ..data.datafiles import load_model
     from ..demo import demo_model_folder, docstrings
     from .latency import bench_latency, table
 
@@ -117,7 +117,7 @@ def budgets(
     """Drift of each budget at each size, and whether predicted drift ranks random allocations as the actual does."""
     from transformers.utils import logging
 
-    from ..datafiles import load_data, load_model
+    from ..data.datafiles import load_data, load_model
     from ..demo import demo_model_folder, docstrings
     from .budgets import HELD_OUT, bench_budgets, table
 

@@ -9,9 +9,9 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from ..calibration import Batch
 from ..config import PruneConfig
-from ..evaluation import count_macs, measure_in_turn
+from ..evaluation.costs import count_macs, measure_in_turn
+from ..models.running import Batch
 from ..pruning import prune_sizes
 
 

@@ -10,10 +10,10 @@ import torch
 from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
 
-from ..advance import call
-from ..calibration import prepare
 from ..config import VARIANTS, PruneConfig
+from ..data.reading import prepare
 from ..demo import demo_model_folder, docstrings
+from ..models.running import call
 from ..pruning import prune
 
 

@@ -11,12 +11,12 @@ from rich.table import Table
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from ..advance import plan
-from ..calibration import prepare
-from ..collection import collect
+from ..collection.planning import plan
+from ..collection.walk import collect
 from ..config import PruneConfig
-from ..probe import discover
-from ..processes import processes, state
+from ..data.reading import prepare
+from ..discovery.discover import discover
+from ..runs.processes import processes, state
 from .scale import LENGTH, random_batches, small_llama
 
 PROCESSES = (1, 2)

@@ -11,8 +11,8 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from ..config import IMPORTANCES, VARIANTS, PruneConfig
+from ..evaluation.tasks import Trial
 from ..pruning import prune
-from ..tasks import Trial
 
 
 def settings(

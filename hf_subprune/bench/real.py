@@ -5,17 +5,17 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from ..advance import plan
-from ..calibration import prepare
-from ..collection import collect
+from ..collection.planning import plan
+from ..collection.walk import collect
 from ..config import PruneConfig
+from ..data.reading import prepare
 from ..demo import demo_model_folder, docstrings
-from ..linears import weight_matrix
-from ..moments import Moments, combine
-from ..probe import discover
-from ..reweighting import cross_fit, relative_error, reweight
-from ..selection import select
-from ..solver import PRIOR_SHRINKAGE, regularise
+from ..discovery.discover import discover
+from ..models.linears import weight_matrix
+from ..solver.moments import Moments, combine
+from ..solver.reweighting import cross_fit, relative_error, reweight
+from ..solver.selection import select
+from ..solver.solve import PRIOR_SHRINKAGE, regularise
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..checkpoint import prune_checkpoint
 from ..config import PruneConfig
-from ..skeleton import build_skeleton
+from ..storage.skeleton import build_skeleton
 
 LAYERS = (8, 16, 32)
 SAMPLES = (8, 16, 32)

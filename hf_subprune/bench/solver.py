@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..moments import Moments
-from ..selection import backward, greedy, objective, select
-from ..solver import regularise
+from ..solver.moments import Moments
+from ..solver.selection import backward, greedy, objective, select
+from ..solver.solve import regularise
 
 # (n, m): inputs and outputs of the consumers of a small encoder and of BERT-base.
 SIZES = ((384, 96), (1536, 384), (3072, 768))

@@ -17,12 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..blocks import Block, Discovery, by_width
-from ..layout import choose_layout
-from ..probe import discover
-from ..probe_inputs import probe_inputs
-from ..stacked import apart
-from ..surgery import shrink
-from ..verification import floating_tensors, undisturbed
+from ..discovery.discover import discover
+from ..discovery.probe_inputs import probe_inputs
+from ..models.forms import apart
+from ..models.running import floating_tensors, undisturbed
+from ..storage.layout import choose_layout
+from ..surgery.edits import shrink
 from .architectures import model_types
 from .isolation import isolated
 from .tiny import NO_CLASS, CannotBuildError, first_line, tiny_model

@@ -1,0 +1,180 @@
+"""Whether grouped-query attention loses whole key/value heads, or as many query heads of each of them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from ..blocks import Block
+from ..config import PruneConfig
+from ..models.forms import together
+from ..runs.durable import once
+from ..runs.processes import from_all, is_mine
+from ..solver.curves import expected_loss
+from ..solver.moments import combine
+from ..solver.problem import columns_of
+from ..solver.solve import choose
+from ..solver.tied import Problem
+from ..storage.layout import choose_layout
+from .survey import Calibrated
+from .targets import Target, narrowed
+from .widths import choose_units
+
+
+def better_units(
+    calibrated: Calibrated, widths: Mapping[str, int], config: PruneConfig
+) -> tuple[list[Block], dict[str, int]]:
+    """For each block that could lose query heads instead of key/value heads, the units that lose less.
+
+    Both are tried on the original model. By budget `"uniform"` they are compared at what the block was given: its
+    key/value heads, and as many query heads as cost no more. Other budgets share out again, over the losses of both.
+    Where all layers are to be stored with one width, they decide together.
+
+    Args:
+        calibrated: The model and its moments.
+        widths: Units that each block keeps where whole key/value heads go, by name.
+        config: One of those that it was calibrated for.
+
+    Returns:
+        The blocks to prune, in forward order, some with query heads as units, and how many units each block keeps, by
+        name.
+    """
+    blocks = [b for b in calibrated.blocks if widths[b.name] < b.units]
+    if config.allocation() == "uniform":
+        return _at_equal_cost(calibrated, blocks, widths, config)
+    offered = _offered(calibrated, config)
+    if not offered:
+        return blocks, dict(widths)
+    target = calibrated.target(config)
+    if target.name == "latency":  # what these widths take was timed, and the sum of their costs is not that
+        (part,) = target.parts
+        target = replace(target, parts=(replace(part, limit=target.cost(dict(widths)) - target.rest),))
+    of_queries = {block.name: calibrated.query_losses[block.name] for block in offered}
+    while True:
+        chosen = choose_units(calibrated.blocks, target, config, calibrated.predicted(), of_queries)
+        to_prune = [block for block, kept in chosen.values() if kept < block.units]
+        kept_units = {name: kept for name, (_, kept) in chosen.items()}
+        narrowed_queries = {block.name for block in to_prune if block.sets > 1}
+        if config.layout != "stock" or not narrowed_queries or _loads_as_stock(calibrated, to_prune, kept_units):
+            return to_prune, kept_units
+        for name in narrowed_queries:
+            of_queries[name] = tuple(point for point in of_queries[name] if point[0] != kept_units[name])
+
+
+def _offered(calibrated: Calibrated, config: PruneConfig) -> list[Block]:
+    """Blocks that may lose query heads; of those with one width in all layers, only where all alike may."""
+    offered = {b.name: b.queries for b in calibrated.candidates if b.queries is not None and b.tie is None}
+    shapes: dict[tuple[str, int], set[tuple[int, ...]]] = {}
+    for block in calibrated.blocks:
+        queries = offered.get(block.name)
+        shape = () if queries is None else (queries.units, queries.parameters_per_unit, block.parameters_per_unit)
+        shapes.setdefault((block.kind, block.units), set()).add(shape)
+    return [
+        block
+        for block in calibrated.candidates
+        if block.name in offered and (config.layout != "stock" or len(shapes[block.kind, block.units]) == 1)
+    ]
+
+
+def _at_equal_cost(
+    calibrated: Calibrated, blocks: Sequence[Block], widths: Mapping[str, int], config: PruneConfig
+) -> tuple[list[Block], dict[str, int]]:
+    target = calibrated.target(config)
+    heads = {b.name: kept for b in blocks if (kept := _affordable(b, widths[b.name], target))}
+    offered = [b for b in blocks if b.name in heads]
+    if not offered:
+        return list(blocks), dict(widths)
+    even = _is_even(calibrated, blocks, widths, config)
+    if even and not _loads_as_stock(calibrated, *_replaced(blocks, widths, heads)):
+        return list(blocks), dict(widths)
+    folder = calibrated.folder
+    gains = once(
+        None if folder is None else folder / "query_heads.pt",
+        lambda: _gains(calibrated, offered, widths, heads, config),
+    )
+    families: dict[object, list[str]] = {}
+    for block in offered:
+        families.setdefault((block.kind, tuple(block.columns.shape)) if even else block.name, []).append(block.name)
+    better = {name for family in families.values() if sum(gains[name] for name in family) > 0 for name in family}
+    return _replaced(blocks, widths, {name: kept for name, kept in heads.items() if name in better})
+
+
+def _affordable(block: Block, width: int, target: Target) -> int:
+    """Query heads that cost no more than the block's budget, the same number of each group; 0 if there are none."""
+    if block.queries is None or block.tie is not None:
+        return 0
+    # Rounding down to whole key/value heads may have left much of the fraction unused.
+    asked = [part.asked for part in target.parts if block.name in part.blocks and part.asked is not None]
+    limit = max([target.costs[block.name][width], *(fraction * target.costs[block.name][-1] for fraction in asked)])
+    sets, costs = block.queries.sets, target.queries[block.name]
+    return max((n for n in range(sets, block.queries.units, sets) if costs[n] <= limit * (1 + 1e-9)), default=0)
+
+
+def _replaced(
+    blocks: Sequence[Block], widths: Mapping[str, int], heads: Mapping[str, int]
+) -> tuple[list[Block], dict[str, int]]:
+    """The blocks, with query heads as units where their number is given, and the numbers of units that they keep."""
+    chosen = [b.queries if b.queries is not None and b.name in heads else b for b in blocks]
+    return chosen, {**widths, **heads}
+
+
+def _is_even(calibrated: Calibrated, blocks: Sequence[Block], widths: Mapping[str, int], config: PruneConfig) -> bool:
+    """Whether all layers are to have one width that the model's config says."""
+    if config.layout == "auto":
+        return _loads_as_stock(calibrated, blocks, widths)
+    return config.layout == "stock"
+
+
+def _loads_as_stock(calibrated: Calibrated, blocks: Sequence[Block], widths: Mapping[str, int]) -> bool:
+    model = calibrated.model
+    with narrowed(model, blocks, widths), together(model):
+        try:
+            choose_layout(model, "stock", inputs=calibrated.probe).undo()
+        except ValueError:
+            return False
+    return True
+
+
+def _gains(
+    calibrated: Calibrated,
+    blocks: Sequence[Block],
+    widths: Mapping[str, int],
+    heads: Mapping[str, int],
+    config: PruneConfig,
+) -> dict[str, float]:
+    """By block name, the logarithm of what whole key/value heads lose over what query heads lose."""
+    gains: dict[str, float] = {}
+    for block, moments in calibrated.moments(blocks, replace(config, variant="layer"), {}):
+        if moments is not None and block.queries is not None and is_mine(calibrated.owners[block.name]):
+            problem = calibrated.problem(block, moments)
+            of_queries = replace(problem, groups=block.queries.columns, sets=block.queries.sets)
+            whole = _loss(problem, widths[block.name], config)
+            queries = _loss(of_queries, heads[block.name], config)
+            gains[block.name] = math.log(max(whole, 1e-30) / max(queries, 1e-30))
+    return {name: gain for theirs in from_all(gains) for name, gain in theirs.items()}
+
+
+def _loss(problem: Problem, width: int, config: PruneConfig) -> float:
+    choice = choose(
+        combine(problem.folds),
+        problem.W,
+        problem.groups,
+        width,
+        sets=problem.sets,
+        shrinkage=config.shrinkage,
+        importance=config.importance,
+        method=config.method,
+        swaps=None if config.swaps < 0 else config.swaps,
+        output_metric=problem.output_metric,
+        gradient=problem.gradient,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    return expected_loss(
+        problem.folds,
+        problem.W,
+        columns_of(choice.kept, problem.groups),
+        shrinkage=config.shrinkage,
+        output_metric=problem.output_metric,
+        reweight_kept=config.reweight,
+    )

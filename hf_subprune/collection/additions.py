@@ -1,0 +1,142 @@
+"""Where a consumer's output is added to the residual stream."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..blocks import Block
+from ..models.experts import is_expert
+from ..models.linears import feature_axis
+from ..models.running import Batch, placed, undisturbed
+from .segments import Plan
+
+# Relative size below which a gain, what else is added, or a difference between rows, is taken for zero.
+_NEGLIGIBLE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """A tensor that is `gain * output + rest` of a consumer, whose rest does not depend on the consumer.
+
+    Args:
+        path: Dotted path of a module.
+        is_input: Whether it is the module's first input; its output otherwise.
+        gain: What each feature of the consumer's output is multiplied by, in the shape that broadcasts to it.
+    """
+
+    path: str
+    is_input: bool
+    gain: torch.Tensor
+
+    def rest(self, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What has been added to the consumer's output, in the output's units, in float32; zero where the gain is."""
+        gain, value, output = self.gain.to(value.device).float(), value.float(), output.float()
+        live = gain.abs() > _NEGLIGIBLE * gain.abs().max()
+        return torch.where(live, (value - gain * output) / torch.where(live, gain, 1), 0)
+
+
+def find_additions(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, Addition]:
+    """By block name, the first tensor behind the consumer that is its output with something added.
+
+    One forward and some short backwards show it: there, and only there, the derivative by the consumer's output is the
+    same diagonal matrix for all rows while the values differ. Blocks for which there is none have no entry: their
+    output is normalised first, as in Gemma 2, or reordered, their consumer is called again before it is added, as in
+    Pegasus-X, or they are experts, which see some of the tokens.
+
+    Args:
+        model: In eval mode.
+        plan: Its segments; the addition lies in the block's segment.
+        batch: A small one.
+    """
+    found: dict[str, Addition] = {}
+    with undisturbed(model), torch.enable_grad(), ExitStack() as stack:
+        model.requires_grad_(False)
+        for segment in plan.segments:
+            layer = model.get_submodule(segment.path)
+            watch = _Watch(model, [block for block in segment.blocks if not is_expert(model, block.consumer)], found)
+            # Hooks run in the order in which they are registered: the layer's output is looked at, then cut off.
+            for path, module in layer.named_modules(prefix=segment.path):
+                stack.callback(module.register_forward_pre_hook(watch.at_input(path), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(watch.at_output(path)).remove)
+            stack.callback(layer.register_forward_hook(watch.cut).remove)
+        model(**placed(model, batch))
+    return found
+
+
+def first_tensor(values: Any) -> torch.Tensor | None:
+    """The first tensor of what a module takes or returns."""
+    return next((x for x in tree_leaves(values) if isinstance(x, torch.Tensor)), None)
+
+
+class _Watch:
+    """Looks at every tensor in one segment, for those blocks whose consumer has been called."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], found: dict[str, Addition]):
+        self.consumers = {block.consumer: block.name for block in blocks}
+        self.axes = {block.consumer: feature_axis(model.get_submodule(block.consumer)) for block in blocks}
+        self.found = found
+        self._outputs: dict[str, torch.Tensor] = {}
+        self._seen: dict[str, set[tuple[str, bool]]] = {}
+        self._ambiguous: set[str] = set()
+
+    def at_input(self, path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._look(path, True, args[0] if args else next(iter(kwargs.values()), None))
+
+        return hook
+
+    def at_output(self, path: str) -> Callable[..., Any]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if path in self.consumers and isinstance(output, torch.Tensor):
+                leaf = output.detach().requires_grad_()
+                if path in self._outputs:  # called again before the first output is added: which one would be found?
+                    self._ambiguous.add(path)
+                    del self._outputs[path]
+                elif path not in self._ambiguous:
+                    self._outputs[path] = leaf
+                self._seen.setdefault(path, set())
+                return leaf.clone()  # what follows may write into it
+            self._look(path, False, output)
+            return output
+
+        return hook
+
+    def cut(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """The graph ends with the segment."""
+        self._outputs.clear()
+        return tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, output)
+
+    def _look(self, path: str, is_input: bool, values: Any) -> None:
+        value = first_tensor(values)
+        for consumer in list(self._outputs):
+            if (path, is_input) in self._seen[consumer]:
+                continue  # in `collect`, only the first one behind the consumer counts
+            self._seen[consumer].add((path, is_input))
+            gain = None if value is None else self._gain(value, consumer)
+            if value is None or gain is None:
+                continue
+            output = self._outputs[consumer].detach()
+            addition = Addition(path, is_input, gain)
+            if addition.rest(value.detach(), output).abs().max() > _NEGLIGIBLE * output.abs().max():
+                self.found[self.consumers[consumer]] = addition
+                del self._outputs[consumer]
+
+    def _gain(self, value: torch.Tensor, consumer: str) -> torch.Tensor | None:
+        """The diagonal of the derivative, if it is diagonal, and the same for all rows."""
+        output = self._outputs[consumer]
+        if value.shape != output.shape or not value.requires_grad:
+            return None
+        signs = torch.randint(0, 2, value.shape, generator=torch.Generator().manual_seed(0)).to(value) * 2 - 1
+        (gradient,) = torch.autograd.grad(value, output, signs, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            return None
+        diagonal = (gradient * signs).movedim(self.axes[consumer], -1)
+        gain = diagonal.reshape(-1, diagonal.shape[-1])[0]
+        if not (diagonal - gain).abs().max() <= _NEGLIGIBLE * gain.abs().max() or not gain.abs().max() > 0:
+            return None
+        return gain.view(-1, *[1] * (-1 - self.axes[consumer])).clone()

@@ -1,0 +1,193 @@
+"""Split a model into segments, and prove that they can be run one at a time."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..blocks import Block, some_of
+from ..models.paths import ancestors_of, is_inside
+from ..models.running import Batch, call
+from .segments import Plan, Segment
+from .stream import Stream
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
+    """Split a model into segments by watching one forward on `batch` (a small one will do).
+
+    The split is checked on the spot: replayed segment by segment, each must see exactly the inputs that it saw in the
+    plain forward.
+
+    Raises:
+        ValueError: the forward does not call the consumers of some blocks; the message names these.
+    """
+    modules = dict(model.named_modules())
+    calls: dict[str, int] = {}
+    paths = {path for block in blocks for module in _modules(block) for path in ancestors_of(module)}
+
+    def count(path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[path] = calls.get(path, 0) + 1  # a dict keeps the order of the first calls
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in paths:
+            stack.callback(modules[path].register_forward_pre_hook(count(path)).remove)
+        call(model, batch)
+
+    if unreached := [b.name for b in blocks if b.consumer not in calls]:
+        raise ValueError(
+            f"The probe batch, the first samples of the data, does not reach {some_of(unreached)}: begin the data "
+            f"with samples that do, or leave this part of the model whole with `exclude`."
+        )
+    reached = sorted(blocks, key=lambda b: list(calls).index(b.consumer))
+    members: dict[str, list[Block]] = {}
+    for block in reached:
+        members.setdefault(_segment_path(block, reached, modules, calls), []).append(block)
+    for path in list(members):  # a segment inside another one is part of it
+        outer = next((p for p in members if p != path and is_inside(path, p)), None)
+        if outer is not None:
+            members[outer] = [b for b in reached if b in members[outer] or b in members[path]]
+            del members[path]
+    order = list(calls)
+    segments = [
+        Segment(path, tuple(inside), tuple(calls[b.consumer] for b in inside))
+        for path, inside in sorted(members.items(), key=lambda item: order.index(item[0]))
+    ]
+    leads = _leads(model, segments, batch)
+    for retain_all in (False, True):
+        found = Plan(tuple(segments), retain_all)
+        if leads and _replays_exactly(model, replace(found, leads=leads), batch):
+            return replace(found, leads=leads)
+        if _replays_exactly(model, found, batch):
+            alone = {p: at for p, at in leads.items() if _replays_exactly(model, replace(found, leads={p: at}), batch)}
+            together = replace(found, leads=alone)
+            return together if alone and _replays_exactly(model, together, batch) else found
+    whole = Segment("", tuple(reached), tuple(calls[b.consumer] for b in reached))
+    return Plan((whole,), False)
+
+
+def _modules(block: Block) -> set[str]:
+    """Dotted paths of the modules that shrink with a block."""
+    return {block.consumer} | {piece.tensor.rpartition(".")[0] for piece in block.slices if not piece.shared}
+
+
+def _segment_path(
+    block: Block, blocks: Sequence[Block], modules: Mapping[str, nn.Module], calls: Mapping[str, int]
+) -> str:
+    """The outermost container element around a block, or the nearest module around that which is called once.
+
+    A block outside of all containers is run again with every segment behind it: cheap, as its consumer's output is
+    stored, as long as that does not change. So its consumer is enough where it is no other block's producer.
+    """
+    inside = _modules(block)
+    ancestors = ancestors_of(block.consumer)[:-1]
+    containers = [path for path in ancestors if isinstance(modules[path], _CONTAINERS)]
+    loose = not any(_container(path, modules) for path in inside)
+    if (
+        loose
+        and calls[block.consumer] == 1
+        and not any(inside & _modules(other) for other in blocks if other != block)
+    ):
+        return block.consumer
+    depth = ancestors.index(containers[0]) + 1 if containers else len(ancestors) - 1
+    depth = min(depth, len(ancestors) - 1)
+    while depth > 0 and (
+        calls.get(ancestors[depth], 0) != 1 or not all(is_inside(path, ancestors[depth]) for path in inside)
+    ):
+        depth -= 1
+    return ancestors[depth]
+
+
+def _container(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    return any(isinstance(modules[above], _CONTAINERS) for above in ancestors_of(path)[:-1])
+
+
+@dataclass
+class _Seen:
+    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def _watched(model: nn.Module, paths: Sequence[str], seen: _Seen) -> Iterator[None]:
+    def note_inputs(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.inputs[path] = [x.clone() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+
+        return hook
+
+    def note_output(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            seen.outputs[path] = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in paths:
+            module = model.get_submodule(path)
+            stack.callback(module.register_forward_pre_hook(note_inputs(path), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(note_output(path)).remove)
+        yield
+
+
+def _leads(model: nn.Module, segments: Sequence[Segment], batch: Batch) -> dict[str, int]:
+    """Modules with weights, called once and outside of all segments, and the position of the segment called next."""
+    paths = {segment.path for segment in segments}
+    above = {ancestor for path in paths for ancestor in ancestors_of(path)[:-1]}
+    begun: set[str] = set()
+    ended: dict[str, list[int | None]] = {}
+
+    def begin(path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            begun.add(path)
+
+        return hook
+
+    def end(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            leaves = [leaf for leaf in tree_leaves(output) if leaf is not None]
+            plain = all(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves)
+            ended.setdefault(path, []).append(len(begun) if plain and len(begun) < len(segments) else None)
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in paths:
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(begin(path)).remove)
+        for path, module in model.named_modules():
+            outside = path not in above | paths and not any(is_inside(path, segment) for segment in paths)
+            if outside and next(module.parameters(), None) is not None:
+                stack.callback(module.register_forward_hook(end(path)).remove)
+        call(model, batch)
+    once = {path: at[0] for path, at in ended.items() if len(at) == 1 and at[0] is not None}
+    return {path: at for path, at in once.items() if not any(is_inside(path, p) for p in once if p != path)}
+
+
+def _replays_exactly(model: nn.Module, plan: Plan, batch: Batch) -> bool:
+    """Whether each segment sees, when it is run alone, the inputs that it sees in the plain forward."""
+    plain = _Seen()
+    paths = [segment.path for segment in plan.segments]
+    with _watched(model, paths, plain):
+        call(model, batch)
+    stream = Stream(model, plan, [batch])
+    for path in paths:
+        alone = _Seen()
+        with _watched(model, [path], alone):
+            try:
+                stream.run(0)
+            except Exception:  # of whatever type: what stands in for an output was read after all
+                return False
+        if path not in alone.inputs or len(alone.inputs[path]) != len(plain.inputs[path]):
+            return False
+        if not all(torch.equal(x, y) for x, y in zip(alone.inputs[path], plain.inputs[path], strict=True)):
+            return False
+        stream.step()
+    return True

@@ -1,0 +1,289 @@
+"""How much an error at each consumer's output changes the model's output, without labels."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..blocks import Block
+from ..data.batches import is_divisible
+from ..data.padding import token_mask
+from ..evaluation.drift import compared_output
+from ..models.experts import by_layer
+from ..models.linears import feature_axis, input_rows, matrix_shape, weight_matrix
+from ..models.offload import device_of, input_device
+from ..models.precision import fast_products
+from ..models.running import Batch, forward_replaced, placed, undisturbed
+from ..runs.processes import own_share, processes, summed
+
+# Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output.
+_ROUNDS = 4
+_ROWS_AN_OUTPUT = 2
+
+
+def output_metrics(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    batches: Sequence[Batch],
+    *,
+    probes: int = 1,
+    seed: int = 0,
+    recomputed: Sequence[str] = (),
+    folder: Path | None = None,
+) -> "Means":
+    """`M = E[g g']` at each consumer's output, `g` the gradient there of a label-free function of the model's output.
+
+    For logits `M` is the true Fisher, the expectation over `y` of the model's own distribution of the squared gradient
+    of `log p(y | x)`, and `e' M e / 2` the divergence that an error `e` of the consumer's output causes, to second
+    order. The function is the sum over y of `+-sqrt(p(y | x)) log p(y | x)`, with random signs and the roots held
+    fixed: it has the same expectation as one `y` drawn, without the rare draws that matter most where the model is
+    sure. For hidden states it is the inner product of the output with a standard normal direction: `M` is the
+    Gauss-Newton matrix, and `e' M e` the squared error of the output. So it is for logits of one row a sample, up to
+    their mean: a classifier that is sure of its samples has next to no curvature, until errors grow past its margins.
+    Either is summed over the output's tokens and
+    averaged over those of the consumer; padding counts on neither side.
+
+    One forward and one backward a batch and probe, on every fourth sample where this gives twice as many rows as a
+    consumer has outputs, on more or all of them otherwise. No parameter gets a gradient, and the activations of one
+    batch are held at a time. Weights, flags, gradients and the random state of the model stay as they are.
+
+    Args:
+        model: Whose output is looked at.
+        blocks: At whose consumers.
+        batches: Arguments of the model's forward.
+        probes: Draws of signs, or of directions, a batch.
+        seed: Of the draws.
+        recomputed: Paths of modules that are run once more in the backward, so that it holds no more of them than what
+            they read: neither activations nor weights that are read when they are needed.
+        folder: Where the sums are held, in files; in memory without one.
+
+    Returns:
+        By block name, `(m, m)` on the consumer's device in float64; zeros where the output does not depend on it. The
+        experts of one layer have one matrix, of the tokens of all of them: some get very few.
+    """
+    groups = by_layer(model, blocks)
+    files = [None if folder is None else folder / f"{index}.bin" for index in range(len(groups))]
+    sums = [_GradientSum(model, group, file) for group, file in zip(groups, files, strict=True)]
+    _run_backwards(model, sums, batches, probes=probes, seed=seed, recomputed=recomputed)
+    for total in sums:
+        total.add_up()
+    return Means({block.name: total.result() for total in sums for block in total.blocks})
+
+
+def activation_gradients(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    batches: Sequence[Batch],
+    *,
+    seed: int = 0,
+    recomputed: Sequence[str] = (),
+) -> dict[str, torch.Tensor]:
+    """Mean `|activation x gradient|` of each of a consumer's inputs, of the function of `output_metrics`.
+
+    The paper's LayerActGrad (Molchanov et al., 2017) takes the gradient of a loss, which needs labels; this does not.
+
+    Args:
+        model: As for `output_metrics`, and so are the others.
+
+    Returns:
+        By block name, `(n,)` float64, by column of the consumer.
+    """
+    sums = [_ActivationGradientSum(model, [block], None) for block in blocks]
+    _run_backwards(model, sums, batches, probes=1, seed=seed, recomputed=recomputed)
+    for total in sums:
+        total.add_up()
+    return {total.blocks[0].name: total.total / max(total.rows, 1) for total in sums}
+
+
+def _run_backwards(
+    model: PreTrainedModel,
+    sums: Sequence["_GradientSum"],
+    batches: Sequence[Batch],
+    *,
+    probes: int,
+    seed: int,
+    recomputed: Sequence[str],
+) -> None:
+    """Show the sums the gradients of some or all samples, see `output_metrics`."""
+    generator = torch.Generator()
+    with undisturbed(model), fast_products(model), torch.enable_grad(), ExitStack() as stack:
+        model.requires_grad_(False)
+        for total in sums:
+            for block in total.blocks:
+                hook = partial(total.watch, block.consumer)
+                stack.callback(model.get_submodule(block.consumer).register_forward_hook(hook).remove)
+        for path in recomputed:
+            module = model.get_submodule(path)
+            # A backward is a call of its own, in which modes of the calls around it are off.
+            again = partial(
+                checkpoint,
+                module.forward,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), fast_products(model)),
+            )
+            stack.enter_context(forward_replaced(module, again))
+        for part in range(_ROUNDS):
+            for number, batch in _parts(batches, part):
+                # The same draws, whichever process runs the batch.
+                generator.manual_seed(seed + 2**32 * (part * len(batches) + number))
+                arguments = placed(model, batch)
+                for _ in range(probes):
+                    for total in sums:
+                        total.batch = batch
+                    value = _probe(model, batch, model(**arguments), generator)
+                    if value is not None and value.requires_grad:
+                        value.backward()
+            rows = summed(torch.tensor([total.rows for total in sums], device=input_device(model))).tolist()
+            if all(seen >= _ROWS_AN_OUTPUT * total.m for seen, total in zip(rows, sums, strict=True)):
+                break
+
+
+def _parts(batches: Sequence[Batch], part: int) -> Iterator[tuple[int, Batch]]:
+    """Every fourth sample of each batch, from `part` on; of batches that cannot be cut, every fourth batch.
+
+    With the number of the batch, and only those that fall to this process.
+    """
+    for number in own_share(len(batches)):
+        batch = batches[number]
+        if is_divisible(batch):
+            cut = {name: value[part::_ROUNDS] for name, value in batch.items()}
+            if len(next(iter(cut.values()))):
+                yield number, cut
+        elif number % _ROUNDS == part:
+            yield number, batch
+
+
+class Means(Mapping[str, torch.Tensor]):
+    """The matrices by block name; those in files are read when they are asked for.
+
+    Args:
+        parts: By name the sum, or the file that holds it, its size `m`, its rows and its device.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[torch.Tensor | Path, int, int, torch.device]]):
+        self.parts = dict(parts)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        total, m, rows, device = self.parts[name]
+        if isinstance(total, Path):
+            total = mapped(total, m)
+        return (total / max(rows, 1)).to(device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def without(self, names: Sequence[str]) -> "Means":
+        """All but some of the blocks."""
+        return Means({name: part for name, part in self.parts.items() if name not in names})
+
+
+def mapped(path: Path, m: int) -> torch.Tensor:
+    """`(m, m)` float64 in a file, zeros where there is none yet, mapped into memory for as long as it is held."""
+    return torch.from_file(str(path), shared=True, size=m * m, dtype=torch.float64).view(m, m)
+
+
+class _GradientSum:
+    """Sums `g g'` over rows of a consumer's output, or of those of the experts of one layer; in a file if given."""
+
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[Block], file: Path | None):
+        consumer: Any = model.get_submodule(blocks[0].consumer)
+        _, self.m = matrix_shape(consumer)
+        self.model, self.blocks, self.rows, self.file = model, blocks, 0, file
+        self._axis = feature_axis(consumer)
+        self.batch: Batch = {}
+        self.device = device_of(consumer.weight)
+        if file is None:
+            self.total = self._zeros(consumer)
+        else:
+            with file.open("wb") as opened:  # now: to write into a mapped file on a full disk kills the process
+                os.posix_fallocate(opened.fileno(), 0, self.m * self.m * 8)
+
+    def _zeros(self, consumer: nn.Module) -> torch.Tensor:
+        return torch.zeros(self.m, self.m, dtype=torch.float64, device=self.device)
+
+    def watch(self, consumer: str, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Forward hook: the graph starts at the first consumer, gradients are read at every one."""
+        if not torch.is_grad_enabled():
+            return output  # the model itself runs this call, of several, without gradients
+        if not output.requires_grad:
+            output = output.detach().requires_grad_().clone()  # a leaf could not be written into by what follows
+        shape = output.movedim(self._axis, -1).shape
+        mask = token_mask(self.model, consumer, self.batch, shape)
+
+        def add(gradient: torch.Tensor) -> None:
+            g = gradient.movedim(self._axis, -1).reshape(-1, shape[-1])
+            real = slice(None) if mask is None else mask.to(g.device)
+            self._add(g[real].float(), inputs, real)
+            self.rows += len(g[real])
+
+        inputs = self._held(args)
+        output.register_hook(add)
+        return output
+
+    def _held(self, args: Any) -> Any:
+        """What of a consumer's arguments the backward needs."""
+        return None
+
+    def _add(self, g: torch.Tensor, inputs: Any, real: Any) -> None:
+        """Gradients `(rows, m)` at the real tokens."""
+        total = self.total if self.file is None else mapped(self.file, self.m)
+        total += (g.T @ g).to(total.device)
+
+    def add_up(self) -> None:
+        """Add the sums of all processes."""
+        if self.file is None:
+            self.total = summed(self.total)
+        elif processes() > 1:
+            total = mapped(self.file, self.m)
+            total.copy_(summed(total.to(self.device)))
+        self.rows = int(summed(torch.tensor(self.rows, device=self.device)))
+
+    def result(self) -> tuple[torch.Tensor | Path, int, int, torch.device]:
+        """As `Means` takes it."""
+        return (self.total if self.file is None else self.file), self.m, self.rows, self.device
+
+
+class _ActivationGradientSum(_GradientSum):
+    """Sums `|x * (W g)|` over rows, `x` a consumer's input and `g` the gradient at its output; in memory."""
+
+    def _zeros(self, consumer: nn.Module) -> torch.Tensor:
+        return torch.zeros(matrix_shape(consumer)[0], dtype=torch.float64, device=self.device)
+
+    def _held(self, args: Any) -> torch.Tensor:
+        return args[0].detach()
+
+    def _add(self, g: torch.Tensor, inputs: torch.Tensor, real: Any) -> None:
+        consumer = self.model.get_submodule(self.blocks[0].consumer)
+        x = torch.cat(list(input_rows(consumer, inputs)))[real].float()
+        W = weight_matrix(consumer).to(g)
+        self.total += (x * (g @ W.T)).abs().sum(0, dtype=torch.float64).to(self.device)
+
+
+def _probe(model: PreTrainedModel, batch: Batch, output: Any, generator: torch.Generator) -> torch.Tensor | None:
+    """The scalar whose gradient is taken; `None` where the output is not finite (moments will name the culprit)."""
+    if not isinstance(output, ModelOutput):
+        output = ModelOutput({str(i): value for i, value in enumerate(output)})
+    kind, compared = compared_output(output)
+    mask = token_mask(model, "", batch, compared.shape)
+    rows = compared.reshape(-1, compared.shape[-1])
+    rows = (rows if mask is None else rows[mask.to(rows.device)]).float()
+    if not torch.isfinite(rows).all():
+        return None
+    if kind == "logits" and compared.ndim == 2:
+        rows, kind = rows - rows.mean(1, keepdim=True), "hidden"
+    if kind == "hidden":
+        return (rows * torch.randn(rows.shape, generator=generator).to(rows)).sum()
+    log_p = rows.log_softmax(1)
+    signs = torch.randint(0, 2, log_p.shape, generator=generator).mul_(2).sub_(1).to(log_p)
+    return (signs * log_p.detach().div(2).exp() * log_p).sum()

@@ -1,0 +1,189 @@
+"""Advance calibration batches through a model one segment at a time, at the cost of one forward a stream in all.
+
+A *segment* is a part of the model that the forward calls exactly once and that holds blocks: as a rule one layer. A
+block that reaches over several layers is in the part around them, or has its consumer for a segment of its own. To
+run segment `t` on a batch, the whole model is called with every finished segment stubbed to return its stored output
+and with the forward stopped right behind segment `t`. Whatever the model does between its layers (masks, position
+embeddings, a bias shared by all layers, the hand-over from encoder to decoder) runs as its authors wrote it. Only
+modules between the segments that nothing but the next segment reads (*leads*: embeddings, a convolutional stem, layers
+that are not pruned) are not run again once that segment is finished.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from ..models.offload import input_device
+from ..models.running import Batch, call, forward_replaced, input_hook, stop
+from ..runs.durable import read_objects, write_objects
+from .segments import Plan, Segment
+
+
+class Stream:
+    """Batches on their way through a model: the stored outputs of the segments that are finished.
+
+    Args:
+        model: In eval mode. The weights that it has when a segment runs are the ones that are used.
+        plan: From `plan`.
+        batches: Inputs of the model's forward.
+        folder: For files of the stored outputs; they stay in memory without one.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, batches: Sequence[Batch], folder: Path | None = None):
+        self.model, self.plan, self.batches, self.folder = model, plan, batches, folder
+        self.position = 0
+        self._outputs: list[dict[str, Any]] = [{} for _ in batches]
+        self._stand_ins: list[dict[str, Any]] = [{} for _ in batches]  # what makes them, by lead
+        self._next: list[Any] = [None] * len(batches)
+
+    @property
+    def segment(self) -> Segment:
+        """The segment that `run` runs."""
+        return self.plan.segments[self.position]
+
+    def run(
+        self,
+        index: int,
+        *,
+        inputs: Iterable[tuple[str, Callable[[torch.Tensor], None]]] = (),
+        outputs: Iterable[tuple[str, Callable[[Any], None]]] = (),
+        stop_at: str | None = None,
+    ) -> None:
+        """Run the current segment on one batch; its output is remembered until `step`.
+
+        Args:
+            index: Of the batch.
+            inputs: Pairs of a module path and what to call with the module's first input whenever it is called; it may
+                `stop` the forward.
+            outputs: Pairs of a module path and what to call with the module's output, likewise.
+            stop_at: Path of a block's consumer: end at its last call, before it computes anything, instead of at the
+                end of the segment (the segment's output is then not computed).
+        """
+        segment = self.segment
+        with ExitStack() as stack:
+            for path, tap in inputs:
+                hook = self.model.get_submodule(path).register_forward_pre_hook(input_hook(tap), with_kwargs=True)
+                stack.callback(hook.remove)
+            for path, tap in outputs:
+                hook = self.model.get_submodule(path).register_forward_hook(lambda _m, _a, y, tap=tap: tap(y))
+                stack.callback(hook.remove)
+
+            def finished(_module: nn.Module, _args: Any, output: Any) -> None:
+                self._next[index] = self._stored(index, output)
+                stop()
+
+            if stop_at is None:
+                stack.callback(self.model.get_submodule(segment.path).register_forward_hook(finished).remove)
+            else:
+                calls = dict(zip((b.consumer for b in segment.blocks), segment.calls, strict=True))[stop_at]
+                stack.enter_context(_ended_at_call(calls, self.model.get_submodule(stop_at)))
+            before = {path: self._read(output) for path, output in self._outputs[index].items()}
+            stack.enter_context(_stubbed(self.model, self.plan, self.position, before))
+            stack.enter_context(self._led(self._stand_ins[index]))
+            call(self.model, self.batches[index])
+
+    @contextmanager
+    def _led(self, stand_ins: dict[str, Any]) -> Iterator[None]:
+        """Leads of finished segments are not run; what stands in for their outputs is noted when they are."""
+
+        def note(path: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                stand_ins[path] = tree_map(_stand_in, output)
+
+            return hook
+
+        with ExitStack() as stack:
+            for path, position in self.plan.leads.items():
+                module = self.model.get_submodule(path)
+                if path not in stand_ins:
+                    stack.callback(module.register_forward_hook(note(path)).remove)
+                elif position < self.position:
+                    stack.enter_context(forward_replaced(module, partial(_made, stand_ins[path])))
+            yield
+
+    def step(self) -> None:
+        """Go on to the next segment, once every batch has been run to the end of the current one."""
+        segment = self.segment
+        for stored, output in zip(self._outputs, self._next, strict=True):
+            if not self.plan.retain_all:
+                for other in [p for p in stored if p.rpartition(".")[0] == segment.chain]:
+                    del stored[other]
+            stored[segment.path] = output
+        self._next = [None] * len(self.batches)
+        self.position += 1
+
+    @property
+    def files(self) -> list[dict[str, str]]:
+        """By batch and segment, the file of each stored output, as plain JSON types; of batches that were run here."""
+        return [{path: file.name for path, file in stored.items() if file is not None} for stored in self._outputs]
+
+    def resume(self, position: int, files: Sequence[Mapping[str, str]]) -> None:
+        """Go on at a segment, with the outputs in the folder's files, which `files` named then."""
+        self.position = position
+        self._outputs = [{path: self.folder / name for path, name in stored.items()} for stored in files]  # type: ignore
+
+    def _stored(self, index: int, output: Any) -> Any:
+        if self.folder is None:
+            return output
+        path = self.folder / f"{index}-{self.position}.pt"
+        write_objects(path, output)
+        return path
+
+    def _read(self, output: Any) -> Any:
+        return send_to_device(read_objects(output), input_device(self.model)) if self.folder else output
+
+
+@contextmanager
+def _stubbed(model: nn.Module, plan: Plan, position: int, stored: Mapping[str, Any]) -> Iterator[None]:
+    """Finished segments return stored outputs: their own, or the one of the last finished segment of their chain."""
+    latest = {path.rpartition(".")[0]: output for path, output in stored.items()}
+    with ExitStack() as stack:
+        for segment in plan.segments[:position]:
+            output = stored[segment.path] if segment.path in stored else latest[segment.chain]
+            stub = partial(_return, output)
+            stack.enter_context(forward_replaced(model.get_submodule(segment.path), stub))
+        yield
+
+
+def _return(output: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return output
+
+
+def _stand_in(tensor: Any) -> Any:
+    """Makes a tensor like one that nothing reads; should something, it is missing values that it finds."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    return partial(torch.full, tensor.shape, float("nan"), dtype=tensor.dtype, device=tensor.device)
+
+
+def _made(stand_ins: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return tree_map(lambda make: make() if isinstance(make, partial) else make, stand_ins)
+
+
+@contextmanager
+def _ended_at_call(number: int, module: nn.Module) -> Iterator[None]:
+    """The module's call of this number computes nothing, and ends the forward behind hooks that are on the module.
+
+    Behind them, as those that read its weights from elsewhere drop them then.
+    """
+    left, run = number, module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        return run(*args, **kwargs) if left else None
+
+    def ended(*_: Any) -> None:
+        if left == 0:
+            stop()
+
+    with forward_replaced(module, forward), ExitStack() as stack:
+        stack.callback(module.register_forward_hook(ended).remove)
+        yield

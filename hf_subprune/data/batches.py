@@ -1,0 +1,175 @@
+"""Calibration batches: cut into smaller ones, described, and which of their rows are real tokens."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..models.running import Batch
+from ..runs.processes import own_share
+from .padding import token_mask
+
+# Tokens of a text that are enough to see what depends on what.
+_PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """Batches of forward arguments, without labels.
+
+    Args:
+        fit: Batches to fit on, at least two when there are two samples. The two folds of cross-fitting are the even
+            and the odd ones.
+        held_out: Batches, never fitted on, to measure the output's drift on.
+        fit_samples: Samples in `fit`.
+        held_out_samples: Samples in `held_out`.
+        source: What the data was, in words.
+        model: The model the batches are for; it knows which consumers lie in a decoder or an image tower.
+    """
+
+    fit: list[Batch]
+    held_out: list[Batch]
+    fit_samples: int
+    held_out_samples: int
+    source: str
+    model: PreTrainedModel = field(repr=False)
+
+    @property
+    def probe(self) -> Batch:
+        """Two samples to fit on (all of the first batch where its tensors cannot be cut), texts without their ends.
+
+        Discovery holds what every layer makes of it at once.
+        """
+        first = self.fit[0]
+        if not is_divisible(first):
+            return first
+        two = {name: value[:2] for name, value in first.items()}
+        shapes, mask = {value.shape for value in two.values()}, two.get("attention_mask")
+        if "input_ids" in two and len(shapes) == 1 and (mask is None or bool(mask[:, 0].all())):
+            return {name: value[:, :_PROBE_TOKENS] for name, value in two.items()}
+        return two
+
+    def in_batches_of(self, size: int) -> "CalibrationSet":
+        """The same samples, batches cut into ones of at most `size` samples; the folds stay as they are, or nearly.
+
+        Batches whose tensors cannot be cut stay whole.
+        """
+        even, odd = ([piece for batch in self.fit[fold::2] for piece in _pieces(batch, size)] for fold in range(2))
+        pairs = itertools.zip_longest(even, odd)
+        fit = [batch for pair in pairs for batch in pair if batch is not None]
+        return replace(self, fit=fit, held_out=[piece for batch in self.held_out for piece in _pieces(batch, size)])
+
+    @property
+    def own_held_out(self) -> list[Batch]:
+        """The held-out batches that fall to this process, when several share them."""
+        return [self.held_out[number] for number in own_share(len(self.held_out))]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The data in plain JSON types: where it came from, its samples, and its tokens where it has any."""
+        return {
+            "source": self.source,
+            "fit_samples": self.fit_samples,
+            "held_out_samples": self.held_out_samples,
+            "fit_tokens": _tokens(self.fit),
+            "held_out_tokens": _tokens(self.held_out),
+        }
+
+    def mask(self, shape: Sequence[int], index: int, consumer: str) -> torch.Tensor | None:
+        """Which rows of a consumer's input are real tokens.
+
+        Args:
+            shape: `(batch, length, n)`, `(length, batch, n)` or `(rows, n)`.
+            index: Of the batch that ran, the held-out ones counted behind those to fit on.
+            consumer: Dotted path of the consumer.
+
+        Returns:
+            `(rows,)` bool, false at padding; `None` when every row counts.
+        """
+        batch = self.fit[index] if index < len(self.fit) else self.held_out[index - len(self.fit)]
+        return token_mask(self.model, consumer, batch, shape)
+
+    def rows(self, x: torch.Tensor, index: int, consumer: str) -> torch.Tensor:
+        """The real tokens of a consumer's input or output `(..., n)`, as `(tokens, n)`: see `mask`."""
+        mask = self.mask(x.shape, index, consumer)
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if mask is None else flat[mask.to(flat.device)]
+
+
+def samples_in(batch: Batch) -> int:
+    """Number of samples: other tensors may hold several rows a sample, such as patches, or one for all samples."""
+    rows = {len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim}
+    return min(rows - {1}, default=1)
+
+
+def _tokens(batches: list[Batch]) -> int | None:
+    """Real tokens of the batches; `None` without token ids."""
+    if not batches or "input_ids" not in batches[0]:
+        return None
+    return sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
+
+
+def is_divisible(batch: Batch) -> bool:
+    """Whether the batch can be cut into samples: every tensor has one first dimension."""
+    return all(
+        isinstance(value, torch.Tensor) and value.ndim and len(value) == samples_in(batch) for value in batch.values()
+    )
+
+
+def _pieces(batch: Batch, size: int) -> list[Batch]:
+    return cut_batches([batch], 0, samples_in(batch), size) if is_divisible(batch) else [batch]
+
+
+def cut_batches(batches: list[Batch], start: int, stop: int, largest: int) -> list[Batch]:
+    """Rows `start` to `stop`, counted over all batches, in batches of at most `largest`."""
+    pieces = []
+    for batch in batches:
+        rows = samples_in(batch)
+        for first in range(max(start, 0), min(stop, rows), largest):
+            last = min(first + largest, stop, rows)
+            pieces.append({name: value[first:last] for name, value in batch.items()})
+        start, stop = start - rows, stop - rows
+    return pieces
+
+
+logger = logging.get_logger(__name__)
+
+_T = TypeVar("_T")
+
+
+def with_fitting_batches(calibration: CalibrationSet, run: Callable[[CalibrationSet, int], _T]) -> _T:
+    """What `run` returns, called again with batches of half the size whenever memory runs out.
+
+    Args:
+        calibration: The batches to begin with.
+        run: Takes batches, and how many samples they have at most; what it changed is undone when it fails.
+
+    Raises:
+        RuntimeError: there is no memory for a single sample.
+    """
+    batches = [*calibration.fit, *calibration.held_out]
+    size = max((len(next(iter(batch.values()))) for batch in batches if is_divisible(batch)), default=1)
+
+    def halve() -> int:
+        nonlocal size
+        size //= 2
+        if size:
+            logger.warning(f"Out of memory: going on with batches of at most {size} samples.")
+        return size
+
+    def attempt(batch_size: int) -> _T:
+        return run(calibration.in_batches_of(batch_size), batch_size)
+
+    try:
+        return attempt(size)
+    except RuntimeError as failure:
+        if not should_reduce_batch_size(failure):
+            raise
+    # Not before: it collects garbage first, which takes as long as pruning a block of a small model.
+    return find_executable_batch_size(attempt, halve(), halve)()

@@ -1,0 +1,146 @@
+"""The command line's MODEL and DATA: a name or a path to what the Python interface takes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import IterableDataset, load_dataset
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..runs.processes import state
+
+# The reader of `datasets` for each kind of file.
+_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def load_data(
+    source: str, *, split: str | None = None, column: str | None = None, labels: bool = False
+) -> IterableDataset:
+    """Open data as a stream.
+
+    Args:
+        source: A `.txt` (a sample per line), `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of images (with
+            folders inside), or the id of a data set on the Hub, `"id:name"` for one of its configurations.
+        split: Of a Hub data set, or of a folder of images with folders such as `train` and `test`; the train split, or
+            the first one, when left out. A file is one split, `"train"`.
+        column: The only column to read; found by its type later when left out.
+        labels: Whether the folders that images lie in are their labels.
+
+    Raises:
+        FileNotFoundError: the source is neither a file, a folder nor a data set on the Hub.
+        ValueError: the file is of another kind, holds nothing, cannot be read, or has no such split or column.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not any(file.suffix.lower() in _IMAGES for file in path.rglob("*")):
+            raise ValueError(
+                f"The folder {path} holds no images: give a folder of images, or one {_file_kinds()} file."
+            )
+        data = _open("imagefolder", split, data_dir=str(path), drop_labels=not labels)
+    elif path.is_file():
+        if path.suffix.lower() not in _READERS:
+            raise ValueError(f"{path} cannot be read as data: give a {_file_kinds()} file, or a folder of images.")
+        data = _open(_READERS[path.suffix.lower()], split, data_files=str(path))
+    elif path.suffix.lower() in _READERS or path.is_absolute() or source.startswith((".", "~")):
+        raise FileNotFoundError(f"No file or folder {path}.")
+    else:
+        data = _open_from_hub(source, split)
+    return data if column is None else _select(data, source, column)
+
+
+def _file_kinds() -> str:
+    return ", ".join(list(_READERS)[:-1]) + f" or {list(_READERS)[-1]}"
+
+
+def _open(reader: str, split: str | None, **arguments: Any) -> IterableDataset:
+    source = arguments.get("data_files") or arguments.get("data_dir")
+    try:
+        splits = load_dataset(reader, streaming=True, **arguments)
+    except Exception as error:  # readers raise their own library's errors
+        raise ValueError(f"{source} cannot be read: {error}") from error
+    data = _one_split(splits, str(source), split)
+    try:
+        first = next(iter(data), None)
+    except Exception as error:  # readers raise their own library's errors
+        raise ValueError(f"{source} cannot be read: {error}") from error
+    if first is None:
+        raise ValueError(f"{source} holds no samples.")
+    return data
+
+
+def _open_from_hub(source: str, split: str | None) -> IterableDataset:
+    name, _, configuration = source.partition(":")
+    try:
+        splits = load_dataset(name, configuration or None, streaming=True)
+    except (FileNotFoundError, ConnectionError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{source!r} is no file or folder here, and no data set on the Hub could be opened by that name: {error}"
+        ) from error
+    return _one_split(splits, source, split)
+
+
+def _one_split(splits: Mapping[str, IterableDataset], source: str, split: str | None) -> IterableDataset:
+    if split is None:
+        split = "train" if "train" in splits else next(iter(splits))
+    if split not in splits:
+        known = f"choose one of {', '.join(map(repr, splits))}"
+        if Path(source).is_file():
+            known = "a file is not split as data sets of the Hub are: leave the split out"
+        raise ValueError(f"The data set {source} has no split {split!r}, {known}.")
+    return splits[split]
+
+
+def _select(data: IterableDataset, source: str, column: str) -> IterableDataset:
+    columns = data.column_names or list(next(iter(data), {}))
+    if column not in columns:
+        raise ValueError(f"{source} has no column {column!r}, choose one of {', '.join(map(repr, columns))}.")
+    return data.select_columns([column])
+
+
+def load_model(
+    name_or_path: str,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    auto_class: Any = None,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model as the class that it was saved as, so that its head is kept, and what makes its inputs.
+
+    Args:
+        name_or_path: Local folder or Hub id.
+        dtype: Of the weights; `"auto"` keeps the saved one.
+        device: Where to; an accelerator when there is one, when left out.
+        auto_class: An `AutoModel...` class, for configs that do not name a class of transformers.
+
+    Returns:
+        The model in evaluation mode, and its processor, tokenizer, image processor or feature extractor, whichever
+        of them was saved first in this order; `None` when none was.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    config = AutoConfig.from_pretrained(name_or_path)
+    architecture = (config.architectures or [None])[0]
+    loader = auto_class or getattr(transformers, architecture or "", AutoModel)
+    if device is None:
+        device = state().device  # of several processes, each has its own
+    model = loader.from_pretrained(name_or_path, dtype=dtype).to(device).eval()
+    return model, load_processing_class(name_or_path)
+
+
+def load_processing_class(name_or_path: str) -> Any:
+    """The processor, tokenizer, image processor or feature extractor saved with a model; `None` without one."""
+    try:
+        processing_class = AutoProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError):
+        return None
+    # Where no tokenizer was saved, transformers makes one that knows its special tokens and nothing else.
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and set(tokenizer.get_vocab()) <= set(
+        tokenizer.all_special_tokens
+    ):
+        return None
+    return processing_class

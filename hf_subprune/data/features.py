@@ -1,0 +1,274 @@
+"""One raw example (text, image, audio or token ids) to the tensors that a model takes, without labels."""
+
+import inspect
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_utils import is_pil_image
+from transformers.utils.generic import find_labels
+
+from ..models.sizes import Sizes
+
+Features = dict[str, torch.Tensor]
+
+# The forward argument that holds each modality's input; a model has one of the names given.
+_INPUTS = {"text": ("input_ids",), "image": ("pixel_values",), "audio": ("input_features", "input_values")}
+_PARTS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_extractor"}
+
+_PATCH_PLACES = ("grid_thw", "spatial_shapes", "pixel_position_ids", "image_position_ids")
+
+
+def forward_arguments(model: PreTrainedModel) -> set[str]:
+    """Names that the model's forward takes."""
+    return set(inspect.signature(model.forward).parameters)
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The part of the model's config that describes its token inputs: the encoder's, where both sides have one."""
+    config: Any = model.config
+    if not config.is_encoder_decoder:
+        return config.get_text_config()
+    sides = (
+        getattr(config, "encoder", None),
+        config.get_text_config(encoder=True),
+        config.get_text_config(decoder=True),
+    )
+    return next((side for side in sides if getattr(side, "vocab_size", None) is not None), config)
+
+
+def is_ready(item: Mapping[str, Any], model: PreTrainedModel) -> bool:
+    """Whether columns are a ready batch rather than one sample, as far as the main input's dimensions tell.
+
+    Without a tensor that a model could take, they are a sample; where the dimensions tell nothing, a batch.
+    """
+    tensors = {name: value for name, value in item.items() if isinstance(value, torch.Tensor)}
+    usual = list(itertools.chain(*_INPUTS.values()))
+    if not any(name in (*usual, *forward_arguments(model)) and not is_label(name, model) for name in tensors):
+        return False
+    main = next((name for name in ("input_ids", model.main_input_name, *usual) if name in tensors), None)
+    return main is None or not _is_one(main, tensors[main], model)
+
+
+def _is_one(name: str, value: torch.Tensor, model: PreTrainedModel) -> bool:
+    """Whether an input certainly holds a single sample."""
+    sizes = Sizes(model.config)
+    if name == "input_ids":
+        return value.ndim != 2
+    if name == "input_values":
+        spectrogram = (sizes.get("max_length"), sizes.get("num_mel_bins"))
+        return value.ndim == 1 or tuple(value.shape) == spectrogram
+    if name == "input_features":
+        return value.ndim == 2 and sizes.bins in value.shape
+    if name == "pixel_values" and sizes.get("tubelet_size") is None:
+        # Towers that take a row of patches for an image have arguments that say where each patch lies.
+        in_patches = any(argument.endswith(_PATCH_PLACES) for argument in forward_arguments(model))
+        return value.ndim == 3 and len(value) == sizes.channels and not in_patches
+    return name == model.main_input_name and name.startswith("pixel_values") and value.ndim == 4
+
+
+def is_label(name: str, model: PreTrainedModel) -> bool:
+    """Whether a column holds labels: named so, or one that the model's forward would compute a loss from."""
+    return "label" in name or name in find_labels(type(model))
+
+
+def example_columns(item: Any) -> Mapping[str, Any]:
+    """An item of the calibration data as a mapping of columns.
+
+    Raises:
+        TypeError: the item is no mapping, string, image or waveform.
+    """
+    if isinstance(item, Mapping):
+        return item
+    if isinstance(item, str):
+        return {"text": item}
+    if is_pil_image(item):
+        return {"image": item}
+    if isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim in (2, 3):
+        return {"image": item}
+    if isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 1 and "float" in str(item.dtype):
+        return {"audio": {"array": np.asarray(item), "sampling_rate": None}}
+    raise TypeError(
+        "Calibration data must hold strings, images, waveforms, rows of columns or ready batches (dicts of tensors), "
+        f"got an item of type {type(item).__name__}. Token ids belong into a dict: {{'input_ids': ids}}."
+    )
+
+
+def make_encoder(
+    model: PreTrainedModel, item: Any, processing_class: Any, max_length: int
+) -> Callable[[Mapping[str, Any]], Features | None]:
+    """The function that turns an example's columns into features; what it reads is decided by one item of the data.
+
+    The function returns tensors without a batch dimension, or `None` for a blank text.
+
+    Raises:
+        ValueError: no column fits the model's inputs, or the processing class for it is missing.
+        TypeError: the item is of no known kind.
+    """
+    first = example_columns(item)
+    arguments = forward_arguments(model)
+    inputs = {model.main_input_name, *itertools.chain(*_INPUTS.values())}
+    if any(name in first for name in inputs & arguments):
+        return lambda example: _encoded(model, example, arguments, max_length)
+
+    modalities = [kind for kind, names in _INPUTS.items() if arguments.intersection(names)]
+    main = next((kind for kind in modalities if model.main_input_name in _INPUTS[kind]), "text")
+    columns = {kind: column for kind in modalities if (column := _column(kind, first, model)) is not None}
+    if not modalities:
+        raise ValueError(
+            f"{type(model).__name__}.forward names no input for text, images or audio, only "
+            f"{', '.join(sorted(arguments))}: write its arguments out, or pass ready batches (dicts of tensors)."
+        )
+    if not columns:
+        raise ValueError(
+            f"The calibration data has no {main} column for {type(model).__name__}. {_NEEDED[main]} {_found(item)}"
+        )
+    if {"text", "image"} <= set(columns) and getattr(processing_class, "image_token", None):
+        raise ValueError(
+            f"{type(processing_class).__name__} places images inside the text: pass ready batches, such as those of "
+            "processing_class.apply_chat_template(..., tokenize=True, return_dict=True, return_tensors='pt')."
+        )
+    encoders = {kind: _ENCODERS[kind](_part(kind, processing_class), max_length) for kind in columns}
+
+    def encode(example: Mapping[str, Any]) -> Features | None:
+        features: Features = {}
+        for kind, column in columns.items():
+            encoded = encoders[kind](example[column])
+            if encoded is None:
+                return None
+            features |= {name: value for name, value in encoded.items() if name in arguments}
+        return features
+
+    return encode
+
+
+_NEEDED = {
+    "text": "It needs strings, in a column named 'text' where there are several of strings, or token ids in a dict, "
+    "{'input_ids': ids}.",
+    "image": "It needs images; a column of file names becomes one with dataset.cast_column(name, datasets.Image()).",
+    "audio": "It needs audio, each value with 'array' and 'sampling_rate'; a column of file names becomes one with "
+    "dataset.cast_column(name, datasets.Audio()).",
+}
+
+
+def _found(item: Any) -> str:
+    if not isinstance(item, Mapping):
+        return f"Its items are of type {type(item).__name__}."
+    columns = (f"{name!r} of type {type(value).__name__}" for name, value in item.items())
+    return f"Columns found: {', '.join(columns) or 'none'}."
+
+
+def _column(kind: str, example: Mapping[str, Any], model: PreTrainedModel) -> str | None:
+    candidates = [name for name, value in example.items() if _IS_KIND[kind](value) and not is_label(name, model)]
+    if kind in candidates:
+        return kind
+    if kind == "text" and len(candidates) != 1:
+        return None
+    return candidates[0] if candidates else None
+
+
+def _is_image(value: Any) -> bool:
+    return is_pil_image(value) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim in (2, 3))
+
+
+def _is_audio(value: Any) -> bool:
+    # `datasets` decodes audio to a dict, or to a decoder that is indexed as one.
+    return (isinstance(value, Mapping) and "array" in value) or hasattr(value, "get_all_samples")
+
+
+_IS_KIND: dict[str, Callable[[Any], bool]] = {
+    "text": lambda value: isinstance(value, str),
+    "image": _is_image,
+    "audio": _is_audio,
+}
+
+
+def _part(kind: str, processing_class: Any) -> Any:
+    """The tokenizer, image processor or feature extractor inside (or that is) the processing class."""
+    name = _PARTS[kind]
+    if processing_class is None:
+        raise ValueError(f"Raw {kind} needs processing_class: pass the model's {name.replace('_', ' ')} or processor.")
+    part = getattr(processing_class, name, processing_class)
+    is_tokenizer = isinstance(part, PreTrainedTokenizerBase)
+    if not callable(part) or is_tokenizer != (kind == "text"):
+        raise ValueError(
+            f"The data holds {kind} but processing_class is {type(processing_class).__name__}: "
+            f"pass the model's {name.replace('_', ' ')} or processor."
+        )
+    return part
+
+
+def _text_encoder(tokenizer: Any, max_length: int) -> Callable[[Any], Features | None]:
+    def encode(text: Any) -> Features | None:
+        if not isinstance(text, str) or not text.strip():
+            return None
+        ids = tokenizer(text, truncation=True, max_length=max_length, return_attention_mask=True)
+        # Tokenizers truncate nothing where their special tokens alone are longer.
+        return {name: torch.tensor(value[:max_length]) for name, value in ids.items()} if ids["input_ids"] else None
+
+    return encode
+
+
+def _image_encoder(image_processor: Any, max_length: int) -> Callable[[Any], Features | None]:
+    def encode(image: Any) -> Features:
+        if is_pil_image(image):
+            image = image.convert("RGB")
+        encoded = image_processor(images=image, return_tensors="pt")
+        return {name: value[0] for name, value in encoded.items() if isinstance(value, torch.Tensor)}
+
+    return encode
+
+
+def _audio_encoder(extractor: Any, max_length: int) -> Callable[[Any], Features | None]:
+    def encode(audio: Any) -> Features:
+        rate = audio["sampling_rate"] or extractor.sampling_rate
+        if rate != extractor.sampling_rate:
+            raise ValueError(
+                f"The audio has {rate} samples a second and the model takes {extractor.sampling_rate}: resample it, "
+                f"for a dataset with dataset.cast_column('audio', Audio(sampling_rate={extractor.sampling_rate}))."
+            )
+        encoded = extractor(np.asarray(audio["array"]), sampling_rate=rate, return_tensors="pt")
+        # One clip alone has no padding but what its extractor always adds, which the model reads as silence.
+        return {name: encoded[name][0] for name in _INPUTS["audio"] if name in encoded}
+
+    return encode
+
+
+_ENCODERS: dict[str, Callable[[Any, int], Callable[[Any], Features | None]]] = {
+    "text": _text_encoder,
+    "image": _image_encoder,
+    "audio": _audio_encoder,
+}
+
+
+def _encoded(
+    model: PreTrainedModel, example: Mapping[str, Any], arguments: set[str], max_length: int
+) -> Features | None:
+    """An example that is already tokenized (or otherwise processed), truncated; columns of no use are dropped."""
+    features = {
+        name: _tensor(value)
+        for name, value in example.items()
+        if name in arguments and value is not None and not is_label(name, model)
+    }
+    ids = features.get("input_ids")
+    if ids is None:
+        return features
+    if len(ids) == 0:
+        return None
+    if "attention_mask" in arguments and "attention_mask" not in features:
+        features["attention_mask"] = torch.ones_like(ids)
+    return {
+        name: value[:max_length] if value.ndim == 1 and len(value) == len(ids) else value
+        for name, value in features.items()
+    }
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    """A column's value; doubles of Python and NumPy are of the precision that models take."""
+    if isinstance(value, torch.Tensor):
+        return value
+    tensor = torch.as_tensor(np.asarray(value))
+    return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor

@@ -1,0 +1,278 @@
+"""Unlabeled data to calibration batches: read, tokenize, split, pad."""
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from huggingface_hub.utils import httpx
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..config import PruneConfig
+from ..models.running import Batch
+from .batches import CalibrationSet, cut_batches, is_divisible
+from .collation import collate, counts_of, group_by_length, is_batch, read_ready, split_ready
+from .decoding import add_decoder_inputs
+from .features import Features, example_columns, make_encoder, text_config
+
+logger = logging.get_logger(__name__)
+
+# Tries of a source that fails in a row, and seconds before the second one; each further wait is twice as long.
+_ATTEMPTS = 4
+_FIRST_WAIT = 1.0
+
+# Rows looked through for one without a missing value, to tell columns by.
+_HEAD = 16
+
+
+def prepare(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> CalibrationSet:
+    """Read `config.samples + config.held_out` samples and batch them for the model.
+
+    Data with a length is sampled without replacement, streams are shuffled through a buffer of as many samples as
+    are read, other iterables and ready batches are read in order. Blank texts are passed over. Samples are sorted by
+    length and padded on the right to the longest of their batch, whatever the tokenizer's padding side is: without
+    `position_ids` only then are a token's positions those it has alone. Waveforms are cut to the shortest instead.
+    Columns with labels are dropped, so that no loss is computed. Encoder-decoder models without decoder inputs get
+    the text shifted right where both sides share a vocabulary, or what the model generates (speech, images).
+
+    Args:
+        model: Any pretrained model; not changed.
+        data: A `datasets.Dataset` or `IterableDataset` (text, image or audio column, or already tokenized), or a
+            pandas `DataFrame` of such columns; a list of strings, images or waveforms; or ready batches (dicts of
+            tensors).
+        config: `samples`, `held_out`, `max_length`, `batch_size`, `shrinkage` and `seed` are read.
+        processing_class: Tokenizer, image processor, feature extractor or processor; not for processed data.
+
+    Raises:
+        ValueError: the data is empty or too short, has no fitting column, lacks its processing class, or holds token
+            ids that the model has no embedding for.
+        TypeError: the data is of a kind not listed above.
+    """
+    items, ready = _opened(model, data, config)
+    wanted = config.samples + config.held_out
+    if ready:
+        fit, held_out, counts = split_ready(read_ready(items, model, wanted), config)
+    else:
+        samples = _read_samples(model, items, processing_class, config, wanted)
+        counts = counts_of(len(samples), config)
+        pad_id = _pad_id(model, processing_class)
+        fit = [collate(group, pad_id) for group in group_by_length(samples[: counts[0]], config.batch_size, folds=2)]
+        held_out = [
+            collate(group, pad_id) for group in group_by_length(samples[counts[0] : sum(counts)], config.batch_size)
+        ]
+    for batch in fit + held_out:
+        _complete(model, batch)
+    return CalibrationSet(fit, held_out, *counts, source=_describe(data), model=model)
+
+
+def batch_some(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> list[Batch]:
+    """Batches of `config.samples` samples, or of all that there are: to compare models on, none is set aside.
+
+    Args:
+        model: As in `prepare`.
+        data: As in `prepare`.
+        config: `samples`, `max_length`, `batch_size` and `seed` are read.
+        processing_class: As in `prepare`.
+
+    Raises:
+        ValueError, TypeError: as in `prepare`, but one sample is enough.
+    """
+    items, ready = _opened(model, data, config)
+    if ready:
+        batches = read_ready(items, model, config.samples)
+        if all(map(is_divisible, batches)):
+            batches = cut_batches(batches, 0, config.samples, config.batch_size)
+    else:
+        samples = _read_samples(model, items, processing_class, config, config.samples)
+        if not samples:
+            raise ValueError(f"The data ({_describe(data)}) holds no sample that is not blank.")
+        pad_id = _pad_id(model, processing_class)
+        batches = [collate(group, pad_id) for group in group_by_length(samples, config.batch_size)]
+    for batch in batches:
+        _complete(model, batch)
+    return batches
+
+
+def batch_all(
+    model: PreTrainedModel, data: Any, processing_class: Any = None, *, max_length: int = 256, batch_size: int = 16
+) -> Iterator[Batch]:
+    """Batches of all of the data in its own order, one at a time, to evaluate on.
+
+    Args:
+        model: As in `prepare`.
+        data: As in `prepare`, but no ready batches.
+        processing_class: As in `prepare`.
+        max_length: Tokens that a text is truncated to.
+        batch_size: Samples in a batch.
+
+    Raises:
+        ValueError, TypeError: as in `prepare`; also a blank text, which would shift the samples against their labels.
+    """
+    items = iter(data)
+    pad_id = _pad_id(model, processing_class)
+    encoded = _encoded(model, items, processing_class, max_length)
+    while group := list(itertools.islice(encoded, batch_size)):
+        if None in group:
+            raise ValueError("A text to evaluate on is blank: filter it out, together with its label.")
+        batch = collate([features for features in group if features is not None], pad_id)
+        _complete(model, batch)
+        yield batch
+
+
+def _opened(model: PreTrainedModel, data: Any, config: PruneConfig) -> tuple[Iterator[Any], bool]:
+    """The items of the data, and whether they are ready batches."""
+    items = _items(model, data, config)
+    first = next(items, None)
+    if first is None:
+        raise ValueError(f"The calibration data ({_describe(data)}) is empty.")
+    return itertools.chain([first], items), is_batch(first, model)
+
+
+def _items(model: PreTrainedModel, data: Any, config: PruneConfig) -> Iterator[Any]:
+    """The items of the data in the order in which they are used."""
+    if isinstance(data, (DatasetDict, IterableDatasetDict)):
+        raise TypeError(f"Calibration data must be one split, choose one of {', '.join(map(repr, data))}.")
+    if isinstance(data, pd.DataFrame):
+        data = Dataset.from_pandas(data, preserve_index=False)
+    if isinstance(data, Mapping):
+        if not any(isinstance(value, torch.Tensor) for value in data.values()):
+            raise TypeError(
+                "A dict given as calibration data is one ready batch, but this one holds no tensors: tokenize with "
+                "return_tensors='pt', or pass columns as datasets.Dataset.from_dict(data). Keys found: "
+                f"{', '.join(map(repr, data)) or 'none'}."
+            )
+        yield data
+    elif isinstance(data, IterableDataset):
+        yield from _retrying(data.shuffle(seed=config.seed, buffer_size=config.samples + config.held_out))
+    elif (
+        isinstance(data, (Dataset, Sequence, torch.utils.data.Dataset))
+        and not isinstance(data, (str, bytes))
+        and hasattr(data, "__len__")
+    ):
+        order: Iterable[int] = range(len(data))
+        if len(data) and not is_batch(data[0], model):
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        yield from (data[i] for i in order)
+    elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, Path)):
+        yield from data
+    else:
+        raise TypeError(
+            "Calibration data must be a datasets.Dataset or IterableDataset, a list of strings or images, or an "
+            f"iterable of ready batches (dicts of tensors), got {type(data).__name__}."
+        )
+
+
+def _retrying(data: IterableDataset) -> Iterator[Any]:
+    """Items of a stream that can fail; it is started again, after a wait, behind the last item that came."""
+    seen = failures = 0
+    while True:
+        try:
+            for item in itertools.islice(iter(data), seen, None):
+                seen, failures = seen + 1, 0
+                yield item
+            return
+        except (OSError, httpx.HTTPError) as error:
+            failures += 1
+            if failures == _ATTEMPTS:
+                raise
+            wait = _FIRST_WAIT * 2 ** (failures - 1)
+            logger.warning(f"The calibration data failed after {seen} items, trying again in {wait:g} s: {error}")
+            time.sleep(wait)
+
+
+def _describe(data: Any) -> str:
+    kind = type(data).__name__
+    if isinstance(data, (Dataset, IterableDataset)):
+        name = data.info.dataset_name or data.info.builder_name
+        return " ".join(filter(None, (kind, name, data.split and f"split {data.split}")))
+    if isinstance(data, (list, tuple)) and data:
+        return f"{kind} of {type(data[0]).__name__}"
+    return kind
+
+
+def _read_samples(
+    model: PreTrainedModel, items: Iterator[Any], processing_class: Any, config: PruneConfig, wanted: int
+) -> list[Features]:
+    encoded = _encoded(model, items, processing_class, config.max_length)
+    return list(itertools.islice(filter(None, encoded), wanted))
+
+
+def _encoded(
+    model: PreTrainedModel, items: Iterator[Any], processing_class: Any, max_length: int
+) -> Iterator[Features | None]:
+    """Features of each item, `None` for blank texts."""
+    head = list(itertools.islice(items, _HEAD))
+    whole = (item for item in head if all(value is not None for value in example_columns(item).values()))
+    encode = make_encoder(
+        model, next(whole, head[0]), processing_class, _max_length(model, processing_class, max_length)
+    )
+    yield from (encode(example_columns(item)) for item in itertools.chain(head, items))
+
+
+def _max_length(model: PreTrainedModel, processing_class: Any, asked: int) -> int:
+    """Tokens that a text is truncated to: the least that is asked for, or that tokenizer or positions allow."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    limits = [
+        asked,
+        getattr(tokenizer, "model_max_length", None),
+        getattr(text_config(model), "max_position_embeddings", None),
+    ]
+    for name, module in model.named_modules():
+        # RoBERTa numbers positions from the padding index on: so many rows of the table are never reached.
+        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return int(min(limit for limit in limits if limit is not None and limit > 0))
+
+
+def _pad_id(model: PreTrainedModel, processing_class: Any) -> int:
+    """Token id to pad with. Padding is masked, so any will do for models whose tokenizer has none."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    candidates = (
+        getattr(tokenizer, "pad_token_id", None),
+        getattr(text_config(model), "pad_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    )
+    return next((candidate for candidate in candidates if candidate is not None and candidate >= 0), 0)
+
+
+def _complete(model: PreTrainedModel, batch: Batch) -> None:
+    """Check a batch against the model, and add the decoder inputs that it lacks."""
+    _check_ids(batch)
+    _check_vocabulary(model, batch)
+    add_decoder_inputs(model, batch)
+
+
+def _check_ids(batch: Batch) -> None:
+    for name in sorted({"input_ids", "decoder_input_ids"} & set(batch)):
+        ids = batch[name]
+        if ids.is_floating_point():
+            raise ValueError(f"{name} of the calibration data must be whole numbers, token ids; found {ids.dtype}.")
+        if ids.numel() and (least := int(ids.min())) < 0:
+            raise ValueError(
+                f"{name} of the calibration data holds {least}, but token ids are 0 or more: pad with a token's id "
+                "and mask the padding in the attention mask; -100 belongs into labels alone."
+            )
+
+
+def _check_vocabulary(model: PreTrainedModel, batch: Batch) -> None:
+    ids = batch.get("input_ids")
+    known = getattr(text_config(model), "vocab_size", None)
+    if ids is None or known is None:
+        return
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    if isinstance(embedding, nn.Embedding):
+        known = max(known, embedding.num_embeddings)
+    if (largest := int(ids.max())) >= known:
+        raise ValueError(
+            f"The calibration data holds token id {largest}, but {type(model).__name__} embeds {known} tokens: "
+            "the tokenizer belongs to another model."
+        )

@@ -1,0 +1,180 @@
+"""Find the prunable blocks of a model by what depends on what, not by what modules are called."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..blocks import Block, Discovery, Refusal, counted_once, parameters_per_unit, some_of
+from ..models.experts import all_running
+from ..models.forms import apart
+from ..models.linears import is_linear
+from ..models.offload import device_of
+from ..models.paths import layer_of
+from ..models.running import first_line, undisturbed
+from .attributes import settle
+from .probe_inputs import probe_inputs
+from .refusals import (
+    LEFT_WHOLE,
+    NO_ATTRIBUTE,
+    functional_products,
+    grouped_convolutions,
+    refuse_stacks,
+    unreached_modules,
+    unread_modules,
+    whole_stacks,
+)
+from .seeker import Seeker
+from .ties import tie_shared
+from .tracing import OUTPUT, traced
+
+
+def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Discovery:
+    """Find every block that can be shrunk exactly, and say why others cannot.
+
+    One forward with every linear's output cut and replaced by a fresh leaf isolates the blocks; vector-Jacobian
+    products of each consumer's input columns then give the producer rows that feed them. What is found is shrunk, by
+    a different number of units in each layer, and compared with the original under masks: only blocks that pass are
+    returned. The model is left exactly as it was.
+
+    Args:
+        model: Any model whose blocks are made of `nn.Linear`, `Conv1D` or convolutions; in memory, not on meta.
+        inputs: Keyword arguments of a small forward (two samples, a few tokens); `probe_inputs(model)` if omitted.
+
+    Experts that are stacked in one tensor are found one by one. Their blocks, and those of `nn.MultiheadAttention`,
+    can be shrunk inside of `stacked.apart(model)` only.
+
+    Returns:
+        Blocks in the order of the forward, and refusals.
+
+    Raises:
+        ValueError: the model is on meta, or no inputs can be made for it that its forward accepts.
+    """
+    if any(device_of(parameter).type == "meta" for parameter in model.parameters()):
+        raise ValueError("The model is on the meta device: load its weights before looking for blocks.")
+    if inputs is None:
+        inputs = _own_inputs(model)
+    with apart(model), all_running(model):
+        return _discover(model, inputs)
+
+
+def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
+    found: list[Block] = []
+    candidate: Block | Refusal | None
+    refusals: list[Refusal] = []
+    ran = called(model, inputs)
+    with traced(model, inputs) as trace:
+        seek = Seeker(model, trace)
+        for consumer in dict.fromkeys(read.reader for read in trace.reads):
+            if consumer in ran:  # a router may choose others by the outputs that a trace puts in
+                try:
+                    candidate = seek.candidate(consumer)
+                except RuntimeError as error:
+                    reason = f"what it reads cannot be differentiated: {first_line(error)}"
+                    candidate = Refusal(consumer, "unknown", reason, LEFT_WHOLE)
+                if isinstance(candidate, Block):
+                    found.append(candidate)
+                elif candidate is not None:
+                    refusals.append(candidate)
+    readers = {source.name: source.readers for sources in trace.sources for source in sources}
+    found, unequal = tie_shared(model, _named(model, found), readers)
+    found, clashes = _without_clashes(found)
+    found = _with_exact_queries(model, found, inputs)
+    blocks, inexact = settle(model, found, inputs)
+    failed = {block.name for block, _ in inexact if block.tie is not None}
+    if failed:
+        # What all layers share stays whole, and each cuts what it is given of it.
+        found = [_without_shared(model, block) if block.name in failed else block for block in found]
+        blocks, inexact = settle(model, found, inputs)
+    for block, reason in inexact:
+        if seek.shared[block.consumer]:
+            reason = f"its units share rows of {some_of(seek.shared[block.consumer])}, and {reason}"
+        elif block.consumer in seek.outside:
+            reason = f"{seek.outside[block.consumer]}, and {reason}"
+        refusals.append(Refusal(block.name, seek.presumed[block.consumer], reason, NO_ATTRIBUTE))
+    refusals += [Refusal(block.name, block.kind, reason, LEFT_WHOLE) for block, reason in unequal]
+    refusals += functional_products(model, readers, blocks)
+    refusals += grouped_convolutions(model, blocks)
+    refusals += unread_modules(model, {read.reader for read in trace.reads} - {OUTPUT} - readers.keys(), blocks)
+    refusals += unreached_modules(model, ran, {read.reader for read in trace.reads}, blocks)
+    layers = {layer for name, _ in model.named_modules() if name and (layer := layer_of(model, name)) is not None}
+    refusals += refuse_stacks(model, blocks, layers)
+    blocks, parts = whole_stacks(model, blocks)
+    return Discovery(counted_once(model, blocks), (*refusals, *clashes, *parts))
+
+
+def _own_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    inputs = probe_inputs(model)
+    try:
+        with undisturbed(model), torch.no_grad():
+            model(**inputs)
+    except Exception as error:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
+        raise ValueError(
+            f"{type(model).__name__} cannot run on the probe batch made for it ({shapes}): {first_line(error)}. Pass "
+            f"`inputs`, a small batch of your own."
+        ) from error
+    return inputs
+
+
+def called(model: nn.Module, inputs: Mapping[str, Any]) -> set[str]:
+    """Paths of the linears that a forward calls."""
+    paths: set[str] = set()
+    with undisturbed(model), torch.no_grad(), ExitStack() as stack:
+        for name, module in model.named_modules():
+            if is_linear(module):
+                hook = module.register_forward_pre_hook(lambda *_, name=name: paths.add(name))
+                stack.callback(hook.remove)
+        model(**inputs)
+    return paths
+
+
+def _named(model: nn.Module, blocks: list[Block]) -> list[Block]:
+    """Name each block after the module that holds it, with its kind where that module holds more than the block."""
+    paths = [block.owner for block in blocks]
+    names = []
+    for block, path in zip(blocks, paths, strict=True):
+        above = model.get_submodule(path.rpartition(".")[0])
+        alone = not any(other is not block and other.consumer.startswith(f"{path}.") for other in blocks)
+        layer = isinstance(above, (nn.ModuleList, nn.Sequential))
+        names.append(path if path and alone and not layer else f"{path}.{block.kind}".lstrip("."))
+    taken = Counter(names)
+    return [
+        replace(block, name=name if taken[name] == 1 else block.consumer)
+        for block, name in zip(blocks, names, strict=True)
+    ]
+
+
+def _with_exact_queries(model: nn.Module, blocks: list[Block], inputs: Mapping[str, Any]) -> list[Block]:
+    """The blocks, with query heads as units where it is exact to remove these; their attributes are settled."""
+    offered = [replace(block.queries, name=block.name) for block in blocks if block.queries and not block.tie]
+    exact = {block.name: block for block in settle(model, offered, inputs)[0] if block.tie is None}
+    return [replace(block, queries=exact.get(block.name)) for block in blocks]
+
+
+def _without_shared(model: nn.Module, block: Block) -> Block:
+    slices = [piece for piece in block.slices if not piece.shared]
+    return replace(block, tie=None, slices=tuple(slices), parameters_per_unit=parameters_per_unit(model, slices))
+
+
+def _without_clashes(blocks: list[Block]) -> tuple[list[Block], list[Refusal]]:
+    """Leave out blocks that would slice a tensor along a dimension that an earlier block slices."""
+    taken: dict[tuple[str, int], str] = {}
+    kept, refusals = [], []
+    for block in blocks:
+        clash = next((piece for piece in block.slices if (piece.tensor, piece.dim) in taken), None)
+        if clash is None:
+            kept.append(block)
+            taken.update({(piece.tensor, piece.dim): block.name for piece in block.slices})
+        else:
+            reason = f"rows of {clash.tensor!r} belong to {taken[clash.tensor, clash.dim]!r} as well"
+            refusals.append(
+                Refusal(block.name, block.kind, reason, "Prune one of the two blocks, then discover again.")
+            )
+    return kept, refusals

@@ -1,0 +1,153 @@
+"""Forwards of a model on a batch: placed, hooked, stopped half-way, and without a trace on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .offload import input_device
+from .precision import fast_products
+from .weights import caches
+
+Batch = dict[str, Any]
+
+
+class Reached(BaseException):
+    """Ends a forward at the module that was asked for; not an `Exception`, so that no model code swallows it."""
+
+
+def stop() -> NoReturn:
+    """End the forward of `Stream.run` in which something is called; the segment's output is then not computed."""
+    raise Reached
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """The model's forward on a batch, on the model's device, without gradients or key/value cache.
+
+    Returns `None` when the forward was stopped on purpose.
+    """
+    with torch.no_grad():
+        try:
+            return model(**placed(model, batch))
+        except Reached:
+            return None
+
+
+def placed(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Arguments of the model's forward, on the model's device, without key/value cache."""
+    device = input_device(model)
+    arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    if "use_cache" in signature(model.forward).parameters:
+        arguments.setdefault("use_cache", False)
+    return arguments
+
+
+def input_hook(tap: Callable[[torch.Tensor], None]) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tap(args[0] if args else next(iter(kwargs.values())))
+
+    return hook
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for the time being; the module's hooks stay."""
+    had = module.__dict__.get("forward")  # accelerate's hooks put a forward on the instance, too
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if had is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = had
+
+
+_SHRINKING = ("past_key_values", "attentions", "router_logits", "aux_loss")
+
+
+@contextmanager
+def stateless(model: nn.Module) -> Iterator[None]:
+    """On exit, tensors that modules keep between forwards as plain attributes (recurrent states) are as before."""
+    states = [
+        (module, {name: value for name, value in vars(module).items() if value is None or type(value) is torch.Tensor})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, state in states:
+            vars(module).update(state)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; on exit training flags, buffers, `requires_grad` and the RNG are as before."""
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    cached = [(module, name, value) for module in model.modules() for name, value in caches(module)]
+    with torch.random.fork_rng(), torch.inference_mode(False), stateless(model):
+        try:
+            model.eval()
+            for module, name, _ in cached:
+                setattr(module, name, {})
+            yield
+        finally:
+            for module, mode in training:
+                module.training = mode
+            for module, name, cache in cached:
+                setattr(module, name, cache)
+            for parameter, flag in trainable:
+                parameter.requires_grad_(flag)
+            for entries, before in buffers:
+                entries.clear()
+                entries.update(before)
+            with torch.no_grad():
+                for buffer, value in values:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+def floating_tensors(output: Any) -> Iterator[torch.Tensor]:
+    """Every floating tensor in a model's output, through tuples, lists and mappings, but not in caches.
+
+    Key/value caches and attention maps have one entry per head, and what routers say one per expert: they shrink with
+    the model.
+    """
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            if not any(name in key for name in _SHRINKING):
+                yield from floating_tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from floating_tensors(value)
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def forward_outputs(model: PreTrainedModel, batch: Batch) -> Mapping[str, Any]:
+    with undisturbed(model), fast_products(model), torch.no_grad():
+        output = model(**on_device(model, batch))
+    return output if isinstance(output, Mapping) else ModelOutput({str(i): value for i, value in enumerate(output)})
+
+
+def on_device(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    device = input_device(model)
+    if device.type == "meta":  # weights are offloaded, and accelerate's hooks move the inputs
+        return dict(batch)
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

@@ -1,0 +1,198 @@
+"""The model card of a pruned model: what the Hub reads in its header, what people read below it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers.utils import CONFIG_NAME, logging
+
+from ..config import PruneConfig
+from .plots import PLOTS
+from .records import PLOT_FOLDER
+from .report import PruneReport
+from .tables import block_table, markdown_table, refusal_table, summary_table
+
+logger = logging.get_logger(__name__)
+
+CARD_NAME = "README.md"
+TEMPLATE = Path(__file__).with_name("card_template.md")
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+UNIT_NAMES = {
+    "mlp": "MLP neurons",
+    "attention": "attention heads",
+    "channels": "convolution channels",
+    "experts": "experts",
+}
+
+# Of the relations the Hub knows (adapter, finetune, merge, quantized), the one that says "the weights were changed".
+RELATION = "finetune"
+
+
+def write_card(
+    folder: str | Path, report: PruneReport, repo_id: str, card_data: Mapping[str, Any] | None = None
+) -> Path:
+    """Write `README.md` into a folder that holds the saved model.
+
+    Args:
+        folder: With `config.json`; its plots are shown.
+        report: From `prune`.
+        repo_id: Where the model will be loaded from.
+        card_data: Metadata that replaces what is found out.
+
+    Returns:
+        Path of the card.
+    """
+    path = Path(folder) / CARD_NAME
+    model_card(report, repo_id, folder=folder, card_data=card_data).save(path)
+    return path
+
+
+def model_card(
+    report: PruneReport,
+    repo_id: str,
+    *,
+    folder: str | Path | None = None,
+    card_data: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """The card of a pruned model.
+
+    License, languages and task are those of the original model's card, if it is found on disk or on the Hub.
+
+    Args:
+        report: From `prune`.
+        repo_id: Where the model will be loaded from.
+        folder: With the saved model; tells which plots, processor and remote code there are.
+        card_data: Metadata that replaces what is found out, e.g. `license`, `base_model`, `datasets`.
+    """
+    title = repo_id.split("/")[-1]
+    base = base_card_data(report.model)
+    metadata = _metadata(report, base, title, card_data or {})
+    guarantees = [b.guarantee for b in report.blocks if b.guarantee is not None and b.units_after < b.units_before]
+    pruned = {b.kind for b in report.blocks if b.units_after < b.units_before}
+    base_model = metadata.get("base_model")
+    processor = _processor_class(folder)
+    return ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        report=report,
+        repo_id=repo_id,
+        title=title,
+        base=f"[{base_model}](https://huggingface.co/{base_model})"
+        if isinstance(base_model, str)
+        else f"`{Path(report.model).name or report.architecture}`",
+        units=" and ".join(name for kind, name in UNIT_NAMES.items() if kind in pruned) or "units",
+        summary=markdown_table(summary_table(report)),
+        plots=_plots(folder),
+        processor=processor,
+        imports=", ".join(sorted(filter(None, [report.architecture, processor]))),
+        auto_class=_auto_class(folder, report.architecture),
+        least_guarantee=min(guarantees, default=None),
+        block_table=markdown_table(block_table(report)),
+        refusal_table=markdown_table(refusal_table(report.refusals)),
+        settings=_settings(report.config),
+    )
+
+
+def base_card_data(model: str) -> dict[str, Any]:
+    """Metadata of the original model's card; empty when there is no card, or it cannot be reached or read.
+
+    Args:
+        model: Local folder or Hub id.
+    """
+    card = Path(model) / CARD_NAME
+    try:
+        if card.is_file():
+            return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        return ModelCard.load(model, ignore_metadata_errors=True).data.to_dict() if _is_hub_id(model) else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.info("No license or language is inherited, the card of %s cannot be read: %s", model, error)
+        return {}
+
+
+def _is_hub_id(model: str) -> bool:
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return not Path(model).exists()
+
+
+def _metadata(report: PruneReport, base: Mapping[str, Any], title: str, replaced: Mapping[str, Any]) -> ModelCardData:
+    values = {name: base[name] for name in INHERITED if name in base}
+    # A local folder has no id to name; what it derives from is then what this model derives from.
+    base_model = report.model if _is_hub_id(report.model) else base.get("base_model")
+    if base_model := replaced.get("base_model", base_model):
+        values.update(base_model=base_model, base_model_relation=RELATION)
+    if results := _results(report, base.get("pipeline_tag")):
+        values.update(eval_results=results, model_name=title)
+    values.update(library_name="transformers", tags=["subprune", "pruned"])
+    return ModelCardData(**{**values, **replaced})
+
+
+def _results(report: PruneReport, task: str | None) -> list[EvalResult]:
+    """Labelled metrics, and the drift where the task is known: every result of a card belongs to one."""
+    results = [
+        EvalResult(
+            task_type=metric.task,
+            dataset_type=metric.dataset,
+            dataset_name=metric.dataset,
+            dataset_split=metric.split or None,
+            metric_type=metric.name,
+            metric_value=round(metric.value.after, 6),
+        )
+        for metric in report.metrics
+    ]
+    if task:
+        source = str(report.data.get("source", "calibration data"))
+        results += [
+            EvalResult(
+                task_type=task,
+                dataset_type=source,
+                dataset_name=f"{source}, held out",
+                metric_type=name,
+                metric_name=f"{name.replace('_', ' ')} to the original model's output",
+                metric_value=round(value, 6),
+            )
+            for name, value in report.drift_figures.items()
+        ]
+    return results
+
+
+def _plots(folder: str | Path | None) -> dict[str, str]:
+    """Paths of the plots that were drawn, as the card links them, per title."""
+    if folder is None:
+        return {}
+    return {
+        title: f"{PLOT_FOLDER}/{name}"
+        for title, name in PLOTS.items()
+        if (Path(folder) / PLOT_FOLDER / name).is_file()
+    }
+
+
+def _processor_class(folder: str | Path | None) -> str | None:
+    """What loads the processor that was saved beside the model."""
+    if folder is None:
+        return None
+    if any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return "AutoProcessor"
+    return "AutoTokenizer" if (Path(folder) / "tokenizer_config.json").is_file() else None
+
+
+def _auto_class(folder: str | Path | None, architecture: str) -> str | None:
+    """Which Auto class builds the architecture from the remote code beside the model."""
+    if folder is None:
+        return None
+    config = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
+    served = {target.split(".")[-1]: name for name, target in sorted(config.get("auto_map", {}).items(), reverse=True)}
+    return served.get(architecture)
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    """Arguments of the `PruneConfig`, those with their default value left out."""
+    defaults = PruneConfig().to_dict()
+    return ", ".join(f"{name}={value!r}" for name, value in config.items() if value != defaults.get(name))

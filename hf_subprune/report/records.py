@@ -1,0 +1,169 @@
+"""What a pruning run did and what it measured: dataclasses, their JSON, and the names of files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..blocks import Block
+
+REPORT_NAME = "subprune_report.json"
+PAGE_NAME = "subprune_report.md"
+PLOT_FOLDER = "plots"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block before and after.
+
+    Args:
+        name: Of the block, as in `hf-subprune inspect`.
+        kind: `"mlp"`, `"attention"` or `"channels"`.
+        consumer: Dotted path of the module that reads the units and got new weights.
+        units_before: Number of units before.
+        units_after: Number of units after.
+        kept_units: Indices into the original units, sorted.
+        kept_columns: Indices into the original consumer's input columns, sorted.
+        fitted_error: Relative error `||A W - B_S V||^2 / ||A W||^2` of the consumer's output on the rows fitted on.
+        held_out_error: The same on rows that were never fitted on (an expert that gets none: on those fitted on).
+        shrinkage: The strength of the pull towards the original weights that was used (dimensionless); `None` when
+            nothing was reweighted.
+        method: How the units were selected.
+        guarantee: Lower bound on the captured fraction of what the best choice of this size could capture, in [0, 1];
+            `None` when none was computed.
+        seconds: Wall time of selection and reweighting.
+        curve: `(units kept, fitted error, held-out error)` of nested greedy sets, as the two errors above but with the
+            held-out one cross-fitted; a few points from few units to many, empty when the budget needed none.
+        predicted: `(units kept, drift)` of the model's output that the budget expected of pruning this block alone,
+            from few units to all; empty when the budget needed none.
+        stack: Dotted path of the module that stores the block together with the other experts of its layer; `None`
+            for a block on its own.
+    """
+
+    name: str
+    kind: str
+    consumer: str
+    units_before: int
+    units_after: int
+    kept_units: tuple[int, ...]
+    kept_columns: tuple[int, ...]
+    fitted_error: float
+    held_out_error: float
+    shrinkage: float | None
+    method: str
+    guarantee: float | None
+    seconds: float
+    curve: tuple[tuple[int, float, float], ...] = ()
+    predicted: tuple[tuple[int, float], ...] = ()
+    stack: str | None = None
+
+    @classmethod
+    def whole(cls, block: Block, **predictions: Any) -> "BlockReport":
+        """Of a block that keeps every unit; `predictions` are `curve` and `predicted`."""
+        return cls(
+            name=block.name,
+            kind=block.kind,
+            consumer=block.consumer,
+            units_before=block.units,
+            units_after=block.units,
+            kept_units=tuple(range(block.units)),
+            kept_columns=tuple(sorted(block.columns.flatten().tolist())),
+            fitted_error=0.0,
+            held_out_error=0.0,
+            shrinkage=None,
+            method="kept whole",
+            guarantee=1.0,
+            seconds=0.0,
+            stack=block.stack,
+            **predictions,
+        )
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure of the whole model before and after pruning."""
+
+    before: float
+    after: float
+
+    @property
+    def ratio(self) -> float:
+        """`after / before`."""
+        return self.after / self.before
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How big the model was to be, and how that was shared out.
+
+    Args:
+        budget: `"global"`, `"equal_loss"` or `"uniform"`.
+        target: `"keep"`, `"params"`, `"macs"`, `"latency"` or `"size"`.
+        unit: Of the figures below, in words.
+        limit: What was asked for.
+        reached: What it came to: counted, or for latency measured.
+        predicted_drift: Sum of the blocks' predicted drifts; `None` when none were predicted.
+        latencies: What was timed for a latency target: rows of kind, width, number of blocks narrowed, seconds.
+    """
+
+    budget: str
+    target: str
+    unit: str
+    limit: float
+    reached: float
+    predicted_drift: float | None = None
+    latencies: tuple[tuple[str, int, int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TaskMetric:
+    """A labelled metric of the whole model before and after pruning.
+
+    Args:
+        name: As in `evaluate`, e.g. `"accuracy"`, `"perplexity"`, `"spearmanr"`.
+        task: Of the Hub, e.g. `"text-classification"`.
+        dataset: Hub id or name of the data.
+        split: Of the data.
+        samples: Number of samples it was computed on.
+        value: Before and after.
+        before_interval: 95% confidence interval of the value before, `(low, high)`.
+        after_interval: The same of the value after.
+        change_interval: The same of the difference, after minus before, on the same samples.
+    """
+
+    name: str
+    task: str
+    dataset: str
+    split: str
+    samples: int
+    value: Change
+    before_interval: tuple[float, float] | None = None
+    after_interval: tuple[float, float] | None = None
+    change_interval: tuple[float, float] | None = None
+
+    @property
+    def data(self) -> str:
+        """Name of the data set and its split."""
+        return f"{self.dataset} {self.split}".rstrip()
+
+    def cells(self) -> tuple[str, str, str]:
+        """Before, after and change, each with its interval, as cells of a table."""
+        figures = (
+            (f"{self.value.before:.4g}", self.before_interval),
+            (f"{self.value.after:.4g}", self.after_interval),
+            (f"{self.value.after - self.value.before:+.4g}", self.change_interval),
+        )
+        before, after, change = (
+            figure if interval is None else f"{figure} [{interval[0]:.4g}, {interval[1]:.4g}]"
+            for figure, interval in figures
+        )
+        return before, after, change
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists, nested ones too, as tuples, which JSON cannot hold."""
+
+    def convert(value: Any) -> Any:
+        return tuple(map(convert, value)) if isinstance(value, (list, tuple)) else value
+
+    return {name: convert(value) for name, value in values.items()}

@@ -1,0 +1,139 @@
+"""Reports as tables to read, in a terminal and as Markdown."""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from ..blocks import Refusal
+from ..config import TWO_STREAMS, PruneConfig
+
+if TYPE_CHECKING:
+    from .records import BlockReport, Change, TaskMetric
+    from .report import PruneReport
+
+
+def summary_table(report: "PruneReport") -> Table:
+    """The whole model before and after, as a rich table."""
+    table = Table(title=f"{report.architecture} pruned, {report.layout} layout", title_justify="left")
+    for name in ("", "before", "after", "ratio"):
+        table.add_column(name, justify="left" if not name else "right")
+    table.add_row("parameters", *change_row(report.parameters, 1e6, "M"))
+    table.add_row("MACs a sample", *change_row(report.macs, 1e9, "G"))
+    if report.latency is not None:
+        table.add_row("latency", *change_row(report.latency, 1e-3, "ms"))
+    for metric in report.metrics:
+        table.add_row(
+            f"{metric.name.replace('_', ' ')}, {metric.data}", *metric.cells()[:2], f"{metric.value.ratio:.3f}"
+        )
+    for name, value in report.drift_figures.items():
+        table.add_row(f"held-out {name.replace('_', ' ')}", "", f"{value:.4g}", "")
+    measured = f"Latency: {in_words(report.measured_on)}. " if report.latency else ""
+    table.caption = f"{measured}Layout: {report.layout_reason}"
+    table.caption_justify = "left"
+    return table
+
+
+def block_table(report: "PruneReport") -> Table:
+    """One row for each block that lost units, or for all experts of a layer, as a rich table."""
+    table = Table(title="Blocks", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("block", overflow="fold")
+    for name in ("kept", "fitted", "held out", "shrink", "optimum"):
+        table.add_column(name, justify="right", no_wrap=True)
+    pruned = [b for b in report.blocks if b.units_after < b.units_before]
+    groups: dict[str, list[BlockReport]] = {}
+    for b in pruned:
+        groups.setdefault(b.name if b.stack is None else f"{b.stack}.*", []).append(b)
+    for name, group in groups.items():
+        b, shrinkages = group[0], [b.shrinkage for b in group if b.shrinkage is not None]
+        guarantees = [b.guarantee for b in group if b.guarantee is not None]
+        table.add_row(
+            name,
+            f"{b.units_after}/{b.units_before}",
+            f"{mean(b.fitted_error for b in group):.4f}",
+            f"{mean(b.held_out_error for b in group):.4f}",
+            "..".join(dict.fromkeys(f"{end(shrinkages):.2g}" for end in (min, max) if shrinkages)),
+            f">={min(guarantees):.1%}" if guarantees else "",
+        )
+    whole = len(report.blocks) - len(pruned)
+    table.caption = (
+        "kept: units after and before. fitted, held out: relative squared error of what the units' consumer "
+        "computes, on the rows fitted on and on others. shrink: pull towards the original weights. optimum: the "
+        "units kept capture at least this part of what any choice of as many could."
+    )
+    told = {name: report.config[name] for name in ("variant", "reweight") if name in report.config}
+    if PruneConfig(**told).streams() in TWO_STREAMS:
+        table.caption += " Errors include what earlier blocks have done to this one, as far as it cannot mend it."
+    if len(groups) < len(pruned):
+        table.caption += " Experts of a layer (*): mean errors, range of the pull, least bound."
+    if whole:
+        table.caption += f" Kept whole: {whole} further blocks."
+    table.caption_justify = "left"
+    return table
+
+
+def render(*parts: Any, width: int = 120) -> str:
+    """Rich renderables as plain text."""
+    console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None, markup=False)
+    console.print(Group(*parts))
+    return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
+
+
+def markdown_table(table: Table | Text) -> str:
+    """A rich table as a Markdown one, its caption as a paragraph below; the title is left to a heading.
+
+    Anything else, such as the text that stands in for an empty table, is written as it is.
+    """
+    if not isinstance(table, Table):
+        return render(table)
+    rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    cells = zip(*(column.cells for column in table.columns), strict=True)
+    rows: list[Iterable[object]] = [[column.header for column in table.columns], rules, *cells]
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + (f"\n\n{table.caption}" if table.caption else "")
+
+
+def refusal_table(refusals: Sequence[Refusal]) -> Table | Text:
+    """What is left whole, why, and what to do, as a rich table."""
+    if not refusals:
+        return Text("Nothing was refused.")
+    table = Table(title="Left whole", title_justify="left")
+    for name in ("block", "kind", "reason", "what you can do"):
+        table.add_column(name, overflow="fold")
+    for r in refusals:
+        table.add_row(r.name, r.kind, r.reason, r.advice)
+    return table
+
+
+def metric_table(metrics: Sequence["TaskMetric"]) -> Table:
+    """Figures of a labelled task, as a rich table.
+
+    Args:
+        metrics: On the same data.
+    """
+    table = Table(title=f"{metrics[0].task} on {metrics[0].data}", title_justify="left")
+    for name in ("", "original", "pruned", "change"):
+        table.add_column(name, justify="right" if name else "left")
+    for metric in metrics:
+        table.add_row(metric.name.replace("_", " "), *metric.cells())
+    table.caption = f"In brackets: 95% intervals of the paired bootstrap over {metrics[0].samples} samples."
+    table.caption_justify = "left"
+    return table
+
+
+def in_words(measured_on: Mapping[str, Any]) -> str:
+    """What a latency was measured on: batch, length, device and threads."""
+    length, threads = measured_on.get("length"), measured_on.get("threads")
+    parts = [f"batch {measured_on.get('batch_size')}", f"length {length}" if length else "", measured_on.get("device")]
+    return ", ".join(filter(None, [*parts, f"{threads} thread" + "s" * (threads != 1)]))
+
+
+def change_row(change: "Change", scale: float = 1.0, unit: str = "") -> tuple[str, str, str]:
+    """Cells before, after and ratio of a table; values are shown in `unit`, which is `scale` of theirs."""
+    before, after = (f"{value / scale:.4g} {unit}".rstrip() for value in (change.before, change.after))
+    return before, after, f"{change.ratio:.3f}"

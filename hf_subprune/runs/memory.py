@@ -1,0 +1,43 @@
+"""Memory that a run takes, and how it gives it back."""
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Of glibc; other C libraries give memory back by themselves, or not at all.
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_trim, _mallopt = getattr(_libc, "malloc_trim", None), getattr(_libc, "mallopt", None)
+
+# Pieces of this size and more are pages of their own: by default, and after large ones have been freed.
+_MMAP_THRESHOLD, _FIRST, _GROWN = -3, 128 * 2**10, 32 * 2**20
+
+
+def release_memory() -> None:
+    """Give the system back what was freed: the C library keeps it between pieces in use, more of it layer by layer."""
+    if _trim is not None:
+        _trim(0)
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Large tensors go back to the system when they are freed, whatever was allocated in between.
+
+    The C library raises the size from which this is so to that of the largest piece freed, up to 32 MiB. What lies
+    between smaller ones then keeps memory, more of it layer by layer, that `release_memory` cannot give back in the
+    middle of a layer. It takes more of the system's time.
+    """
+    if _mallopt is not None:
+        _mallopt(_MMAP_THRESHOLD, _FIRST)
+    try:
+        yield
+    finally:
+        if _mallopt is not None:
+            _mallopt(_MMAP_THRESHOLD, _GROWN)
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    import resource  # POSIX only
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,261 @@
+"""A block's loss at every width, from its moments: what budgets are made of. Tensors only."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .factorisation import factorise
+from .moments import Moments, combine, restrict
+from .problem import columns_of
+from .selection import greedy, nested
+from .solve import PRIOR_SHRINKAGE, metric_root, regularise, selection_shrinkage
+
+# Fractions of the units at which the loss is computed; in between it is interpolated.
+_FRACTIONS = (0.03, 0.08, 0.15, 0.25, 0.35, 0.5, 0.7, 0.9)
+# Up to this many columns fits are in float64; wider ones in float32, losses being compared to a few digits.
+_DOUBLE_BELOW = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A block at one width, fitted on the first fold.
+
+    Args:
+        kept: `(k,)` int64, sorted units.
+        V: `(k * c, m)`, new weights.
+        bias_shift: `(m,)`.
+        error: On the other folds' rows, in the units of the metric, a row.
+    """
+
+    kept: torch.Tensor
+    V: torch.Tensor
+    bias_shift: torch.Tensor
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class LossCurve:
+    """Error of a block's output on unseen rows against its width, along nested greedy sets.
+
+    Args:
+        points: `(width, error)`, ascending, the full width with error 0 last; in the units of the metric, a row.
+        errors: `(width, fitted, held out)`, ascending: relative error of the output, all outputs alike, to expect of a
+            fit on all rows, on these rows and on others; without the full width.
+        order: `(units,)` int64; the first `k` are the greedy set of size `k`.
+        trials: By width, for the widths that were asked for.
+    """
+
+    points: tuple[tuple[int, float], ...]
+    errors: tuple[tuple[int, float, float], ...]
+    order: torch.Tensor
+    trials: dict[int, Trial]
+
+    def of_share(self, share: float) -> "LossCurve":
+        """The curve of a block that this share of the rows reaches, as an expert: its loss a row of all of them."""
+        points = tuple((width, share * error) for width, error in self.points)
+        trials = {width: replace(trial, error=share * trial.error) for width, trial in self.trials.items()}
+        return replace(self, points=points, trials=trials)
+
+
+def loss_curve(
+    folds: Sequence[Moments],
+    W: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    shrinkage: float | str = "auto",
+    output_metric: torch.Tensor | None = None,
+    reweight_kept: bool = True,
+    trial_fractions: Sequence[float] = (),
+    order: torch.Tensor | None = None,
+) -> LossCurve:
+    """One greedy run for the nested sets, then fits on one fold scored on the other at some eight widths.
+
+    Args:
+        folds: Moments of disjoint parts of the calibration rows; with one fold, errors are those fitted.
+        W: `(n, m)`, the consumer's weight, inputs by outputs.
+        groups: `(units, c)` int64, columns of each unit.
+        shrinkage: lambda; 0.1 for `"auto"`.
+        output_metric: `(m, m)`, `M`, which weighs errors; all outputs count alike without.
+        reweight_kept: Whether the weights on kept units are solved for.
+        trial_fractions: Of the units, for the widths whose fits are returned; they need two folds.
+        order: `(units,)` int64, whose beginnings are the nested sets, for a block that must keep what others keep; one
+            greedy run chooses them without.
+    """
+    shrinkage = PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
+    root = None if output_metric is None else metric_root(output_metric)
+    total = combine(folds)
+    H, C, t = regularise(total, W, shrinkage, root)
+    units = len(groups)
+    path = greedy(H, C, units, groups=groups, t=t) if order is None else nested(H, C, order, groups, t)
+    del H, C
+    tried = {_width(units, f) for f in trial_fractions} if len(folds) > 1 else set()
+    along = groups[path.order.to(groups.device)]
+    parts = [_Fold(fold, W, along.reshape(-1), root, shrinkage if reweight_kept else None) for fold in folds]
+    energy = sum(fold.t for fold in folds)
+    points, errors, trials = [], [], {}
+    for width in sorted({_width(units, f) for f in _FRACTIONS} | tried):
+        if width == units:
+            continue
+        fits = [part.fit(width * groups.shape[1]) for part in parts]
+        table = torch.stack([torch.stack([part.errors(*fit) for part in parts]) for fit in fits])
+        if width in tried:
+            V, shift = fits[0]
+            place = path.order[:width].argsort().to(V.device)
+            sorted_V = V.view(width, -1, V.shape[1])[place].flatten(0, 1)
+            error = float(table[0, 1:, 1].sum()) / sum(f.rows for f in folds[1:])
+            trials[width] = Trial(path.kept(width), sorted_V, shift, error)
+        fitted, unseen = _to_expect(table)
+        points.append((width, float(unseen[1]) / total.rows))
+        if energy > 0:
+            errors.append((width, float(fitted[0]) / energy, float(unseen[0]) / energy))
+    return LossCurve((*points, (units, 0.0)), tuple(errors), path.order, trials)
+
+
+def losses_of_sets(
+    folds: Sequence[Moments],
+    W: torch.Tensor,
+    groups: torch.Tensor,
+    sets: int,
+    *,
+    shrinkage: float | str = "auto",
+    output_metric: torch.Tensor | None = None,
+    reweight_kept: bool = True,
+) -> tuple[tuple[int, float], ...]:
+    """`LossCurve.points` where as many units of each set are kept, at every such width but the full one.
+
+    Args:
+        folds: As in `loss_curve`, with all further arguments.
+        W: `(n, m)`.
+        groups: `(units, c)` int64, those of each set side by side.
+        sets: Number of them.
+    """
+    root = None if output_metric is None else metric_root(output_metric)
+    H, C, _ = regularise(combine(folds), W, selection_shrinkage(shrinkage), root)
+    points = []
+    for width in range(sets, len(groups), sets):
+        columns = columns_of(greedy(H, C, width, groups=groups, sets=sets).kept(width), groups)
+        loss = expected_loss(
+            folds, W, columns, shrinkage=shrinkage, output_metric=output_metric, reweight_kept=reweight_kept
+        )
+        points.append((width, loss))
+    return tuple(points)
+
+
+def expected_loss(
+    folds: Sequence[Moments],
+    W: torch.Tensor,
+    columns: torch.Tensor,
+    *,
+    shrinkage: float | str = "auto",
+    output_metric: torch.Tensor | None = None,
+    reweight_kept: bool = True,
+) -> float:
+    """What a block loses that keeps some columns `(k,)`: the error that `loss_curve` has at a width."""
+    ridge = PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
+    root = None if output_metric is None else metric_root(output_metric)
+    others = torch.ones(len(W), dtype=torch.bool, device=columns.device).index_fill(0, columns, False).nonzero()[:, 0]
+    along = torch.cat([columns, others])
+    parts = [_Fold(fold, W, along, root, ridge if reweight_kept else None) for fold in folds]
+    fits = [part.fit(len(columns)) for part in parts]
+    _, unseen = _to_expect(torch.stack([torch.stack([part.errors(*fit) for part in parts]) for fit in fits]))
+    return float(unseen[1]) / sum(fold.rows for fold in folds)
+
+
+def _to_expect(errors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Errors to expect of a fit on all folds, from those of fits on each of them.
+
+    Fits on half of the rows overfit more than the fit on all of them will: to first order the excess of the error on
+    unseen rows over the noise goes with 1 / rows, and the error on the rows fitted on falls short by as much. Of fits
+    on one of two folds, the error to expect of a fit on both is then 3/4 of the unseen plus 1/4 of the fitted error,
+    and on the rows fitted on the other way round.
+
+    Args:
+        errors: `(folds, folds, 2)`, of a fit on the one fold, on the rows of the other.
+
+    Returns:
+        `(2,)` each: on the rows fitted on, and on as many others.
+    """
+    fitted = errors.diagonal().sum(1)
+    unseen = (errors.sum((0, 1)) - fitted) / (len(errors) - 1) if len(errors) > 1 else fitted
+    return 0.75 * fitted + 0.25 * unseen, 0.25 * fitted + 0.75 * unseen
+
+
+def _width(units: int, fraction: float) -> int:
+    return max(1, math.floor(fraction * units))
+
+
+class _Fold:
+    """Fits on one fold, and errors on it, of the nested sets of a path.
+
+    The columns are in the order of the path: one Cholesky factor, and one forward substitution, are those of all sets.
+
+    Args:
+        moments: Of the fold.
+        W: `(n, m)`.
+        along: `(n,)` int64, the columns in the order of the path.
+        root: `(m, r)` with `M = root root'`, which weighs errors.
+        shrinkage: lambda of the fits; `None` leaves the weights as they are.
+    """
+
+    def __init__(
+        self,
+        moments: Moments,
+        W: torch.Tensor,
+        along: torch.Tensor,
+        root: torch.Tensor | None,
+        shrinkage: float | None,
+    ):
+        kept = restrict(moments, along, torch.float32 if len(along) > _DOUBLE_BELOW else torch.float64)
+        self.moments, self.W = kept, W.to(kept.H)[along]
+        self.root = None if root is None else root.to(kept.H)
+        if self.root is not None:
+            # With a root, the target is the input times the weight: that of another model has no such sums.
+            self.C = kept.C @ self.root
+            self.t = float(((self.W @ self.root) * self.C).sum(dtype=torch.float64))
+        self._factor: torch.Tensor | None = None
+        if shrinkage is not None:
+            ridge = shrinkage * float(kept.H.diagonal().mean())
+            H = kept.H.clone()
+            H.diagonal().add_(ridge)
+            self._factor, self._scale, _ = factorise(H, dtype=H.dtype)
+            scaled = (kept.C + ridge * self.W) * self._scale[:, None]
+            self._half = torch.linalg.solve_triangular(self._factor, scaled, upper=False)
+
+    def fit(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """New weights `(k, m)` of the first `k` columns, and the change of the bias `(m,)`."""
+        if self._factor is None:
+            return self.W[:k], torch.zeros_like(self.moments.target_mean)
+        V = torch.linalg.solve_triangular(self._factor[:k, :k].T, self._half[:k], upper=True) * self._scale[:k, None]
+        shift = torch.zeros_like(self.moments.target_mean)
+        if self.moments.intercept:
+            shift = self.moments.target_mean - self.moments.input_mean[:k] @ V
+        return V, shift
+
+    def errors(self, V: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """The squared error that weights of the first columns make on the fold's rows.
+
+        Args:
+            V: `(k, m)`.
+            shift: `(m,)`, the change of the bias.
+
+        Returns:
+            `(2,)` float64 on the CPU: of all outputs alike, and in the units of the metric.
+        """
+        moments, root, k = self.moments, self.root, len(V)
+        mismatch = moments.target_mean - moments.input_mean[:k] @ V - shift
+        product = moments.H[:k, :k] @ V
+        alike = self._error(moments.t, V, product, moments.C[:k], mismatch)
+        if root is None:
+            return torch.tensor([alike, alike], dtype=torch.float64)
+        weighed = self._error(self.t, V @ root, product @ root, self.C[:k], mismatch @ root)
+        return torch.tensor([alike, weighed], dtype=torch.float64)
+
+    def _error(
+        self, t: float, V: torch.Tensor, product: torch.Tensor, C: torch.Tensor, mismatch: torch.Tensor
+    ) -> float:
+        error = t + float((V * (product - 2 * C)).sum(dtype=torch.float64))
+        if self.moments.intercept:
+            error += self.moments.rows * float(mismatch.square().sum(dtype=torch.float64))
+        return max(error, 0.0)

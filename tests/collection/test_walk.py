@@ -1,0 +1,191 @@
+import re
+
+import pytest
+import torch
+from batches import ready_batches, rows
+from tiny import tiny
+
+from hf_subprune.collection.planning import plan
+from hf_subprune.collection.walk import collect
+from hf_subprune.config import PruneConfig
+from hf_subprune.data.reading import prepare
+from hf_subprune.discovery.discover import discover
+from hf_subprune.models.linears import weight_matrix
+from hf_subprune.solver.moments import combine
+from hf_subprune.surgery.edits import shrink
+
+CONFIG = PruneConfig(samples=20, held_out=4, batch_size=4)
+
+
+def prepared(family, **overrides):
+    model = tiny(family, **overrides)
+    calibration = prepare(model, ready_batches(model), CONFIG)
+    blocks = discover(model, calibration.probe).blocks
+    return model, calibration, blocks, plan(model, blocks, calibration.probe)
+
+
+def check(moments, model, block, B, Y=None):
+    consumer = model.get_submodule(block.consumer)
+    W = weight_matrix(consumer).double()
+    Y = B @ W if Y is None else Y
+    if consumer.bias is not None:
+        B, Y = B - B.mean(0), Y - Y.mean(0)
+    found = combine([fold.moments(W) for fold in moments.folds])
+    assert found.rows == len(B)
+    torch.testing.assert_close(found.H, B.T @ B, rtol=1e-4, atol=1e-5 * float(found.H.diagonal().max()))
+    torch.testing.assert_close(found.C, B.T @ Y, rtol=1e-4, atol=1e-5 * float(found.C.abs().max()))
+    assert found.t == pytest.approx(float(Y.square().sum()), rel=1e-4)
+
+
+def changed(model, block):
+    """Half of a block, with weights that change the blocks behind it."""
+    kept = torch.arange(max(1, block.units // 2))
+    W = weight_matrix(model.get_submodule(block.consumer))
+    return shrink(model, block, kept, weight=1.5 * W[block.columns[kept].flatten().sort().values])
+
+
+def run(model, calibration, blocks, variant, inspect):
+    """Collect, let `inspect` look at each block, and change it; tied blocks are changed before where streams run."""
+    edits = {}
+    if variant != "layer":
+        edits = {block.name: changed(model, block) for block in blocks if block.tie}
+        blocks = [block for block in blocks if not block.tie]
+    for block, moments in collect(model, plan(model, blocks, calibration.probe), calibration, variant, edits):
+        inspect(block, moments)
+        edits[block.name] = changed(model, block)
+    return edits
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "albert", "vit"])
+def test_layer_collects_the_original_model_s_moments(family):
+    model, calibration, blocks, _ = prepared(family)
+    original, *_ = prepared(family)
+    found = []
+
+    def inspect(block, moments):
+        found.append(block.name)
+        check(moments, original, block, rows(original, calibration, block.consumer))
+
+    run(model, calibration, blocks, "layer", inspect)
+    assert sorted(found) == sorted(b.name for b in blocks)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "mpnet"])
+def test_seq_collects_the_moments_of_the_model_as_pruned_so_far(family):
+    model, calibration, blocks, _ = prepared(family)
+    run(
+        model,
+        calibration,
+        blocks,
+        "seq",
+        lambda block, moments: check(moments, model, block, rows(model, calibration, block.consumer)),
+    )
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "mpnet"])
+def test_asym_pairs_pruned_inputs_with_original_targets(family):
+    model, calibration, blocks, _ = prepared(family)
+    original, *_ = prepared(family)
+
+    def inspect(block, moments):
+        consumer = original.get_submodule(block.consumer)
+        Y = rows(original, calibration, block.consumer, output=True)
+        if consumer.bias is not None:
+            Y = Y - consumer.bias.double()
+        check(moments, model, block, rows(model, calibration, block.consumer), Y)
+
+    run(model, calibration, blocks, "asym", inspect)
+
+
+RESIDUALS = {  # modules that read what the consumer's output is added to
+    "bert": {"attention": "", "mlp": "intermediate"},
+    "llama": {"attention": "input_layernorm", "mlp": "post_attention_layernorm"},
+}
+
+
+@pytest.mark.parametrize("family", RESIDUALS)
+def test_residual_adds_to_the_targets_what_the_residual_stream_has_lost(family):
+    model, calibration, blocks, _ = prepared(family)
+    original, *_ = prepared(family)
+    lost = []
+
+    def inspect(block, moments):
+        consumer = original.get_submodule(block.consumer)
+        Y = rows(original, calibration, block.consumer, output=True)
+        if consumer.bias is not None:
+            Y = Y - consumer.bias.double()
+        layer = re.match(r".*layers?\.\d+", block.name).group()
+        path = f"{layer}.{RESIDUALS[family][block.kind]}".rstrip(".")
+        rest = rows(original, calibration, path) - rows(model, calibration, path)
+        lost.append(float(rest.norm()))
+        check(moments, model, block, rows(model, calibration, block.consumer), Y + rest)
+
+    run(model, calibration, blocks, "residual", inspect)
+    assert lost[0] == 0 and all(lost[1:])
+
+
+def test_residual_is_asym_where_outputs_are_normalised_before_they_are_added():
+    sums = {}
+    for variant in ("asym", "residual"):
+        model, calibration, blocks, _ = prepared("gemma2")
+        blocks = [block for block in blocks if block.kind == "mlp"]
+
+        def inspect(block, moments, variant=variant):
+            sums.setdefault(block.name, {})[variant] = moments.folds[0].sums()
+
+        run(model, calibration, blocks, variant, inspect)
+    for found in sums.values():
+        for one, other in zip(found["asym"], found["residual"], strict=True):
+            assert torch.equal(one, other)
+
+
+def test_folds_split_the_batches_and_the_held_out_ones_stay_apart():
+    model, calibration, _, segments = prepared("bert")
+    _, moments = next(collect(model, segments, calibration, "layer", {}))
+    tokens = [int(batch["attention_mask"].sum()) for batch in calibration.fit]
+    assert [fold.rows for fold in moments.folds] == [sum(tokens[0::2]), sum(tokens[1::2])]
+    assert moments.held_out.rows == sum(int(batch["attention_mask"].sum()) for batch in calibration.held_out)
+
+
+@pytest.mark.parametrize("variant", ["layer", "seq", "asym", "residual"])
+def test_activations_that_are_not_finite_name_the_block_and_the_sample(variant):
+    model = tiny("vit")
+    batches = ready_batches(model)
+    batches[1]["pixel_values"][2] = float("nan")
+    calibration = prepare(model, batches, CONFIG)
+    blocks = discover(model).blocks
+    segments = plan(model, blocks, ready_batches(model, count=1)[0])
+    with pytest.raises(ValueError, match=rf"{blocks[0].name}.*NaN or inf.*samples? .*2"):
+        next(collect(model, segments, calibration, variant, {}))
+
+
+def test_tokens_of_two_models_that_cannot_be_paired_are_refused():
+    """As in speech synthesis, where predicted durations decide on lengths."""
+    model, calibration, blocks, segments = prepared("llama")
+    walk = collect(model, segments, calibration, "asym", {})
+    next(walk)  # by now the targets of the layer are there
+    module = model.model.layers[0].mlp
+    run = module.forward
+    module.forward = lambda hidden: run(hidden[:, 1:])
+    with pytest.raises(
+        ValueError, match=rf"{blocks[1].name}.* reads \d+ tokens of batch 0 .*but \d+ .*variant='layer'"
+    ):
+        next(walk)
+
+
+def test_sums_of_wide_blocks_take_half_the_memory_and_hold_six_digits(monkeypatch):
+    model, calibration, _, segments = prepared("llama")
+
+    def sums():
+        return {b.name: m for b, m in collect(model, segments, calibration, "layer", {})}
+
+    expected = sums()
+    wide = max(len(moments.held_out.sums()[1]) for moments in expected.values())
+    monkeypatch.setattr("hf_subprune.collection.block_moments._DOUBLE_UP_TO", wide - 1)
+    for name, found in sums().items():
+        for one, other in zip(
+            (*found.folds, found.held_out), (*expected[name].folds, expected[name].held_out), strict=True
+        ):
+            gram, exact = one.sums()[0], other.sums()[0]
+            assert gram.dtype == (torch.float32 if len(gram) == wide else torch.float64)
+            assert float((gram - exact).norm() / exact.norm()) < 1e-6

