@@ -21,8 +21,8 @@ from .blocks import Block, by_stack, by_tie, some_of
 from .collection.block_moments import BlockMoments
 from .collection.walk import finished_segments
 from .config import TARGETS, PruneConfig
-from .data.batches import CalibrationSet, with_fitting_batches
-from .data.reading import prepare
+from .data.batches import Samples, with_fitting_batches
+from .data.reading import read
 from .evaluation.costs import Costs, circumstances, count, measure_latency
 from .evaluation.drift import Outputs, drift, model_outputs
 from .models.forms import apart, put_together
@@ -62,7 +62,7 @@ def prune(
             (`device_map`), with weights offloaded to the CPU or to disk, and stays so; new weights of offloaded layers
             are held in the CPU's memory.
         data: `datasets.Dataset` or `IterableDataset`, pandas `DataFrame`, list of strings, list of images, or iterable
-            of ready batches (dicts of tensors). See `calibration.prepare`.
+            of ready batches (dicts of tensors). See `data.reading.read`.
         config: What to keep and how, or a dict of the fields of `PruneConfig`; `PruneConfig()` when left out.
         processing_class: Tokenizer, image processor or processor, as in `Trainer`; not needed for ready batches.
         evaluation: Quality of a model, more is better, for budget `"equal_loss"` in the paper's labelled form. It is
@@ -84,7 +84,7 @@ def prune(
         return _prune_experts_first(model, data, config, processing_class, evaluation)
     check_prunable(model, offloaded=True)
 
-    def run(calibration: CalibrationSet, _size: int) -> PruneReport:
+    def run(calibration: Samples, _size: int) -> PruneReport:
         with ExitStack() as undo:
             report = prune_to(Calibrated(model, calibration, [config], evaluation, clock=clock), config, undo)
             undo.pop_all()
@@ -139,12 +139,10 @@ def prune_sizes(
                 yield report
 
 
-def _prepared(
-    model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any
-) -> tuple[Clock, CalibrationSet]:
+def _prepared(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any) -> tuple[Clock, Samples]:
     clock = Clock()
     with clock("data"):
-        return clock, prepare(model, data, config, processing_class)
+        return clock, read(model, data, config, processing_class)
 
 
 Chosen = tuple[torch.Tensor, str]
@@ -244,7 +242,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
 
 def _outcome(
     model: PreTrainedModel,
-    calibration: CalibrationSet,
+    calibration: Samples,
     before: Costs,
     latency: Change | None,
     reference: Sequence[Outputs],

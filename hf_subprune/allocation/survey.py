@@ -19,7 +19,7 @@ from ..collection.segments import Plan
 from ..collection.sensitivity import Means, activation_gradients, output_metrics
 from ..collection.walk import collect
 from ..config import TWO_STREAMS, PruneConfig
-from ..data.batches import CalibrationSet
+from ..data.batches import Samples
 from ..discovery.discover import discover
 from ..evaluation.costs import Costs, count, times_in_turn
 from ..evaluation.drift import Outputs, model_outputs
@@ -83,7 +83,7 @@ class Calibrated:
     def __init__(
         self,
         model: PreTrainedModel,
-        calibration: CalibrationSet,
+        calibration: Samples,
         configs: Sequence[PruneConfig],
         evaluation: Callable[[PreTrainedModel], float] | None = None,
         folder: Path | None = None,

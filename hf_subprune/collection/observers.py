@@ -12,7 +12,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from ..blocks import Block
-from ..data.batches import CalibrationSet
+from ..data.batches import Samples
 from ..models.experts import routed_tokens
 from ..models.linears import feature_axis, input_rows, matrix_shape, output_positions, output_rows
 from ..models.offload import device_of
@@ -63,7 +63,7 @@ class Tap:
         self,
         model: nn.Module,
         block: Block,
-        calibration: CalibrationSet,
+        calibration: Samples,
         targets: Targets | None,
         addition: Addition | None,
         calls: int,

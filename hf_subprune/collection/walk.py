@@ -10,7 +10,7 @@ from torch import nn
 
 from ..blocks import Block, by_stack
 from ..config import TWO_STREAMS
-from ..data.batches import CalibrationSet
+from ..data.batches import Samples
 from ..models.offload import loaded
 from ..runs.durable import write_json
 from ..runs.processes import add_up, from_all, own_share, processes
@@ -27,7 +27,7 @@ _STATE = "state.json"
 def collect(
     model: nn.Module,
     plan: Plan,
-    calibration: CalibrationSet,
+    calibration: Samples,
     variant: str,
     edits: Mapping[str, Edit],
     advanced: Callable[[], None] = lambda: None,
