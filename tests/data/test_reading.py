@@ -341,15 +341,15 @@ def test_batches_of_patches_are_counted_by_their_images(bert):
 
 
 def test_no_more_batches_are_read_than_needed(bert):
-    read = []
+    given = []
 
     def source():
         for i in range(1000):
-            read.append(i)
+            given.append(i)
             yield {"input_ids": torch.full((4, 5), 3)}
 
     read(bert, source(), PruneConfig(**SMALL))
-    assert len(read) == 3
+    assert len(given) == 3
 
 
 def test_answer_positions_are_labels():
@@ -579,15 +579,15 @@ def test_a_dead_source_is_given_up(bert, tokenizer, monkeypatch):
 
 
 def test_streams_stop_after_the_samples(bert, tokenizer):
-    read = []
+    given = []
 
     def rows():
         for i in range(10_000):
-            read.append(i)
+            given.append(i)
             yield {"text": TEXTS[i % 30]}
 
     read(bert, IterableDataset.from_generator(rows), PruneConfig(**SMALL), tokenizer)
-    assert len(read) <= 3 * 12
+    assert len(given) <= 3 * 12
 
 
 # All of the data, in order
