@@ -21,9 +21,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from .allocation.survey import Calibrated
 from .config import PruneConfig
-from .data.batches import CalibrationSet, with_fitting_batches
+from .data.batches import Samples, with_fitting_batches
 from .data.datafiles import load_processing_class
-from .data.reading import prepare
+from .data.reading import read
 from .models.forms import apart
 from .models.offload import taken_over
 from .models.precision import fast_products, full_precision
@@ -107,7 +107,7 @@ def prune_checkpoint(
     model.name_or_path = str(name_or_path)
     check_prunable(model, offloaded=True)
 
-    def run(calibration: CalibrationSet, size: int) -> PruneReport:
+    def run(calibration: Samples, size: int) -> PruneReport:
         folder = scratch / f"batches-of-{size}"  # sums of other batches are others in the last bits
         (folder / "blocks").mkdir(parents=True, exist_ok=True)
         with ExitStack() as undo:
@@ -124,7 +124,7 @@ def prune_checkpoint(
         apart(model),
     ):
         with clock("data"):
-            calibration = prepare(model, data, config, processing_class)
+            calibration = read(model, data, config, processing_class)
         _check_same_run(scratch / _RUN, _run(source, shards, config, calibration, model))
         report = with_fitting_batches(calibration, run)
     if state().is_main_process:
@@ -209,7 +209,7 @@ def _placement(module: nn.Module, path: str, device: str) -> Iterator[tuple[str,
 
 
 def _run(
-    source: Path, shards: list[Path], config: PruneConfig, calibration: CalibrationSet, model: PreTrainedModel
+    source: Path, shards: list[Path], config: PruneConfig, calibration: Samples, model: PreTrainedModel
 ) -> dict[str, dict[str, Any]]:
     """What must be the same for a stopped run to go on."""
     digest = hashlib.sha256()

@@ -16,7 +16,7 @@ from ..allocation.targets import keep_target
 from ..allocation.widths import choose_widths
 from ..blocks import Block
 from ..config import PruneConfig
-from ..data.reading import prepare
+from ..data.reading import read
 from ..evaluation.drift import drift
 from ..models.forms import apart
 from ..models.linears import weight_matrix
@@ -76,7 +76,7 @@ def bench_budgets(
         round_to=1,
     )
     with apart(model):
-        calibrated = Calibrated(model.eval(), prepare(model, data, base, processing_class), [base])
+        calibrated = Calibrated(model.eval(), read(model, data, base, processing_class), [base])
         drifts = _Drifts(calibrated)
         rows = []
         for keep in keeps:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from ..collection.planning import plan
 from ..collection.walk import collect
 from ..config import PruneConfig
-from ..data.reading import prepare
+from ..data.reading import read
 from ..discovery.discover import discover
 from ..runs.processes import processes, state
 from .scale import LENGTH, random_batches, small_llama
@@ -87,7 +87,7 @@ def _calibration(config: LlamaConfig, samples: int) -> tuple[float, float]:
     model = LlamaForCausalLM(config).eval()
     held_out = max(1, samples // 4)
     wanted = PruneConfig(samples=samples, held_out=held_out, batch_size=4)
-    calibration = prepare(model, random_batches(config, samples + held_out, LENGTH), wanted)
+    calibration = read(model, random_batches(config, samples + held_out, LENGTH), wanted)
     blocks = discover(model, calibration.probe).blocks
     segments = plan(model, blocks, calibration.probe)
     owners = {block.name: turn % processes() for turn, block in enumerate(blocks)}

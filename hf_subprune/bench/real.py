@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoTokenizer
 from ..collection.planning import plan
 from ..collection.walk import collect
 from ..config import PruneConfig
-from ..data.reading import prepare
+from ..data.reading import read
 from ..demo import demo_model_folder, docstrings
 from ..discovery.discover import discover
 from ..models.linears import weight_matrix
@@ -49,7 +49,7 @@ def demo_problems(samples: int = 128, held_out: int = 32, count: int = 3) -> dic
     folder = demo_model_folder()
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     config = PruneConfig(samples=samples, held_out=held_out)
-    calibration = prepare(model, docstrings(samples + held_out), config, tokenizer)
+    calibration = read(model, docstrings(samples + held_out), config, tokenizer)
     blocks = [block for block in discover(model, calibration.probe).blocks if block.kind == "mlp"]
     chosen = [blocks[round(i * (len(blocks) - 1) / max(count - 1, 1))] for i in range(count)]
     problems = {}

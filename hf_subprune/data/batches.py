@@ -20,7 +20,7 @@ _PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
-class CalibrationSet:
+class Samples:
     """Batches of forward arguments, without labels.
 
     Args:
@@ -55,7 +55,7 @@ class CalibrationSet:
             return {name: value[:, :_PROBE_TOKENS] for name, value in two.items()}
         return two
 
-    def in_batches_of(self, size: int) -> "CalibrationSet":
+    def in_batches_of(self, size: int) -> "Samples":
         """The same samples, batches cut into ones of at most `size` samples; the folds stay as they are, or nearly.
 
         Batches whose tensors cannot be cut stay whole.
@@ -143,7 +143,7 @@ logger = logging.get_logger(__name__)
 _T = TypeVar("_T")
 
 
-def with_fitting_batches(calibration: CalibrationSet, run: Callable[[CalibrationSet, int], _T]) -> _T:
+def with_fitting_batches(calibration: Samples, run: Callable[[Samples, int], _T]) -> _T:
     """What `run` returns, called again with batches of half the size whenever memory runs out.
 
     Args:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..blocks import Refusal
 from ..config import PruneConfig
-from ..data.batches import CalibrationSet
+from ..data.batches import Samples
 from ..models.offload import input_device
 from ..report.records import BlockReport
 from ..runs.progress import Clock, timed
@@ -40,7 +40,7 @@ def without_experts(config: PruneConfig) -> tuple[float, PruneConfig | None]:
 
 def remove_experts(
     model: PreTrainedModel,
-    calibration: CalibrationSet,
+    calibration: Samples,
     config: PruneConfig,
     fraction: float,
     clock: Clock,

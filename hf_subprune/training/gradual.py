@@ -19,7 +19,7 @@ from ..collection.block_moments import BlockMoments
 from ..collection.planning import plan
 from ..collection.walk import collect
 from ..config import PruneConfig
-from ..data.reading import prepare
+from ..data.reading import read
 from ..discovery.discover import called
 from ..evaluation.costs import circumstances, count
 from ..evaluation.drift import drift, model_outputs
@@ -67,7 +67,7 @@ class GradualPruning:
     ) -> None:
         self.model, self.config = model, config
         with undisturbed(model):
-            self.calibration = prepare(model, data, config, processing_class)
+            self.calibration = read(model, data, config, processing_class)
         self._calibrate()
         self.kept = {b.name: torch.arange(b.units) for b in self.blocks}
         self.drift: dict[str, float] = {}

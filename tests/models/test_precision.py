@@ -14,7 +14,7 @@ import hf_subprune.pruning as pruning
 from hf_subprune import PruneConfig, prune, prune_checkpoint
 from hf_subprune.collection.block_moments import BlockMoments
 from hf_subprune.collection.stream import Stream
-from hf_subprune.data.reading import prepare
+from hf_subprune.data.reading import read
 from hf_subprune.models import precision as execution
 from hf_subprune.models.precision import as_deployed, fast_products, full_precision, is_slow
 from hf_subprune.runs.memory import release_memory
@@ -43,7 +43,7 @@ def test_batches_are_halved_until_they_fit(room_for, variant):
     config = PruneConfig(**QUICK, variant=variant)
     model, other = tiny("llama"), tiny("llama")
     batches = ready_batches(model)
-    calibration = prepare(other, batches, config).in_batches_of(1)
+    calibration = read(other, batches, config).in_batches_of(1)
     with pruning._eval_mode(other), pruning.ExitStack() as undo:
         expected = pruning.prune_to(pruning.Calibrated(other, calibration, [config]), config, undo)
         undo.pop_all()
@@ -76,7 +76,7 @@ def test_checkpoints_are_pruned_in_batches_that_fit(tmp_path, room_for):
 
 def test_pieces_of_a_batch_stay_in_its_fold():
     model = tiny("bert")
-    whole = prepare(model, ready_batches(model), PruneConfig(**QUICK))
+    whole = read(model, ready_batches(model), PruneConfig(**QUICK))
     cut = whole.in_batches_of(3)
     assert max(len(batch["input_ids"]) for batch in (*cut.fit, *cut.held_out)) == 3
     sizes = [len(batch["input_ids"]) for batch in whole.fit]
@@ -184,10 +184,10 @@ def test_the_probe_is_the_beginning_of_two_samples():
     model = tiny("llama")
     ids = torch.randint(5, 100, (4, 50), generator=torch.Generator().manual_seed(0))
     whole = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for _ in range(6)]
-    probe = prepare(model, whole, PruneConfig(**QUICK)).probe
+    probe = read(model, whole, PruneConfig(**QUICK)).probe
     assert torch.equal(probe["input_ids"], ids[:2, :32])
     padded = [{"input_ids": ids, "attention_mask": torch.arange(50).expand(4, -1).gt(40).long()} for _ in range(6)]
-    assert prepare(model, padded, PruneConfig(**QUICK)).probe["input_ids"].shape == (2, 50)
+    assert read(model, padded, PruneConfig(**QUICK)).probe["input_ids"].shape == (2, 50)
 
 
 def resident():

@@ -8,7 +8,7 @@ import torch
 
 from hf_subprune import PruneConfig, PruneReport, prune
 from hf_subprune.coverage.tiny import tiny_model
-from hf_subprune.data.reading import prepare
+from hf_subprune.data.reading import read
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.pruning import prune_sizes
 from hf_subprune.routing.choice import choose_experts, fit_experts
@@ -44,7 +44,7 @@ def batches(model, count=8, rows=8, length=16):
 
 def first_tokens(model, config=CONFIG):
     layers, _ = routed_layers(model, probe_inputs(model))
-    return next(tokens_of(model, layers, prepare(model, batches(model), config)))
+    return next(tokens_of(model, layers, read(model, batches(model), config)))
 
 
 def routed_output(model, batch):
