@@ -35,7 +35,8 @@ from .runs.durable import once
 from .runs.memory import peak_memory, release_memory
 from .runs.processes import from_process, is_mine, processes
 from .runs.progress import Clock, progress, timed
-from .solver.solve import BlockSolution, solve_block
+from .solver.settings import Settings
+from .solver.solve import BlockSolution, Choice, solve
 from .solver.tied import choose_together
 from .storage.layout import choose_layout
 from .surgery.edits import Edit, shrink, taken_back, undo_all
@@ -147,9 +148,6 @@ def _prepared(
         return clock, prepare(model, data, config, processing_class)
 
 
-Chosen = tuple[torch.Tensor, str]
-"""Units `(k,)` that tied blocks keep, and the method that chose them."""
-
 Solution = tuple[BlockReport, torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Report, units kept, and the consumer's new weight `(k * c, m)` and bias `(m,)`, in its dtype; on the CPU."""
 
@@ -176,7 +174,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
 
     pending: list[tuple[Block, Solution | None]] = []
 
-    def solve(block: Block, moments: BlockMoments | None, chosen: Chosen | None = None) -> None:
+    def solve_one(block: Block, moments: BlockMoments | None, chosen: Choice | None = None) -> None:
         solution = None
         if is_mine(calibrated.owners[block.name]):
             path = None if calibrated.folder is None else calibrated.folder / "blocks" / f"{block.consumer}.pt"
@@ -199,7 +197,7 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
             with clock("selection"):
                 chosen = _choose_together(calibrated, together, kept_units[tie[0].name], config)
                 for block, moments in together:
-                    solve(block, moments, chosen)
+                    solve_one(block, moments, chosen)
                 install()
             release_memory()
         alone = [b for b in to_prune if b.tie is None]
@@ -211,12 +209,12 @@ def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> Pr
         with taken_back(edits) if config.streams() == "layer" else nullcontext():
             for segment in segments[: finished_segments(folder)]:
                 for block in segment.blocks:
-                    solve(block, None)
+                    solve_one(block, None)
                 install()
                 release_memory()
             for block, moments in timed(calibrated.moments(alone, config, edits, folder), clock, "calibration"):
                 with clock("selection"):
-                    solve(block, moments)
+                    solve_one(block, moments)
                     if block.name in last or (not last and len(pending) >= processes()):
                         install()
                 del moments
@@ -315,18 +313,14 @@ def _prune_experts_first(
 
 def _choose_together(
     calibrated: Calibrated, together: Sequence[tuple[Block, BlockMoments | None]], width: int, config: PruneConfig
-) -> Chosen | None:
+) -> Choice | None:
     """Select the units of tied blocks from the original model's moments of all, in the process that owns them."""
     if not is_mine(calibrated.owners[together[0][0].name]):
         return None
     return choose_together(
         [calibrated.problem(block, moments) for block, moments in together if moments is not None],
         width,
-        shrinkage=config.shrinkage,
-        importance=config.importance,
-        method=config.method,
-        swaps=None if config.swaps < 0 else config.swaps,
-        generator=torch.Generator().manual_seed(config.seed),
+        Settings.of(config),
     )
 
 
@@ -336,7 +330,7 @@ def _solve(
     moments: BlockMoments | None,
     width: int,
     config: PruneConfig,
-    chosen: Chosen | None = None,
+    chosen: Choice | None = None,
 ) -> Solution:
     """Select (unless units were chosen for all blocks of a tie) and reweight one block."""
     if moments is None:
@@ -379,29 +373,13 @@ def _solution(
     moments: BlockMoments,
     width: int,
     config: PruneConfig,
-    chosen: Chosen | None,
+    chosen: Choice | None,
 ) -> tuple[BlockSolution, float]:
     """The solution of one block, where its moments are, and its error on the held-out rows, if any reached it."""
     # Where a solution that finds no room is tried again elsewhere, the sums are read once more.
     problem = calibrated.problem(block, moments, last=calibrated.stored is None and moments.device.type == "cpu")
     W = problem.W
-    solution = solve_block(
-        problem.folds,
-        None,
-        problem.W,
-        problem.groups,
-        width,
-        sets=problem.sets,
-        shrinkage=config.shrinkage,
-        importance=config.importance,
-        method=config.method,
-        swaps=None if config.swaps < 0 else config.swaps,
-        reweight_kept=config.reweight,
-        output_metric=problem.output_metric,
-        gradient=problem.gradient,
-        generator=torch.Generator().manual_seed(config.seed),
-        chosen=chosen,
-    )
+    solution = solve(problem, width, Settings.of(config), chosen)
     del problem  # its moments are as large as the held-out ones may be
     held_out = moments.held_out_error(W, solution.kept_columns, solution.V, solution.bias_shift)
     return solution, solution.fitted_error if held_out is None else held_out

@@ -4,18 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
 from ..blocks import Block
 from ..config import PruneConfig
 from ..models.forms import together
 from ..runs.durable import once
 from ..runs.processes import from_all, is_mine
 from ..solver.curves import expected_loss
-from ..solver.moments import combine
-from ..solver.problem import columns_of
+from ..solver.problem import Problem, columns_of
+from ..solver.settings import Settings
 from ..solver.solve import choose
-from ..solver.tied import Problem
 from ..storage.layout import choose_layout
 from .survey import Calibrated
 from .targets import Target, narrowed
@@ -156,25 +153,6 @@ def _gains(
 
 
 def _loss(problem: Problem, width: int, config: PruneConfig) -> float:
-    choice = choose(
-        combine(problem.folds),
-        problem.W,
-        problem.groups,
-        width,
-        sets=problem.sets,
-        shrinkage=config.shrinkage,
-        importance=config.importance,
-        method=config.method,
-        swaps=None if config.swaps < 0 else config.swaps,
-        output_metric=problem.output_metric,
-        gradient=problem.gradient,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    return expected_loss(
-        problem.folds,
-        problem.W,
-        columns_of(choice.kept, problem.groups),
-        shrinkage=config.shrinkage,
-        output_metric=problem.output_metric,
-        reweight_kept=config.reweight,
-    )
+    settings = Settings.of(config)
+    kept = choose(problem, width, settings).kept
+    return expected_loss(problem, columns_of(kept, problem.groups), settings)

@@ -32,7 +32,9 @@ from ..runs.memory import release_memory
 from ..runs.processes import from_all, from_process, is_mine, processes
 from ..runs.progress import Clock, progress, timed
 from ..solver.curves import LossCurve, loss_curve, losses_of_sets
-from ..solver.tied import Problem, order_together
+from ..solver.problem import Problem
+from ..solver.settings import Settings
+from ..solver.tied import order_together
 from ..storage.layout import choose_layout
 from ..surgery.edits import Edit, taken_back
 from .budgets import interpolate
@@ -214,6 +216,7 @@ class Calibrated:
         self, config: PruneConfig, needed: bool
     ) -> tuple[dict[str, LossCurve], dict[str, Points], dict[str, Points]]:
         """One pass over the original model: what each block would lose at every width if needed, and its moments."""
+        settings = Settings.of(config)
         curves: dict[str, LossCurve] = {}
         factors: dict[str, float] = {}
         points: dict[str, Points] = {}
@@ -239,15 +242,11 @@ class Calibrated:
                 del waiting[block.tie or block.stack or block.name]
                 blocks, problems, rows = zip(*together, strict=True)
                 with self.clock("curves"):
-                    order = None if block.tie is None else order_together(problems, config.shrinkage)
+                    order = None if block.tie is None else order_together(problems, settings)
                     found = [
                         loss_curve(
-                            problem.folds,
-                            problem.W,
-                            problem.groups,
-                            shrinkage=config.shrinkage,
-                            output_metric=problem.output_metric,
-                            reweight_kept=config.reweight,
+                            problem,
+                            settings,
                             trial_fractions=TRIAL_FRACTIONS if block.name in measured else (),
                             order=order,
                         )
@@ -255,15 +254,7 @@ class Calibrated:
                     ]
                     if block.queries is not None and block.tie is None:
                         queries = replace(problems[0], groups=block.queries.columns, sets=block.queries.sets)
-                        of_queries[block.name] = losses_of_sets(
-                            queries.folds,
-                            queries.W,
-                            queries.groups,
-                            queries.sets,
-                            shrinkage=config.shrinkage,
-                            output_metric=queries.output_metric,
-                            reweight_kept=config.reweight,
-                        )
+                        of_queries[block.name] = losses_of_sets(queries, settings)
                     if block.stack is not None:
                         found = [curve.of_share(n / sum(rows)) for curve, n in zip(found, rows, strict=True)]
                 with self.clock("propagation"):
