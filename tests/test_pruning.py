@@ -192,7 +192,7 @@ def test_a_failure_at_any_stage_restores_the_model(monkeypatch, stage, variant):
 def test_a_failure_between_blocks_restores_the_model(monkeypatch):
     model = tiny("bert")
     before = snapshot(model)
-    solve, calls = pruning.solve_block, []
+    solve, calls = pruning.solve, []
 
     def fail_third(*args, **kwargs):
         calls.append(1)
@@ -200,7 +200,7 @@ def test_a_failure_between_blocks_restores_the_model(monkeypatch):
             raise RuntimeError("on purpose")
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr(pruning, "solve_block", fail_third)
+    monkeypatch.setattr(pruning, "solve", fail_third)
     with pytest.raises(RuntimeError, match="on purpose"):
         prune(model, ready_batches(model), PruneConfig(**QUICK, variant="seq"))
     assert len(calls) == 3

@@ -23,7 +23,7 @@ from ..models.linears import weight_matrix
 from ..solver.moments import combine
 from ..solver.problem import columns_of
 from ..solver.reweighting import Reweighted, reweight
-from ..solver.solve import PRIOR_SHRINKAGE
+from ..solver.settings import PRIOR_SHRINKAGE
 from ..surgery.edits import shrink
 
 HELD_OUT = 64

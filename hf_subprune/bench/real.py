@@ -15,7 +15,8 @@ from ..models.linears import weight_matrix
 from ..solver.moments import Moments, combine
 from ..solver.reweighting import cross_fit, relative_error, reweight
 from ..solver.selection import select
-from ..solver.solve import PRIOR_SHRINKAGE, regularise
+from ..solver.settings import PRIOR_SHRINKAGE
+from ..solver.solve import regularise
 
 
 @dataclass(frozen=True, eq=False)

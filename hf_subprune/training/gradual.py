@@ -30,8 +30,10 @@ from ..report.records import BlockReport, Change
 from ..report.report import PruneReport
 from ..runs.memory import peak_memory
 from ..solver.moments import restrict
-from ..solver.solve import solve_block
-from ..solver.tied import Problem, choose_together
+from ..solver.problem import Problem
+from ..solver.settings import Settings
+from ..solver.solve import Choice, solve
+from ..solver.tied import choose_together
 from ..storage.layout import choose_layout
 from ..surgery.edits import Edit, kept_columns, shrink, taken_back, undo_all
 from ..surgery.masking import Mask, MaskEdit
@@ -128,7 +130,7 @@ class GradualPruning:
                 with taken_back(edits):
                     moments = list(self._moments(tie, "layer", {}))
                 width = widths[tie[0].name]
-                chosen = choose_together([self._problem(*pair) for pair in moments], width, **self._selection())
+                chosen = choose_together([self._problem(*pair) for pair in moments], width, Settings.of(self.config))
                 for block, own in moments:
                     edits[block.name], solutions[block.name] = self._prune(block, own, width, chosen)
             alone = [b for b in shrinking if b.tie is None]
@@ -240,16 +242,6 @@ class GradualPruning:
     ) -> Iterator[tuple[Block, BlockMoments]]:
         return collect(self.model, plan(self.model, blocks, self._calibrated.probe), self.calibration, variant, edits)
 
-    def _selection(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "shrinkage": config.shrinkage,
-            "importance": config.importance,
-            "method": config.method,
-            "swaps": None if config.swaps < 0 else config.swaps,
-            "generator": torch.Generator().manual_seed(config.seed),
-        }
-
     def _problem(self, block: Block, moments: BlockMoments) -> Problem:
         """What there is to choose from: the block's units that are not masked."""
         W = weight_matrix(self.model.get_submodule(block.consumer))
@@ -266,25 +258,14 @@ class GradualPruning:
         )
 
     def _prune(
-        self, block: Block, moments: BlockMoments, width: int, chosen: tuple[torch.Tensor, str] | None = None
+        self, block: Block, moments: BlockMoments, width: int, chosen: Choice | None = None
     ) -> tuple[MaskEdit, dict[str, Any]]:
         """Choose `width` of the block's present units, unless its tie has, and write the weights that read them."""
         start = time.perf_counter()
         consumer: Any = self.model.get_submodule(block.consumer)
         W, present = weight_matrix(consumer), self.kept[block.name]
         problem = self._problem(block, moments)
-        solution = solve_block(
-            problem.folds,
-            None,
-            problem.W,
-            problem.groups,
-            width,
-            reweight_kept=self.config.reweight,
-            output_metric=problem.output_metric,
-            gradient=problem.gradient,
-            chosen=chosen,
-            **self._selection(),
-        )
+        solution = solve(problem, width, Settings.of(self.config), chosen)
         columns = kept_columns(block, present)[solution.kept_columns.cpu()]
         held_out = moments.held_out_error(W, columns, solution.V, solution.bias_shift)
         # Every process trains the same units, although sums over the same data may differ in the last bit.

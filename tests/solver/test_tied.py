@@ -222,12 +222,12 @@ def test_a_size_is_taken_back_exactly(family):
     assert all(torch.equal(one, other) for one, other in zip(outputs(model), expected, strict=True))
 
 
-@pytest.mark.parametrize("stage", ["choose_together", "solve_block", "verify", "drift"])
+@pytest.mark.parametrize("stage", ["choose_together", "solve", "verify", "drift"])
 @pytest.mark.parametrize("variant", ["layer", "asym"])
 def test_a_failure_restores_the_model(monkeypatch, stage, variant):
     model = tiny("mpnet")
     before, calls = dict(model.named_parameters()), []
-    passes = {"solve_block": 4}.get(stage, 0)  # the fourth solution is that of the first block without a tie
+    passes = {"solve": 4}.get(stage, 0)  # the fourth solution is that of the first block without a tie
     run = getattr(pruning, stage)
 
     def fail(*args, **kwargs):
