@@ -24,10 +24,8 @@ from .config import PruneConfig
 from .data.batches import CalibrationSet, with_fitting_batches
 from .data.datafiles import load_processing_class
 from .data.reading import prepare
-from .models.forms import apart
-from .models.offload import taken_over
-from .models.precision import fast_products, full_precision
-from .pruning import check_prunable, prune_to
+from .models.session import check_prunable, session
+from .pruning import prune_to
 from .report.report import PruneReport
 from .report.saving import check_output, check_shard_size, save_pruned
 from .runs.durable import check_space, write_json
@@ -118,10 +116,7 @@ def prune_checkpoint(
 
     with (
         freed_at_once(),
-        full_precision(),
-        fast_products(model),
-        taken_over(model, scratch / "new"),
-        apart(model),
+        session(model, folder=scratch / "new"),
     ):
         with clock("data"):
             calibration = prepare(model, data, config, processing_class)

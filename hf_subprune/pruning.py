@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .allocation.query_heads import better_units
 from .allocation.survey import Calibrated
-from .blocks import Block, by_stack, by_tie, some_of
+from .blocks import Block, by_stack, by_tie
 from .collection.block_moments import BlockMoments
 from .collection.walk import finished_segments
 from .config import TARGETS, PruneConfig
@@ -26,8 +25,9 @@ from .data.reading import prepare
 from .evaluation.costs import Costs, circumstances, count, measure_latency
 from .evaluation.drift import Outputs, drift, model_outputs
 from .models.forms import apart, put_together
-from .models.offload import input_device, taken_over, without_values
-from .models.precision import fast_products, full_precision
+from .models.offload import input_device
+from .models.precision import precise_products
+from .models.session import check_prunable, session
 from .report.records import BlockReport, Change
 from .report.report import PruneReport
 from .routing.removal import remove_experts, without_experts
@@ -90,7 +90,7 @@ def prune(
             undo.pop_all()
         return report
 
-    with full_precision(), fast_products(model), taken_over(model), _eval_mode(model), apart(model):
+    with session(model):
         clock, calibration = _prepared(model, data, config, processing_class)
         return with_fitting_batches(calibration, run)
 
@@ -128,13 +128,13 @@ def prune_sizes(
         raise TypeError(f"`configs` must be a list of PruneConfig, one a size, not {type(configs).__name__}.")
     configs = [PruneConfig.of(config) for config in configs]
     _check_alike(configs)
-    with full_precision(), _eval_mode(model), apart(model):
-        with fast_products(model):
+    with session(model, precise=False):
+        with precise_products(model.parameters()):
             clock, calibration = _prepared(model, data, configs[0], processing_class)
             calibrated = Calibrated(model, calibration, configs, evaluation, clock=clock)
         for config in configs:
             with ExitStack() as undo:
-                with fast_products(model):
+                with precise_products(model.parameters()):
                     report = prune_to(calibrated, config, undo)
                 yield report
 
@@ -286,7 +286,7 @@ def _prune_experts_first(
 ) -> PruneReport:
     """`prune` where whole experts go: they go first, then the model without them is pruned."""
     fraction, rest = without_experts(config)
-    with full_precision(), fast_products(model), _eval_mode(model), ExitStack() as undo:
+    with session(model, whole=True), ExitStack() as undo:
         clock, calibration = _prepared(model, data, config, processing_class)
         with clock("evaluation"):
             reference = model_outputs(model, calibration.own_held_out)
@@ -420,57 +420,3 @@ def _check_alike(configs: Sequence[PruneConfig]) -> None:
                 f"Sizes from one calibration may differ in {', '.join(sorted(free))} only; these configs differ in "
                 f"{', '.join(differing)}: call `prune` for each."
             )
-
-
-def check_prunable(model: Any, offloaded: bool = False) -> None:
-    """Refuse what cannot be pruned, before any work.
-
-    Args:
-        model: Anything.
-        offloaded: Whether accelerate may read weights from elsewhere when they are needed.
-
-    Raises:
-        TypeError: not a `PreTrainedModel`.
-        ValueError: quantized, PEFT-wrapped, compiled, on the meta device, made in inference mode or given within it;
-            the message says what to do instead.
-    """
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            f"{type(model).__name__} carries PEFT adapters: merge them first (`model = model.merge_and_unload()`), "
-            "then prune the merged model."
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}. A wrapper such as a "
-            "SentenceTransformer holds one: pass that."
-        )
-    if getattr(model, "is_quantized", False):
-        raise ValueError(
-            f"{type(model).__name__} is quantized ({getattr(model, 'quantization_method', 'unknown method')}): prune "
-            "the full-precision checkpoint, then quantize the pruned one."
-        )
-    if compiled := [
-        name or type(model).__name__ for name, module in model.named_modules() if module._compiled_call_impl
-    ]:
-        raise ValueError(f"{some_of(compiled)} is compiled: load the model anew, prune it, and call `compile` then.")
-    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
-        raise ValueError(
-            "Pruning takes gradients, which torch.inference_mode() rules out: load and prune the model outside of it."
-        )
-    if missing := without_values(model):
-        raise ValueError(f"Parameter {missing[0]} is on the meta device and has no values: load the weights first.")
-    on_meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if on_meta is not None and not offloaded:
-        raise ValueError(f"Parameter {on_meta} is offloaded: load the whole model into memory for this.")
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off for the time being; every module gets its own flag back."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
