@@ -21,13 +21,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from .allocation.survey import Calibrated
 from .config import PruneConfig
-from .data.batches import Samples, with_fitting_batches
+from .data.batches import CalibrationSet, with_fitting_batches
 from .data.datafiles import load_processing_class
-from .data.reading import read
-from .models.forms import apart
-from .models.offload import taken_over
-from .models.precision import fast_products, full_precision
-from .pruning import check_prunable, prune_to
+from .data.reading import prepare
+from .models.session import check_prunable, session
+from .pruning import prune_to
 from .report.report import PruneReport
 from .report.saving import check_output, check_shard_size, save_pruned
 from .runs.durable import check_space, write_json
@@ -107,7 +105,7 @@ def prune_checkpoint(
     model.name_or_path = str(name_or_path)
     check_prunable(model, offloaded=True)
 
-    def run(calibration: Samples, size: int) -> PruneReport:
+    def run(calibration: CalibrationSet, size: int) -> PruneReport:
         folder = scratch / f"batches-of-{size}"  # sums of other batches are others in the last bits
         (folder / "blocks").mkdir(parents=True, exist_ok=True)
         with ExitStack() as undo:
@@ -118,13 +116,10 @@ def prune_checkpoint(
 
     with (
         freed_at_once(),
-        full_precision(),
-        fast_products(model),
-        taken_over(model, scratch / "new"),
-        apart(model),
+        session(model, folder=scratch / "new"),
     ):
         with clock("data"):
-            calibration = read(model, data, config, processing_class)
+            calibration = prepare(model, data, config, processing_class)
         _check_same_run(scratch / _RUN, _run(source, shards, config, calibration, model))
         report = with_fitting_batches(calibration, run)
     if state().is_main_process:
@@ -209,7 +204,7 @@ def _placement(module: nn.Module, path: str, device: str) -> Iterator[tuple[str,
 
 
 def _run(
-    source: Path, shards: list[Path], config: PruneConfig, calibration: Samples, model: PreTrainedModel
+    source: Path, shards: list[Path], config: PruneConfig, calibration: CalibrationSet, model: PreTrainedModel
 ) -> dict[str, dict[str, Any]]:
     """What must be the same for a stopped run to go on."""
     digest = hashlib.sha256()

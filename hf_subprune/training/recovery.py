@@ -21,7 +21,7 @@ from ..data.padding import token_mask
 from ..data.reading import read
 from ..evaluation.drift import Drift, drift, model_outputs
 from ..models.running import Batch, undisturbed
-from ..pruning import check_prunable
+from ..models.session import check_prunable
 
 logger = logging.get_logger(__name__)
 

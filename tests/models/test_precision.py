@@ -14,9 +14,10 @@ import hf_subprune.pruning as pruning
 from hf_subprune import PruneConfig, prune, prune_checkpoint
 from hf_subprune.collection.block_moments import BlockMoments
 from hf_subprune.collection.stream import Stream
-from hf_subprune.data.reading import read
+from hf_subprune.data.reading import prepare
 from hf_subprune.models import precision as execution
 from hf_subprune.models.precision import as_deployed, fast_products, full_precision, is_slow
+from hf_subprune.models.running import evaluating
 from hf_subprune.runs.memory import release_memory
 
 OUT_OF_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -43,8 +44,8 @@ def test_batches_are_halved_until_they_fit(room_for, variant):
     config = PruneConfig(**QUICK, variant=variant)
     model, other = tiny("llama"), tiny("llama")
     batches = ready_batches(model)
-    calibration = read(other, batches, config).in_batches_of(1)
-    with pruning._eval_mode(other), pruning.ExitStack() as undo:
+    calibration = prepare(other, batches, config).in_batches_of(1)
+    with evaluating(other), pruning.ExitStack() as undo:
         expected = pruning.prune_to(pruning.Calibrated(other, calibration, [config]), config, undo)
         undo.pop_all()
     room_for(1)
@@ -76,7 +77,7 @@ def test_checkpoints_are_pruned_in_batches_that_fit(tmp_path, room_for):
 
 def test_pieces_of_a_batch_stay_in_its_fold():
     model = tiny("bert")
-    whole = read(model, ready_batches(model), PruneConfig(**QUICK))
+    whole = prepare(model, ready_batches(model), PruneConfig(**QUICK))
     cut = whole.in_batches_of(3)
     assert max(len(batch["input_ids"]) for batch in (*cut.fit, *cut.held_out)) == 3
     sizes = [len(batch["input_ids"]) for batch in whole.fit]
@@ -146,7 +147,7 @@ def test_linears_of_half_precision_run_in_float32_where_those_are_faster(slow_ha
     native = model(**batch)[0]
     slow_halves.clear()
     monkeypatch.setattr(execution, "_AT_ONCE", 100)  # a few rows
-    with fast_products(model):
+    with fast_products(model.parameters()):
         fast = model(**batch)[0]
         assert set(slow_halves) == {torch.float32}
         slow_halves.clear()
@@ -184,10 +185,10 @@ def test_the_probe_is_the_beginning_of_two_samples():
     model = tiny("llama")
     ids = torch.randint(5, 100, (4, 50), generator=torch.Generator().manual_seed(0))
     whole = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for _ in range(6)]
-    probe = read(model, whole, PruneConfig(**QUICK)).probe
+    probe = prepare(model, whole, PruneConfig(**QUICK)).probe
     assert torch.equal(probe["input_ids"], ids[:2, :32])
     padded = [{"input_ids": ids, "attention_mask": torch.arange(50).expand(4, -1).gt(40).long()} for _ in range(6)]
-    assert read(model, padded, PruneConfig(**QUICK)).probe["input_ids"].shape == (2, 50)
+    assert prepare(model, padded, PruneConfig(**QUICK)).probe["input_ids"].shape == (2, 50)
 
 
 def resident():
@@ -215,6 +216,7 @@ from contextlib import nullcontext
 import psutil
 import torch
 
+from hf_subprune.models.running import evaluating
 from hf_subprune.runs.memory import freed_at_once
 
 with freed_at_once() if sys.argv[1] == "at once" else nullcontext():
