@@ -329,9 +329,10 @@ def push(
     force: Annotated[bool, typer.Option("--force", help="Overwrite a repo that is not one of ours.")] = False,
 ) -> None:
     """Push a pruned model with its card, report and plots to the Hub, as one commit."""
-    from ..report.hub import push_folder
+    from ..report.hub import PushOptions, push_folder
 
-    commit = push_folder(folder, repo, private=private, revision=revision, create_pr=create_pr, force=force)
+    options = PushOptions(private=private, revision=revision, create_pr=create_pr, force=force)
+    commit = push_folder(folder, repo, options)
     console.print(f"Pushed: {commit.commit_url}", soft_wrap=True)
 
 
