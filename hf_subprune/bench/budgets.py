@@ -26,8 +26,6 @@ from ..solver.reweighting import Reweighted, reweight
 from ..solver.settings import PRIOR_SHRINKAGE
 from ..surgery.edits import shrink
 
-HELD_OUT = 64
-
 # Fractions of a block's units that random allocations choose from.
 _GRID = (0.08, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8, 1.0)
 _TOLERANCE = 0.01
@@ -36,14 +34,11 @@ _TOLERANCE = 0.01
 def bench_budgets(
     model: PreTrainedModel,
     data: Any,
+    config: PruneConfig,
     processing_class: Any = None,
     *,
     keeps: Sequence[float] = (0.7, 0.5, 0.35),
     allocations: int = 40,
-    samples: int = 128,
-    held_out: int = HELD_OUT,
-    max_length: int = 128,
-    seed: int = 0,
     advanced: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Held-out drift of each budget at each size, and of random allocations, beside the drift predicted.
@@ -53,40 +48,30 @@ def bench_budgets(
     Args:
         model: Unchanged on return.
         data: As for `prune`.
+        config: Says what to calibrate on, `held_out` to measure the drift on, and the seed of the random allocations.
+            Variant, sizes and layout are those of this comparison.
         processing_class: As for `prune`.
         keeps: Fractions of the prunable parameters.
         allocations: Number of random ones, in turn at a size of `keeps` and at any size between the extremes of them.
-        samples: To calibrate on.
-        held_out: To measure the drift on.
-        max_length: Tokens a sample is truncated to.
-        seed: Of the random allocations.
         advanced: Called after each row.
 
     Returns:
         Rows of `budget` (`"random"` among them), `keep` (asked for), `kept` (reached), `predicted` and `actual` drift:
         as `allocation.scalar_drift` counts it; `figures`, the drift in full.
     """
-    base = PruneConfig(
-        variant="layer",
-        keep=min(keeps),
-        samples=samples,
-        held_out=held_out,
-        max_length=max_length,
-        layout="ragged",
-        round_to=1,
-    )
+    base = replace(config, variant="layer", keep=min(keeps), layout="ragged", round_to=1)
     with apart(model):
         calibrated = Calibrated(model.eval(), read(model, data, base, processing_class), [base])
         drifts = _Drifts(calibrated)
         rows = []
         for keep in keeps:
             for budget in ("uniform", "equal_loss", "global"):
-                config = replace(base, keep=keep, budget=budget)
-                target = keep_target(calibrated.blocks, config)
-                widths = choose_widths(calibrated.blocks, target, config, calibrated.losses)
+                wanted = replace(base, keep=keep, budget=budget)
+                target = keep_target(calibrated.blocks, wanted)
+                widths = choose_widths(calibrated.blocks, target, wanted, calibrated.losses)
                 rows.append({"budget": budget, "keep": keep, **drifts.row(widths)})
                 advanced()
-        rng = random.Random(seed)
+        rng = random.Random(config.seed)
         for index in range(allocations):
             keep = rng.choice(list(keeps)) if index % 2 else rng.uniform(min(keeps), max(keeps))
             rows.append({"budget": "random", "keep": keep, **drifts.row(_random_widths(calibrated.blocks, keep, rng))})

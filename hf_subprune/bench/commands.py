@@ -62,7 +62,7 @@ def quality(
         texts = [next(iter(row.values())) if len(row) == 1 else row for row in texts]
     trial = None
     if test is not None:
-        held = load_task(task, test, processing_class, column=column, label=label, max_length=max_length)
+        held = load_task(task, test, processing_class, base, column=column, label=label)
         trial = Trial(held, loaded, load_metric(metric) if metric else None)
     configs = list(settings(keep or [0.5], importance or IMPORTANCES, variant or VARIANTS, base))
     with logging.tqdm(total=len(configs), desc="Settings", disable=None) as bar:
@@ -117,23 +117,19 @@ def budgets(
     """Drift of each budget at each size, and whether predicted drift ranks random allocations as the actual does."""
     from transformers.utils import logging
 
+    from ..config import PruneConfig
     from ..data.datafiles import load_data, load_model
     from ..demo import demo_model_folder, docstrings
-    from .budgets import HELD_OUT, bench_budgets, table
+    from .budgets import bench_budgets, table
 
     loaded, processing_class = load_model(str(demo_model_folder()) if model is None else model)
-    texts: Any = docstrings(samples + HELD_OUT) if data is None else load_data(data, split=split, column=column)
+    config = PruneConfig(samples=samples, held_out=64, max_length=max_length)
+    count = samples + config.held_out
+    texts: Any = docstrings(count) if data is None else load_data(data, split=split, column=column)
     keeps = keep or [0.7, 0.5, 0.35]
     with logging.tqdm(total=3 * len(keeps) + allocations, desc="Allocations", disable=None) as bar:
         rows = bench_budgets(
-            loaded,
-            texts,
-            processing_class,
-            keeps=keeps,
-            allocations=allocations,
-            samples=samples,
-            max_length=max_length,
-            advanced=bar.update,
+            loaded, texts, config, processing_class, keeps=keeps, allocations=allocations, advanced=bar.update
         )
     _save(rows, out, "budgets.json")
     console.print(table(rows))

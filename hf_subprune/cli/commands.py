@@ -1,14 +1,10 @@
 """The `hf-subprune` command: `inspect`, `prune`, `evaluate`, `report`, `push`, `demo` and `bench`."""
 
-import functools
-import inspect as introspection
-import json
 import os
-import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,37 +13,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
-from typer.core import TyperGroup
 
 from ..bench.commands import bench_app
-from ..config import TARGETS, PruneConfig, field_help
-
-_NUMBER = re.compile(r"\d*\.?\d+")
-_KEEP_FORMS = "a fraction such as 0.5, or one for each kind of units, mlp=0.5,attention=0.75"
-
-
-def _repeated(arguments: Sequence[str]) -> list[str]:
-    """`--keep 0.75 0.5` as `--keep 0.75 --keep 0.5`, which is how an option takes several values."""
-    spelled: list[str] = []
-    in_keep = False
-    for argument in arguments:
-        in_keep = argument == "--keep" or (in_keep and _NUMBER.fullmatch(argument) is not None)
-        if in_keep and argument != "--keep" and spelled[-1] != "--keep":
-            spelled.append("--keep")
-        spelled.append(argument)
-    return spelled
-
-
-class _Commands(TyperGroup):
-    """The commands, reading several values behind one `--keep`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _repeated(args))
-
+from ..config import PruneConfig
+from .options import (
+    Column,
+    Columns,
+    Commands,
+    Data,
+    Dtype,
+    Label,
+    MetricName,
+    Model,
+    Quiet,
+    Split,
+    TaskName,
+    config_options,
+)
 
 app = typer.Typer(
     name="hf-subprune",
-    cls=_Commands,
+    cls=Commands,
     help="Structured pruning of pretrained Transformers from a few hundred unlabeled samples.",
     no_args_is_help=True,
     add_completion=False,
@@ -57,120 +43,6 @@ app = typer.Typer(
 console = Console(quiet=int(os.environ.get("RANK", "0")) > 0, markup=False, emoji=False)
 
 app.add_typer(bench_app, name="bench")
-
-Model = Annotated[str, typer.Argument(help="Local folder or Hub id of a model.", metavar="MODEL")]
-Data = Annotated[
-    str, typer.Option(help="Hub data set id, a .txt, .jsonl, .csv or .parquet file, or a folder of images.")
-]
-Split = Annotated[str | None, typer.Option(help="Split of a Hub data set; train, or its first one, when left out.")]
-Column = Annotated[str | None, typer.Option(help="Column to read; found by its type when left out.")]
-Columns = Annotated[
-    str | None, typer.Option("--column", help="Column to read, 'first,second' for sts; found by its type if left out.")
-]
-TaskName = Annotated[
-    str | None,
-    typer.Option("--task", help="classification, sts (Spearman), perplexity or embedding-drift; none when left out."),
-]
-MetricName = Annotated[
-    str | None,
-    typer.Option(
-        "--metric",
-        help="In place of the task's own: 'package.module:function', the path of a metric module of `evaluate`, or "
-        "the id of one on the Hub (needs a network).",
-    ),
-]
-Label = Annotated[str | None, typer.Option("--label", help="Column of labels; label, labels or score if left out.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-Dtype = Annotated[str, typer.Option(help="Weights are loaded in this dtype; 'auto' keeps the saved one.")]
-
-
-def _parse(name: str, text: str) -> Any:
-    """An option's text as the value of a `PruneConfig` field."""
-    if name == "keep":
-        return _parse_keep(text)
-    default = getattr(PruneConfig, name)
-    if isinstance(default, tuple):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if name in ("macs", "latency", "shrinkage", "params", "round_to", "size"):
-        for number in (int, float):
-            try:
-                return number(text)
-            except ValueError:
-                pass
-    return text
-
-
-def _parse_keep(text: str) -> float | dict[str, float]:
-    """`0.5`, `mlp=0.5,attention=0.75` or `{"mlp": 0.5, "attention": 0.75}`."""
-    try:
-        if text.lstrip().startswith("{"):
-            return dict(json.loads(text))
-        if "=" in text:
-            pairs = [part.partition("=") for part in text.split(",")]
-            return {kind.strip(): float(value) for kind, _, value in pairs}
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"--keep takes {_KEEP_FORMS}; got {text!r}.") from error
-
-
-def _config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameter `configs` of a command by `--config FILE` and one option per `PruneConfig` field.
-
-    `--keep` may be repeated: there is one config for each.
-    """
-    help_of = field_help()
-    options = []
-    for spec in fields(PruneConfig):
-        plain: Any = type(spec.default) if type(spec.default) in (bool, int) else str
-        text = help_of.get(spec.name, "")
-        if spec.name == "keep":
-            plain = list[str]
-            text += f" Here: {_KEEP_FORMS}. Several values, 0.75 0.5, make several sizes."
-        shown = spec.default if not isinstance(spec.default, tuple) else ",".join(spec.default)
-        if spec.default is None:
-            shown = "0.5 without another target" if spec.name == "keep" else ""
-        option = typer.Option(help=text, show_default=str(shown) or "none")
-        options.append(
-            introspection.Parameter(
-                spec.name,
-                introspection.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[plain | None, option],
-            )
-        )
-    file = typer.Option("--config", help="JSON or YAML file of a PruneConfig; the options below override it.")
-    options.insert(
-        0,
-        introspection.Parameter(
-            "config_file", introspection.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, file]
-        ),
-    )
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, config_file: Path | None = None, **kwargs: Any) -> None:
-        names = [spec.name for spec in fields(PruneConfig)]
-        given = {name: kwargs.pop(name) for name in names}
-        base = PruneConfig.from_pretrained(config_file).to_dict() if config_file else {}
-        keeps = [_parse("keep", text) for text in given.pop("keep") or ()]
-        changed = {
-            name: _parse(name, value) if isinstance(value, str) else value
-            for name, value in given.items()
-            if value is not None
-        }
-        if keeps or set(TARGETS) & set(changed):  # a target given here replaces that of the file
-            base = {name: value for name, value in base.items() if name not in TARGETS}
-        sizes = [{"keep": keep} for keep in keeps] or [{}]
-        command(*args, configs=[PruneConfig.from_dict({**base, **changed, **size}) for size in sizes], **kwargs)
-
-    signature = introspection.signature(command)
-    kept = [
-        p.replace(kind=introspection.Parameter.KEYWORD_ONLY)
-        for p in signature.parameters.values()
-        if p.name != "configs"
-    ]
-    wrapped.__signature__ = signature.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in [*kept, *options]}
-    return wrapped
 
 
 @app.command()
@@ -243,7 +115,7 @@ def _survey(out: Path | None, heads: Sequence[str]) -> None:
 
 
 @app.command()
-@_config_options
+@config_options
 def prune(
     configs: list[PruneConfig],
     model: Model,
@@ -329,9 +201,10 @@ def push(
     force: Annotated[bool, typer.Option("--force", help="Overwrite a repo that is not one of ours.")] = False,
 ) -> None:
     """Push a pruned model with its card, report and plots to the Hub, as one commit."""
-    from ..report.hub import push_folder
+    from ..report.hub import PushOptions, push_folder
 
-    commit = push_folder(folder, repo, private=private, revision=revision, create_pr=create_pr, force=force)
+    options = PushOptions(private=private, revision=revision, create_pr=create_pr, force=force)
+    commit = push_folder(folder, repo, options)
     console.print(f"Pushed: {commit.commit_url}", soft_wrap=True)
 
 
@@ -386,15 +259,7 @@ def evaluate(
         console.print(compare(original, pruned, unlabeled, config, processing_class).table())
         return
     evaluated = load_task(
-        task,
-        data,
-        processing_class,
-        split=split,
-        column=column,
-        label=label,
-        samples=samples,
-        max_length=max_length,
-        batch_size=batch_size,
+        task, data, processing_class, config, split=split, column=column, label=label, samples=samples
     )
     metrics = Trial(evaluated, original, chosen).score(pruned)
     console.print(compare(original, pruned, evaluated.inputs(), config, processing_class).table())

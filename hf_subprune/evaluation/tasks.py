@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedModel
 
+from ..config import PruneConfig
 from ..data.datafiles import load_data
 from ..data.reading import batch_all
 from ..models.running import Batch
@@ -259,13 +260,12 @@ def load_task(
     name: str,
     source: str,
     processing_class: Any,
+    config: PruneConfig | None = None,
     *,
     split: str | None = None,
     column: str | None = None,
     label: str | None = None,
     samples: int | None = None,
-    seed: int = 0,
-    **options: Any,
 ) -> Task:
     """A task on a file, a folder of images (their folders' names are the labels) or a data set of the Hub.
 
@@ -273,13 +273,12 @@ def load_task(
         name: Of `TASKS`.
         source: As in `datafiles.load_data`.
         processing_class: Of the model.
+        config: Its `max_length`, `batch_size` and `seed` are used; the default one when left out.
         split: Of the data set.
         column: Of the input, several with commas between them; found when left out.
         label: Column of labels; found when left out.
         samples: Number of samples, drawn at random; all of them when left out. Those with a blank text are passed
             over.
-        seed: Of the drawing.
-        options: Other fields of the task.
 
     Raises:
         ValueError: there is no such task, or no such column.
@@ -287,9 +286,10 @@ def load_task(
     """
     if name not in TASKS:
         raise ValueError(f"There is no task {name!r}, choose one of {', '.join(map(repr, TASKS))}.")
+    config = config or PruneConfig()
     data = load_data(source, split=split, labels=True)
     if samples is not None:
-        data = data.shuffle(seed=seed, buffer_size=10 * samples)
+        data = data.shuffle(seed=config.seed, buffer_size=10 * samples)
     rows = (row for row in data if not any(isinstance(value, str) and not value.strip() for value in row.values()))
     return TASKS[name](
         list(itertools.islice(rows, samples)),
@@ -298,5 +298,6 @@ def load_task(
         label=label,
         dataset=Path(source).stem if Path(source).exists() else source,
         split=split or "",
-        **options,
+        max_length=config.max_length,
+        batch_size=config.batch_size,
     )

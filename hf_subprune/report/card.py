@@ -11,9 +11,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import CONFIG_NAME, logging
 
 from ..config import PruneConfig
-from .plots import PLOTS
-from .records import PLOT_FOLDER
-from .report import PruneReport
+from .records import PLOT_FOLDER, PLOTS, Record
 from .tables import block_table, markdown_table, refusal_table, summary_table
 
 logger = logging.get_logger(__name__)
@@ -33,9 +31,7 @@ UNIT_NAMES = {
 RELATION = "finetune"
 
 
-def write_card(
-    folder: str | Path, report: PruneReport, repo_id: str, card_data: Mapping[str, Any] | None = None
-) -> Path:
+def write_card(folder: str | Path, report: Record, repo_id: str, card_data: Mapping[str, Any] | None = None) -> Path:
     """Write `README.md` into a folder that holds the saved model.
 
     Args:
@@ -53,7 +49,7 @@ def write_card(
 
 
 def model_card(
-    report: PruneReport,
+    report: Record,
     repo_id: str,
     *,
     folder: str | Path | None = None,
@@ -122,7 +118,7 @@ def _is_hub_id(model: str) -> bool:
     return not Path(model).exists()
 
 
-def _metadata(report: PruneReport, base: Mapping[str, Any], title: str, replaced: Mapping[str, Any]) -> ModelCardData:
+def _metadata(report: Record, base: Mapping[str, Any], title: str, replaced: Mapping[str, Any]) -> ModelCardData:
     values = {name: base[name] for name in INHERITED if name in base}
     # A local folder has no id to name; what it derives from is then what this model derives from.
     base_model = report.model if _is_hub_id(report.model) else base.get("base_model")
@@ -134,7 +130,7 @@ def _metadata(report: PruneReport, base: Mapping[str, Any], title: str, replaced
     return ModelCardData(**{**values, **replaced})
 
 
-def _results(report: PruneReport, task: str | None) -> list[EvalResult]:
+def _results(report: Record, task: str | None) -> list[EvalResult]:
     """Labelled metrics, and the drift where the task is known: every result of a card belongs to one."""
     results = [
         EvalResult(

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -30,14 +31,34 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
 from .card import CARD_NAME, write_card
-from .records import REPORT_NAME
-from .report import PruneReport
+from .records import REPORT_NAME, Record
 from .saving import save_pruned
 
 logger = logging.get_logger(__name__)
 
 COMMIT_MESSAGE = "Push a model pruned by hf_subprune"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """How to push.
+
+    Args:
+        private: Whether a repo that is made is private; the default of the account when left out.
+        revision: Branch to commit to, made if need be; `"main"` when left out.
+        create_pr: Open a pull request with the commit.
+        force: Overwrite a repo that was not pushed by hf_subprune.
+        token: The one that `hf auth login` or `HF_TOKEN` stores when left out.
+        commit_message: First line of the commit.
+    """
+
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    force: bool = False
+    token: str | None = field(default=None, repr=False)
+    commit_message: str | None = None
 
 
 class PushError(OSError):
@@ -60,13 +81,13 @@ class PushError(OSError):
 
 
 def push_model(
-    report: PruneReport,
+    report: Record,
     repo_id: str,
     model: PreTrainedModel,
     processing_class: Any = None,
+    options: PushOptions | None = None,
     *,
     card_data: Mapping[str, Any] | None = None,
-    **options: Any,
 ) -> CommitInfo:
     """Save a pruned model into a temporary folder and push that; see `PruneReport.push_to_hub`.
 
@@ -75,8 +96,8 @@ def push_model(
         repo_id: `"user/name"` or `"organization/name"`.
         model: After `prune`.
         processing_class: Tokenizer, image processor or processor; may be `None`.
+        options: How to push.
         card_data: Metadata of the card that replaces what is found out.
-        options: Of `push_folder`.
 
     Raises:
         ValueError: `repo_id` is not a valid one; nothing was saved.
@@ -85,7 +106,7 @@ def push_model(
     check_repo_name(repo_id)
     folder = Path(tempfile.mkdtemp(prefix="hf_subprune_")) / repo_id.split("/")[-1]
     save_pruned(folder, model, processing_class, report)
-    commit = push_folder(folder, repo_id, card_data=card_data, **options)
+    commit = push_folder(folder, repo_id, options, card_data=card_data)
     shutil.rmtree(folder.parent)
     return commit
 
@@ -93,14 +114,9 @@ def push_model(
 def push_folder(
     folder: str | Path,
     repo_id: str,
+    options: PushOptions | None = None,
     *,
     card_data: Mapping[str, Any] | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    force: bool = False,
-    token: str | None = None,
-    commit_message: str | None = None,
 ) -> CommitInfo:
     """Upload the folder of a pruned model as one commit.
 
@@ -110,13 +126,8 @@ def push_folder(
     Args:
         folder: With the saved model and `subprune_report.json`. Gets a `README.md` if it has none.
         repo_id: `"user/name"` or `"organization/name"`; made if need be.
+        options: How to push.
         card_data: Metadata of a card that is written; see `card.model_card`.
-        private: Whether a repo that is made is private; the default of the account when left out.
-        revision: Branch to commit to, made if need be; `"main"` when left out.
-        create_pr: Open a pull request with the commit.
-        force: Overwrite a repo that was not pushed by hf_subprune.
-        token: The one that `hf auth login` or `HF_TOKEN` stores when left out.
-        commit_message: First line of the commit.
 
     Raises:
         ValueError: `repo_id` is not a valid one.
@@ -129,11 +140,11 @@ def push_folder(
     report = _check_folder(folder)
     if not (folder / CARD_NAME).is_file():
         write_card(folder, report, repo_id, card_data)
-    command = push_command(folder, repo_id, private=private, revision=revision, create_pr=create_pr, force=force)
-    api = HfApi(token=token, library_name="hf_subprune", library_version=version("hf_subprune"))
+    options = options or PushOptions()
+    command = push_command(folder, repo_id, options)
+    api = HfApi(token=options.token, library_name="hf_subprune", library_version=version("hf_subprune"))
     try:
-        head = _prepare_repo(api, repo_id, private=private, revision=revision, create_pr=create_pr, force=force)
-        return _commit(api, head, folder, revision, create_pr, commit_message or COMMIT_MESSAGE)
+        return _commit(api, _prepare_repo(api, repo_id, options), folder, options)
     except KeyboardInterrupt:
         logger.warning("Stopped; nothing was pushed. To try again:\n  %s", command)
         raise
@@ -141,21 +152,13 @@ def push_folder(
         raise PushError(repo_id, _reason(error, repo_id), folder, command) from error
 
 
-def push_command(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    force: bool = False,
-) -> str:
+def push_command(folder: str | Path, repo_id: str, options: PushOptions) -> str:
     """The command that does the same as `push_folder`; a token is not written out."""
     words = ["hf-subprune", "push", str(folder), repo_id]
-    words += ["--private"] * bool(private)
-    words += ["--revision", revision] if revision else []
-    words += ["--create-pr"] * create_pr
-    words += ["--force"] * force
+    words += ["--private"] * bool(options.private)
+    words += ["--revision", options.revision] if options.revision else []
+    words += ["--create-pr"] * options.create_pr
+    words += ["--force"] * options.force
     return shlex.join(words)
 
 
@@ -174,7 +177,7 @@ def check_repo_name(repo_id: str) -> None:
         raise ValueError(f"A repo to push to is named 'user/name' or 'organization/name', got {repo_id!r}.")
 
 
-def _check_folder(folder: Path) -> PruneReport:
+def _check_folder(folder: Path) -> Record:
     if not (folder / REPORT_NAME).is_file():
         raise FileNotFoundError(
             f"{folder} holds no {REPORT_NAME}, so it is not a pruned model: save one with `hf-subprune prune --out`, "
@@ -184,12 +187,10 @@ def _check_folder(folder: Path) -> PruneReport:
         raise FileNotFoundError(
             f"{folder} holds a report but no model ({CONFIG_NAME} and *.safetensors): `model.save_pretrained(folder)`."
         )
-    return PruneReport.load(folder)
+    return Record.load(folder)
 
 
-def _prepare_repo(
-    api: HfApi, repo_id: str, *, private: bool | None, revision: str | None, create_pr: bool, force: bool
-) -> ModelInfo:
+def _prepare_repo(api: HfApi, repo_id: str, options: PushOptions) -> ModelInfo:
     """Make the repo and the branch if need be.
 
     Returns:
@@ -202,32 +203,30 @@ def _prepare_repo(
     try:
         head = api.model_info(repo_id)
     except RepositoryNotFoundError:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_repo(repo_id, private=options.private, exist_ok=True)
         head = api.model_info(repo_id)
-    if private and not head.private:
+    if options.private and not head.private:
         settings = f"{api.endpoint}/{repo_id}/settings"
         raise _RefusedError(f"it exists and is public, and private was asked for. Change that at {settings}.")
     new_branch = False
-    if revision:
+    if options.revision:
         try:
-            head = api.model_info(repo_id, revision=revision)
+            head = api.model_info(repo_id, revision=options.revision)
         except RevisionNotFoundError:
-            new_branch = not create_pr
+            new_branch = not options.create_pr
     files = {file.rfilename for file in head.siblings or ()} - {".gitattributes"}
-    if files and REPORT_NAME not in files and not (force or create_pr):
+    if files and REPORT_NAME not in files and not (options.force or options.create_pr):
         raise _RefusedError(
             f"it holds {len(files)} files that hf_subprune did not push ({', '.join(sorted(files)[:3])}...). Choose "
             "another name, propose the change with --create-pr (create_pr=True), or overwrite with --force "
             "(force=True)."
         )
     if new_branch:
-        api.create_branch(repo_id, branch=str(revision))
+        api.create_branch(repo_id, branch=str(options.revision))
     return head
 
 
-def _commit(
-    api: HfApi, head: ModelInfo, folder: Path, revision: str | None, create_pr: bool, message: str
-) -> CommitInfo:
+def _commit(api: HfApi, head: ModelInfo, folder: Path, options: PushOptions) -> CommitInfo:
     """One commit with every file of the folder; weights of another model that stood there are deleted in it."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {path.relative_to(folder).as_posix(): path for path in paths}
@@ -243,10 +242,10 @@ def _commit(
     return api.create_commit(
         head.id,
         operations,
-        commit_message=message,
-        revision=revision,
-        create_pr=create_pr,
-        parent_commit=None if create_pr else head.sha,
+        commit_message=options.commit_message or COMMIT_MESSAGE,
+        revision=options.revision,
+        create_pr=options.create_pr,
+        parent_commit=None if options.create_pr else head.sha,
     )
 
 

@@ -8,21 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .records import BlockReport, Change
-from .report import PruneReport
+from .records import PLOTS, BlockReport, Change, Record
 from .tables import in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-PLOTS = {
-    "Parameters, MACs and latency before and after": "cost.png",
-    "Units kept in each block": "kept.png",
-    "Relative error of each block": "error.png",
-    "Relative error against units kept": "curves.png",
-}
-"""File name of each plot of one report, per title, in the order to show them."""
 
 # Colour-blind safe: what was, what is, what was measured on unseen rows.
 BEFORE, AFTER, UNSEEN, BOUND = "#c9ced6", "#2f6db5", "#d1495b", "#4a4a4a"
@@ -50,7 +41,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def save_plots(report: PruneReport, folder: str | Path) -> dict[str, Path]:
+def save_plots(report: Record, folder: str | Path) -> dict[str, Path]:
     """Draw every plot that the report has the figures for.
 
     Args:
@@ -75,7 +66,7 @@ def save_plots(report: PruneReport, folder: str | Path) -> dict[str, Path]:
     return {title: folder / name for (title, name), _ in zip(PLOTS.items(), figures, strict=False)}
 
 
-def plot_cost(report: PruneReport) -> "Figure":
+def plot_cost(report: Record) -> "Figure":
     """Parameters, multiply-accumulates and latency, before and after."""
     costs: list[tuple[str, Change, float, str]] = [
         ("Parameters", report.parameters, 1e-6, "M"),
@@ -101,7 +92,7 @@ def plot_cost(report: PruneReport) -> "Figure":
     return figure
 
 
-def plot_kept(report: PruneReport) -> "Figure":
+def plot_kept(report: Record) -> "Figure":
     """Share of the units kept in each block, by depth, one panel per family of blocks."""
     families = _families(report.blocks)
     with _figure(9, 0.6 + 2.1 * len(families)) as figure:
@@ -123,7 +114,7 @@ def plot_kept(report: PruneReport) -> "Figure":
     return figure
 
 
-def plot_error(report: PruneReport) -> "Figure":
+def plot_error(report: Record) -> "Figure":
     """Relative error of each pruned block by depth, fitted and held-out, and how near to the best choice it is."""
     families = _families(_pruned(report))
     with _figure(9, 0.9 + 2.4 * len(families)) as figure:
@@ -145,7 +136,7 @@ def plot_error(report: PruneReport) -> "Figure":
     return figure
 
 
-def plot_curves(report: PruneReport) -> "Figure":
+def plot_curves(report: Record) -> "Figure":
     """Relative error of a block's output against its units kept, and what was chosen, both fitted and held-out.
 
     One row of panels per family of blocks; of a deep family, six blocks at equal distances. The curves are those of
@@ -183,7 +174,7 @@ def plot_curves(report: PruneReport) -> "Figure":
     return figure
 
 
-def plot_tradeoff(reports: Mapping[str, Sequence[PruneReport]], quality: str | None = None) -> "Figure":
+def plot_tradeoff(reports: Mapping[str, Sequence[Record]], quality: str | None = None) -> "Figure":
     """Quality against size of several reports on one model.
 
     Args:
@@ -219,7 +210,7 @@ def plot_tradeoff(reports: Mapping[str, Sequence[PruneReport]], quality: str | N
     return figure
 
 
-def _pruned(report: PruneReport) -> list[BlockReport]:
+def _pruned(report: Record) -> list[BlockReport]:
     """Blocks that lost units; the others have no error to show."""
     return [b for b in report.blocks if b.units_after < b.units_before]
 
@@ -244,7 +235,7 @@ def _spread(blocks: Sequence[BlockReport], count: int) -> list[BlockReport]:
     return [blocks[round(i * (len(blocks) - 1) / (count - 1))] for i in range(count)]
 
 
-def _qualities(report: PruneReport) -> dict[str, float]:
+def _qualities(report: Record) -> dict[str, float]:
     """Figures of the pruned model's quality by name, labelled tasks first."""
     return {**{metric.name: metric.value.after for metric in report.metrics}, **report.drift_figures}
 

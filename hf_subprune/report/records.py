@@ -1,15 +1,27 @@
 """What a pruning run did and what it measured: dataclasses, their JSON, and the names of files."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
-from ..blocks import Block
+from ..blocks import Block, Refusal
 
 REPORT_NAME = "subprune_report.json"
 PAGE_NAME = "subprune_report.md"
 PLOT_FOLDER = "plots"
+PLOTS = {
+    "Parameters, MACs and latency before and after": "cost.png",
+    "Units kept in each block": "kept.png",
+    "Relative error of each block": "error.png",
+    "Relative error against units kept": "curves.png",
+}
+"""File name of each plot of one report, per title, in the order to show them."""
+
 FORMAT = 1
+
+AnyRecord = TypeVar("AnyRecord", bound="Record")
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,13 @@ class BlockReport:
     stack: str | None = None
 
     @classmethod
-    def whole(cls, block: Block, **predictions: Any) -> "BlockReport":
-        """Of a block that keeps every unit; `predictions` are `curve` and `predicted`."""
+    def whole(
+        cls,
+        block: Block,
+        curve: tuple[tuple[int, float, float], ...] = (),
+        predicted: tuple[tuple[int, float], ...] = (),
+    ) -> "BlockReport":
+        """Of a block that keeps every unit; `curve` and `predicted` are as above."""
         return cls(
             name=block.name,
             kind=block.kind,
@@ -74,8 +91,9 @@ class BlockReport:
             method="kept whole",
             guarantee=1.0,
             seconds=0.0,
+            curve=curve,
+            predicted=predicted,
             stack=block.stack,
-            **predictions,
         )
 
 
@@ -158,6 +176,98 @@ class TaskMetric:
             for figure, interval in figures
         )
         return before, after, change
+
+
+@dataclass(frozen=True)
+class Record:
+    """The figures of a `PruneReport`, which says what each of them is, and their JSON."""
+
+    model: str
+    architecture: str
+    config: dict[str, Any]
+    blocks: tuple[BlockReport, ...]
+    refusals: tuple[Refusal, ...]
+    layout: str
+    layout_reason: str
+    parameters: Change
+    macs: Change
+    latency: Change | None
+    measured_on: dict[str, Any]
+    drift: dict[str, float]
+    data: dict[str, Any]
+    seconds: dict[str, float]
+    peak_memory: int
+    versions: dict[str, str] = field(default_factory=dict)
+    metrics: tuple[TaskMetric, ...] = ()
+    command: str = ""
+    allocation: Allocation | None = None
+
+    @property
+    def drift_figures(self) -> dict[str, float]:
+        """`drift` without the number of rows that it was measured on."""
+        return {name: value for name, value in self.drift.items() if name != "rows"}
+
+    def with_metrics(self: AnyRecord, metrics: Sequence[TaskMetric]) -> AnyRecord:
+        """This report with further metrics; they replace those of the same name on the same data."""
+        new = {(metric.name, metric.data) for metric in metrics}
+        return replace(self, metrics=(*(m for m in self.metrics if (m.name, m.data) not in new), *metrics))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls: type[AnyRecord], values: dict[str, Any]) -> AnyRecord:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: the format is another one, or fields are missing or unknown.
+        """
+        values = dict(values)
+        found = values.pop("format", None)
+        if found != FORMAT:
+            raise ValueError(
+                f"A report of format {FORMAT} is expected, found format {found!r}: was it written by another version?"
+            )
+        known = {f.name for f in fields(cls)}
+        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+        if not required <= set(values) <= known:
+            missing, unknown = sorted(required - set(values)), sorted(set(values) - known)
+            raise ValueError(f"Not a pruning report: missing fields {missing}, unknown fields {unknown}.")
+        try:
+            values["blocks"] = tuple(BlockReport(**_tuples(block)) for block in values["blocks"])
+            values["refusals"] = tuple(Refusal(**r) for r in values["refusals"])
+            values["metrics"] = tuple(
+                TaskMetric(**_tuples({**metric, "value": Change(**metric["value"])}))
+                for metric in values.get("metrics", ())
+            )
+            for name in ("parameters", "macs", "latency"):
+                values[name] = values[name] and Change(**values[name])
+            if values.get("allocation"):
+                values["allocation"] = Allocation(**_tuples(values["allocation"]))
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"Not a pruning report: {error}.") from error
+        return cls(**values)
+
+    @classmethod
+    def load(cls: type[AnyRecord], path: str | Path) -> AnyRecord:
+        """Read a report from its file or from the folder that holds it.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is not a report; the message says what is wrong with it.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / REPORT_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"No pruning report at {path}: give a folder that holds {REPORT_NAME}, as `prune` writes it."
+            )
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read as a pruning report: {error}") from error
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..storage.remote_code import write_remote_code
-from .records import REPORT_NAME
-from .report import PruneReport
+from .page import save
+from .records import REPORT_NAME, Record
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +55,7 @@ def check_shard_size(size: int | str) -> None:
 
 
 def save_pruned(
-    folder: str | Path, model: PreTrainedModel, processing_class: Any, report: PruneReport, **save_options: Any
+    folder: str | Path, model: PreTrainedModel, processing_class: Any, report: Record, **save_options: Any
 ) -> None:
     """Save into a folder beside `folder` and put it in place when it is complete.
 
@@ -84,7 +84,7 @@ def save_pruned(
                 logger.warning("The model will load with hf_subprune only: %s", error)
         if processing_class is not None:
             processing_class.save_pretrained(staged)
-        report.save(staged)
+        save(report, staged)
         if folder.exists():
             shutil.move(folder, Path(scratch) / "old")
         shutil.move(staged, folder)

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group
@@ -12,13 +12,10 @@ from rich.text import Text
 
 from ..blocks import Refusal
 from ..config import TWO_STREAMS, PruneConfig
-
-if TYPE_CHECKING:
-    from .records import BlockReport, Change, TaskMetric
-    from .report import PruneReport
+from .records import BlockReport, Change, Record, TaskMetric
 
 
-def summary_table(report: "PruneReport") -> Table:
+def summary_table(report: Record) -> Table:
     """The whole model before and after, as a rich table."""
     table = Table(title=f"{report.architecture} pruned, {report.layout} layout", title_justify="left")
     for name in ("", "before", "after", "ratio"):
@@ -39,7 +36,7 @@ def summary_table(report: "PruneReport") -> Table:
     return table
 
 
-def block_table(report: "PruneReport") -> Table:
+def block_table(report: Record) -> Table:
     """One row for each block that lost units, or for all experts of a layer, as a rich table."""
     table = Table(title="Blocks", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("block", overflow="fold")
@@ -110,7 +107,7 @@ def refusal_table(refusals: Sequence[Refusal]) -> Table | Text:
     return table
 
 
-def metric_table(metrics: Sequence["TaskMetric"]) -> Table:
+def metric_table(metrics: Sequence[TaskMetric]) -> Table:
     """Figures of a labelled task, as a rich table.
 
     Args:
@@ -133,7 +130,7 @@ def in_words(measured_on: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, [*parts, f"{threads} thread" + "s" * (threads != 1)]))
 
 
-def change_row(change: "Change", scale: float = 1.0, unit: str = "") -> tuple[str, str, str]:
+def change_row(change: Change, scale: float = 1.0, unit: str = "") -> tuple[str, str, str]:
     """Cells before, after and ratio of a table; values are shown in `unit`, which is `scale` of theirs."""
     before, after = (f"{value / scale:.4g} {unit}".rstrip() for value in (change.before, change.after))
     return before, after, f"{change.ratio:.3f}"

@@ -9,11 +9,9 @@ from typer.testing import CliRunner
 
 from hf_subprune import PruneConfig, PruneReport, prune
 from hf_subprune.allocation import targets
-from hf_subprune.bench.budgets import bench_budgets, rank_correlation, table
 from hf_subprune.cli import app
 from hf_subprune.evaluation.costs import count_macs
 from hf_subprune.pruning import prune_sizes
-from hf_subprune.report.tables import render
 
 QUICK = {"samples": 20, "held_out": 4, "batch_size": 4, "layout": "ragged"}
 
@@ -186,30 +184,6 @@ def test_sizes_may_differ_in_size_only():
     configs = [PruneConfig(**QUICK), PruneConfig(**{**QUICK, "samples": 10}, variant="seq")]
     with pytest.raises(ValueError, match="differ in samples, variant"):
         next(prune_sizes(model, ready_batches(model), configs))
-
-
-def test_the_bench_ranks_allocations_and_leaves_the_model_alone():
-    model = tiny("llama")
-    before = copy.deepcopy(model.state_dict())
-    rows = bench_budgets(model, ready_batches(model), keeps=(0.6,), allocations=6, samples=20, held_out=4)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [row["budget"] for row in rows] == ["uniform", "equal_loss", "global", *["random"] * 6]
-    assert all(row["actual"] > 0 and row["predicted"] > 0 for row in rows)
-    assert all(row["kept"] <= 0.6 + 1e-9 for row in rows[:3])
-    assert all(abs(row["kept"] - row["keep"]) < 0.01 for row in rows[3:])
-    assert -1 <= rank_correlation(rows) <= 1
-    assert "over 6 random" in render(table(rows))
-
-
-def test_the_bench_shows_what_becomes_of_embeddings():
-    common = {"keep": 0.5, "kept": 0.5, "predicted": 0.2}
-    rows = [
-        {**common, "budget": "uniform", "actual": 0.3, "figures": {"embedding_cosine": 0.9}},
-        {**common, "budget": "global", "actual": 0.27, "figures": {"embedding_cosine": 0.95}},
-    ]
-    line = next(line for line in render(table(rows)).splitlines() if "global" in line)
-    assert "-10%" in line
-    assert "-50%" in line
 
 
 def test_the_command_saves_every_size_in_its_own_folder(tmp_path):

@@ -12,6 +12,7 @@ from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTForImageClassification, ViTImageProcessor
 
+from hf_subprune.config import PruneConfig
 from hf_subprune.data.reading import batch_all
 from hf_subprune.evaluation.metrics import load_metric
 from hf_subprune.evaluation.scores import embed, perplexity
@@ -53,7 +54,7 @@ def test_accuracy_of_a_classifier_by_number_and_by_name(tmp_path, tokenizer):
     for labels in (classes, names):
         labels = [model.config.id2label[1 - classes[0]] if labels is names else 1 - classes[0], *labels[1:]]
         rows = [{"text": text, "label": label} for text, label in zip(TEXTS, labels, strict=True)]
-        task = load_task("classification", write(tmp_path / "data.jsonl", rows), tokenizer, batch_size=5)
+        task = load_task("classification", write(tmp_path / "data.jsonl", rows), tokenizer, PruneConfig(batch_size=5))
         (metric,) = Trial(task, model).score(other(model), resamples=50)
         assert metric.value.before == pytest.approx(11 / 12)
         assert (metric.name, metric.task, metric.data, metric.samples) == (
@@ -105,7 +106,7 @@ def test_similarity_is_the_cosine_of_two_embeddings(tmp_path, tokenizer):
 def test_perplexity_is_that_of_all_tokens(tmp_path, tokenizer):
     (tmp_path / "data.txt").write_text("\n\n".join(TEXTS) + "\n")  # with blank lines, which are passed over
     model = tiny("llama")
-    task = load_task("perplexity", str(tmp_path / "data.txt"), tokenizer, batch_size=4)
+    task = load_task("perplexity", str(tmp_path / "data.txt"), tokenizer, PruneConfig(batch_size=4))
     (metric,) = Trial(task, model).score(other(model), resamples=50)
     assert metric.value.before == pytest.approx(perplexity(model, batch_all(model, TEXTS, tokenizer)))
     low, high = metric.before_interval

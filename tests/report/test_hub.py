@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from hf_subprune.cli import app
-from hf_subprune.report.hub import PushError, push_command, push_folder
+from hf_subprune.report.hub import PushError, PushOptions, push_command, push_folder
 from hf_subprune.report.report import PruneReport
 
 REPO = "user/small"
@@ -142,7 +142,7 @@ def test_pushing_again_replaces_the_weights_and_nothing_else_is_lost(hub, folder
 
 @pytest.mark.parametrize("private", [True, False, None])
 def test_a_new_repo_is_as_private_as_asked(hub, folder, private):
-    push_folder(folder, REPO, private=private)
+    push_folder(folder, REPO, PushOptions(private=private))
     assert hub.repos[REPO].private is bool(private)
 
 
@@ -150,18 +150,18 @@ def test_a_branch_is_made_and_main_is_left(hub, folder):
     push_folder(folder, REPO)
     main = hub.repos[REPO].refs["main"]
     make_model(seed=1).save_pretrained(folder)
-    push_folder(folder, REPO, revision="half size")
+    push_folder(folder, REPO, PushOptions(revision="half size"))
     assert hub.repos[REPO].refs["main"] == main
     assert hub.files(REPO, "half size")["model.safetensors"] != hub.files(REPO)["model.safetensors"]
     make_model(seed=2).save_pretrained(folder)
-    push_folder(folder, REPO, revision="half size")
+    push_folder(folder, REPO, PushOptions(revision="half size"))
     assert hub.files(REPO, "half size")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
 def test_a_pull_request_may_be_opened_on_anybodys_model(hub, folder):
     theirs = {"config.json": b"{}", "model.safetensors": b"theirs"}
     hub.add_repo("other/model", theirs)
-    commit = push_folder(folder, "other/model", create_pr=True)
+    commit = push_folder(folder, "other/model", PushOptions(create_pr=True))
     assert commit.pr_url.endswith("/other/model/discussions/1")
     assert hub.files("other/model") == theirs
     assert "subprune_report.json" in hub.files("other/model", "refs/pr/1")
@@ -191,7 +191,7 @@ def test_another_models_repo_is_overwritten_only_by_force(hub, folder):
     with pytest.raises(PushError, match=r"2 files that hf_subprune did not push .*config.json.*--create-pr.*--force"):
         push_folder(folder, REPO)
     assert hub.files(REPO) == theirs and hub.count("PUT", "") == 0
-    push_folder(folder, REPO, force=True)
+    push_folder(folder, REPO, PushOptions(force=True))
     assert hub.files(REPO)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
@@ -199,14 +199,14 @@ def test_what_stands_on_a_branch_is_protected_too(hub, folder):
     push_folder(folder, REPO)
     hub.repos[REPO].commit("theirs", {"config.json": b"{}"}, "another model")
     with pytest.raises(PushError, match="did not push"):
-        push_folder(folder, REPO, revision="theirs")
+        push_folder(folder, REPO, PushOptions(revision="theirs"))
 
 
 def test_a_public_repo_gets_nothing_private(hub, folder):
     push_folder(folder, REPO)
     commits = len(hub.repos[REPO].commits)
     with pytest.raises(PushError, match=r"is public.*/user/small/settings"):
-        push_folder(folder, REPO, private=True)
+        push_folder(folder, REPO, PushOptions(private=True))
     assert len(hub.repos[REPO].commits) == commits
 
 
@@ -238,7 +238,7 @@ def test_without_a_token_the_model_is_saved_and_the_command_pushes_it(hub, repor
     command = shlex.split(str(error.value).splitlines()[-1])
     assert command == ["hf-subprune", "push", str(error.value.folder), REPO, "--private", "--revision", "v1"]
     monkeypatch.setenv("HF_TOKEN", WRITER)
-    push_folder(command[2], command[3], private=True, revision="v1")
+    push_folder(command[2], command[3], PushOptions(private=True, revision="v1"))
     pushed = hub.files(REPO, "v1")
     assert {"tokenizer.json", "README.md", "plots/kept.png"} <= set(pushed)
     model.save_pretrained(error.value.folder.parent / "again")
@@ -247,7 +247,7 @@ def test_without_a_token_the_model_is_saved_and_the_command_pushes_it(hub, repor
 
 def test_a_wrong_token_is_told(hub, folder):
     with pytest.raises(PushError, match="does not accept the token"):
-        push_folder(folder, REPO, token="hf_wrong")
+        push_folder(folder, REPO, PushOptions(token="hf_wrong"))
     assert hub.repos == {}
 
 
@@ -260,12 +260,12 @@ def test_offline_nothing_is_asked(hub, folder, monkeypatch):
 
 def test_a_token_without_permission_sends_no_weights(hub, folder):
     with pytest.raises(PushError, match="may not write there"):
-        push_folder(folder, REPO, token=READER)
+        push_folder(folder, REPO, PushOptions(token=READER))
     push_folder(folder, REPO)
     before, sent = hub.repos[REPO].refs["main"], hub.count("PUT", "")
     make_model(seed=1).save_pretrained(folder)
     with pytest.raises(PushError, match="may not write there") as error:
-        push_folder(folder, REPO, token=READER)
+        push_folder(folder, REPO, PushOptions(token=READER))
     assert hub.repos[REPO].refs["main"] == before and hub.count("PUT", "") == sent
     assert READER not in str(error.value)
 
@@ -321,8 +321,8 @@ def test_a_stop_by_the_user_names_the_command(hub, folder, monkeypatch, caplog):
 
 
 def test_the_command_says_every_option_but_the_token():
-    options = {"private": True, "revision": "v 1", "create_pr": True, "force": True}
-    assert push_command("/a b", REPO, **options) == (
+    options = PushOptions(private=True, revision="v 1", create_pr=True, force=True, token=WRITER)
+    assert push_command("/a b", REPO, options) == (
         f"hf-subprune push '/a b' {REPO} --private --revision 'v 1' --create-pr --force"
     )
 

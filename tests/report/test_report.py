@@ -1,11 +1,11 @@
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
 from sample_report import make_report
 
-from hf_subprune.report import report as report_module
 from hf_subprune.report.records import PAGE_NAME
 from hf_subprune.report.report import PruneReport
 
@@ -75,7 +75,7 @@ def test_the_page_links_the_plots_that_were_drawn(tmp_path):
 
 
 def test_without_matplotlib_the_page_has_no_plots(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_module, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     make_report().save(tmp_path)
     page = (tmp_path / PAGE_NAME).read_text()
     assert "![" not in page and "## Left whole" in page and "hf-subprune prune" in page
