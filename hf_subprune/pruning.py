@@ -1,10 +1,10 @@
 """`prune` and `prune_sizes`: the five stages in their order.
 
-    samples = read(model, data, config, processing_class)         # batches for the model
-    survey = take_survey(model, samples, configs, ..., work)      # blocks, targets, what each block would lose
-    widths = choose(survey, config, work)                         # who keeps how much
-    solved = solve(survey, widths, work)                          # units and new weights, installed block by block
-    report = outcome(survey, widths, solved, work)                # proved, made ready to be saved, measured
+samples = read(model, data, config, processing_class)         # batches for the model
+survey = take_survey(model, samples, configs, ..., work)      # blocks, targets, what each block would lose
+widths = choose(survey, config, work)                         # who keeps how much
+solved = solve(survey, widths, work)                          # units and new weights, installed block by block
+report = outcome(survey, widths, solved, work)                # proved, made ready to be saved, measured
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +18,13 @@ from .allocation.choice import choose
 from .allocation.survey import Survey
 from .allocation.surveying import take_survey
 from .config import TARGETS, PruneConfig
-from .data.batches import Samples, with_fitting_batches
+from .data.batches import FittingBatches, Samples
 from .data.reading import read
+from .evaluation.costs import measure_latency
 from .evaluation.original import Original
 from .models.forms import apart
+from .models.offload import is_offloaded
+from .models.precision import precise_products
 from .models.session import check_prunable, session
 from .report.records import Change
 from .report.report import PruneReport
@@ -30,9 +33,6 @@ from .runs.processes import from_process
 from .runs.workspace import Workspace
 from .solving.loop import solve
 from .solving.outcome import of_the_whole, outcome
-from .solving.latency import seconds_of
-
-Evaluation = Callable[[PreTrainedModel], float]
 
 
 def prune(
@@ -77,13 +77,13 @@ def prune(
         with work.clock("data"):
             samples = read(model, data, config, processing_class)
 
-        def attempt(some: Samples, _size: int) -> PruneReport:
+        def attempt(some: Samples) -> PruneReport:
             own = work.again()
             if whole:
-                return _without_experts(model, some, config, evaluation, own)
+                return _without_experts(some, config, evaluation, own)
             return prune_to(take_survey(model, some, [config], evaluation, own), config, own)
 
-        return with_fitting_batches(samples, attempt)
+        return FittingBatches(samples).run(attempt)
 
 
 def prune_sizes(
@@ -119,23 +119,92 @@ def prune_sizes(
         raise TypeError(f"`configs` must be a list of PruneConfig, one a size, not {type(configs).__name__}.")
     configs = [PruneConfig.of(config) for config in configs]
     _check_alike(configs)
-    with session(model) as held:
-        work = Workspace()
-        with work.clock("data"):
-            samples = read(model, data, configs[0], processing_class)
-        surveyed: dict[int, Survey] = {}  # of the latest size of batches
-
-        def survey(some: Samples, size: int) -> Survey:
-            if size not in surveyed:
-                surveyed.clear()
-                surveyed[size] = take_survey(model, some, configs, evaluation, work)
-            return surveyed[size]
-
-        with_fitting_batches(samples, survey)
+    with session(model, precise=False) as handed_over:
+        work, parameters = Workspace(), list(model.parameters())
+        with precise_products(parameters):
+            with work.clock("data"):
+                samples = read(model, data, configs[0], processing_class)
+            batches = FittingBatches(samples)
+            survey = batches.run(lambda some: take_survey(model, some, configs, evaluation, work))
         for config in configs:
             own = work.again()
-            report = with_fitting_batches(
-                samples, lambda some, size: prune_to(survey(some, size), config, own)
-            )
-            with closing(own.undo), held.handed_over():
+
+            def attempt(some: Samples, config: PruneConfig = config, own: Workspace = own) -> PruneReport:
+                nonlocal survey
+                if some is not survey.samples:  # they were halved
+                    survey = take_survey(model, some, configs, evaluation, own)
+                return prune_to(survey, config, own)
+
+            with precise_products(parameters):
+                report = batches.run(attempt)
+            with closing(own.undo), handed_over():
                 yield report
+
+
+def prune_to(survey: Survey, config: PruneConfig, work: Workspace) -> PruneReport:
+    """Prune a model that was surveyed to the size of one of its configs.
+
+    Args:
+        survey: Whose model is shrunk in place.
+        config: One of those that the survey was taken for.
+        work: Its `undo` takes everything back; what fails is taken back at once.
+
+    Raises:
+        EquivalenceError: as `prune`.
+    """
+    with work.undone_on_failure():
+        widths = choose(survey, config, work)
+        solved = solve(survey, widths, work)
+        return outcome(survey, widths, solved, work)
+
+
+def _without_experts(
+    samples: Samples,
+    config: PruneConfig,
+    evaluation: Callable[[PreTrainedModel], float] | None,
+    work: Workspace,
+) -> PruneReport:
+    """Whole experts go first, then the model without them is pruned."""
+    model = samples.model
+    fraction, rest = without_experts(config)
+    with work.clock("evaluation"):
+        original = Original.of(samples)
+        before = _seconds(samples)
+    with work.undone_on_failure():
+        removed, refusals = remove_experts(samples, config, fraction, work)
+        if rest is None:
+            report = of_the_whole(samples, original, Change(before, before) if before else None, config, work)
+        else:
+            with apart(model):
+                own = work.again()  # what is taken back of the rest is so while experts are apart
+                survey = replace(take_survey(model, samples, [rest], evaluation, own), original=original)
+                report = prune_to(survey, rest, own)
+        after = _seconds(samples)
+    report = replace(
+        report,
+        config=config.to_dict(),
+        latency=Change(before, after) if before and after else None,
+        blocks=(*removed, *report.blocks),
+        refusals=(*refusals, *report.refusals),
+    )
+    return from_process(0, report)
+
+
+def _seconds(samples: Samples) -> float | None:
+    """Of a forward; `None` where weights are read from elsewhere meanwhile."""
+    return None if is_offloaded(samples.model) else measure_latency(samples.model, samples.held_out[0])
+
+
+def _check_alike(configs: Sequence[PruneConfig]) -> None:
+    """Raise `ValueError` unless configs differ in size only."""
+    if not configs:
+        raise ValueError("Pruning to several sizes takes one config a size, got none.")
+    free = {*TARGETS, "budget", "layout", "round_to"}
+    first = configs[0].to_dict()
+    for config in configs[1:]:
+        other = config.to_dict()
+        if differing := sorted(name for name in first if name not in free and first[name] != other[name]):
+            raise ValueError(
+                f"Sizes from one calibration may differ in {', '.join(sorted(free))} only; these configs differ in "
+                f"{', '.join(differing)}: call `prune` for each."
+            )

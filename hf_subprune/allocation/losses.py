@@ -11,7 +11,6 @@ from ..blocks import Group, groups_of
 from ..collection.block_moments import BlockMoments
 from ..collection.walk import Walk
 from ..runs.processes import from_all, is_mine
-from ..runs.progress import progress
 from ..runs.workspace import Workspace
 from ..solver.curves import LossCurve, loss_curve, losses_of_sets
 from ..solver.problem import Problem
@@ -92,7 +91,7 @@ def _pass_over(
     everywhere = trials is not None and trials.evaluation is not None
     measured = set(groups) if everywhere else measured_blocks(survey.candidates)
     walk = Walk(survey.samples, survey.plan, survey.owners)
-    with progress(len(survey.plan.segments), "Calibrating") as bar:
+    with work.bar(len(survey.plan.segments), "Calibrating") as bar:
         for segment in walk.left:
             with work.clock("calibration"):
                 walk.start(segment)
@@ -156,4 +155,3 @@ def _curves(
         return curves
     total = sum(rows for _, rows in problems)
     return [curve.of_share(rows / total) for curve, (_, rows) in zip(curves, problems, strict=True)]
-

@@ -177,7 +177,7 @@ def _sensitivities(survey: Survey, work: Workspace | None) -> Means:
         survey.samples.fit,
         seed=survey.configs[0].seed,
         recomputed=_recomputed(survey),
-        folder=work and work.place("sensitivities"),
+        folder=None if work is None else work.place("sensitivities"),
     )
     silent = [name for name, M in metrics.items() if not float(M.diagonal().sum()) > 0]
     if silent:

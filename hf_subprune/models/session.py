@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .running import evaluating
 @contextmanager
 def session(
     model: PreTrainedModel, *, folder: Path | None = None, precise: bool = True, whole: bool = False
-) -> Iterator[None]:
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Within the context a model can be observed and shrunk; what then comes back is as it was set up before.
 
     Products are those of `precise_products`, weights that accelerate offloaded are placeholders (`taken_over`), every
@@ -33,16 +33,19 @@ def session(
             `precise_products` around its own work only.
         whole: Leave stacked experts and the like as the model stores them.
 
+    Yields:
+        What makes a context within which the model is as somebody else knows it: offloaded weights are accelerate's.
+
     Raises:
         ValueError: on exit, experts of one layer have different widths.
     """
     with (
         precise_products(model.parameters()) if precise else nullcontext(),
-        taken_over(model, folder),
+        taken_over(model, folder) as handed_over,
         evaluating(model),
         nullcontext() if whole else apart(model),
     ):
-        yield
+        yield handed_over
 
 
 def check_prunable(model: Any, offloaded: bool = False) -> None:

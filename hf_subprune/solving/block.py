@@ -15,7 +15,6 @@ from ..allocation.survey import Survey
 from ..blocks import Block
 from ..collection.block_moments import BlockMoments
 from ..report.records import BlockReport
-from ..solver.problem import columns_of
 from ..solver.solve import BlockSolution, Choice
 from ..solver.solve import solve as solve_problem
 from ..solver.tied import choose_together

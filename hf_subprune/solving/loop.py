@@ -20,7 +20,6 @@ from ..collection.walk import StoredWalk, Walk
 from ..report.records import BlockReport
 from ..runs.memory import release_memory
 from ..runs.processes import is_mine, processes
-from ..runs.progress import progress
 from ..runs.workspace import Workspace
 from ..solver.solve import Choice
 from ..surgery.edits import Edit, shrink, taken_back, undo_all
@@ -60,7 +59,7 @@ def solve(survey: Survey, widths: Widths, work: Workspace, install: Install = sh
     """
     solved = Solved()
     work.undo.callback(undo_all, solved.edits)
-    with progress(len(widths.blocks), "Pruning") as bar:
+    with work.bar(len(widths.blocks), "Pruning") as bar:
         _Loop(survey, widths, work, install, solved, bar).run()
     return solved
 
@@ -129,9 +128,7 @@ class _Loop:
         if not walk.independent:
             release_memory()
 
-    def _solve(
-        self, blocks: Sequence[Block], moments: dict[str, BlockMoments], chosen: Choice | None = None
-    ) -> None:
+    def _solve(self, blocks: Sequence[Block], moments: dict[str, BlockMoments], chosen: Choice | None = None) -> None:
         """Solve those blocks that fall to this process; of those that were solved before, nothing is asked.
 
         Moments are let go of, block by block.
