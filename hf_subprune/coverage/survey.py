@@ -7,7 +7,7 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +104,7 @@ def survey(
     workers: int = 2,
     done: Sequence[Row] = (),
     progress: Callable[[Row], None] | None = None,
+    run: Callable[..., Iterable[Row]] = isolated,
 ) -> list[Row]:
     """Discover, shrink by half, verify, save, reload and compare a tiny model of every type.
 
@@ -116,6 +117,7 @@ def survey(
         workers: Processes at a time.
         done: Rows of an earlier survey that was interrupted: they are taken as they are.
         progress: Called with each new row, in order, as soon as it is there.
+        run: Calls a function on each item, as `isolation.isolated` does.
 
     Returns:
         One row per type and head that exists, in the order asked for.
@@ -123,7 +125,7 @@ def survey(
     wanted = [(model_type, head) for model_type in architectures_of(model_types) for head in heads]
     rows = {(row.model_type, row.head): row for row in done}
     items = [item for item in wanted if item not in rows]
-    for row in isolated(examine_item, items, _lost, seconds=seconds, workers=workers):
+    for row in run(examine_item, items, _lost, seconds=seconds, workers=workers):
         if row.head == "main" and f"{NO_CLASS} main class" in row.problem:
             continue
         rows[row.model_type, row.head] = row

@@ -130,13 +130,16 @@ class CannotBuildError(Exception):
     """Raised when no tiny model of a type could be built; the message says why."""
 
 
-def tiny_model(model_type: str, head: str = "base", seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    model_type: str, head: str = "base", seed: int = 0, most_parameters: int = MOST_PARAMETERS
+) -> PreTrainedModel:
     """A tiny randomly initialised model of one type, in evaluation mode, float32, on the CPU.
 
     Args:
         model_type: Key of `transformers.CONFIG_MAPPING`, e.g. `"bert"`.
         head: `"base"` for the bare model, `"main"` for the class with the type's main head.
         seed: Of the weights. The global random state is left as it was.
+        most_parameters: A model of more is refused.
 
     Raises:
         CannotBuildError: If there is no such class, or its configuration could not be shrunk.
@@ -153,7 +156,7 @@ def tiny_model(model_type: str, head: str = "base", seed: int = 0) -> PreTrained
             torch.manual_seed(seed)
             with torch.device("meta"):
                 size = sum(p.numel() for p in architecture(config).parameters())
-            if size > MOST_PARAMETERS:
+            if size > most_parameters:
                 raise CannotBuildError(f"{model_type}: the tiny configuration still has {size} parameters")
             model = architecture(config)
             scatter_weights(model)

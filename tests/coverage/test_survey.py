@@ -1,19 +1,12 @@
-"""The survey of all architectures: its own check, its isolation and its tables."""
+"""The survey of all architectures: its own check, and what is asked."""
 
-import importlib
-import json
-import os
-import time
 from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 
 from hf_subprune.blocks import Discovery
-from hf_subprune.coverage.isolation import isolated
 from hf_subprune.coverage.survey import (
-    KindOutcome,
     Row,
     examine,
     half,
@@ -22,7 +15,6 @@ from hf_subprune.coverage.survey import (
     shrunk_difference,
     survey,
 )
-from hf_subprune.coverage.table import append_row, stored_rows, summary, to_json, to_markdown
 from hf_subprune.coverage.tiny import tiny_model
 from hf_subprune.discovery.discover import discover
 from hf_subprune.discovery.probe_inputs import probe_inputs
@@ -34,20 +26,6 @@ def found():
     model = tiny_model("gpt2")
     inputs = probe_inputs(model)
     return model, inputs, discover(model, inputs)
-
-
-def lost(item, reason):
-    return reason
-
-
-@pytest.mark.slow  # the first process imports everything
-def test_a_crash_or_a_hang_costs_one_item_and_the_order_stays():
-    assert list(isolated(abs, [-3, 2, -1], lost, seconds=300, workers=2)) == [3, 2, 1]
-    assert list(isolated(os._exit, [3], lost, seconds=60, workers=1)) == ["its process ended with exit code 3"]
-    start = time.monotonic()
-    results = list(isolated(time.sleep, [600, 0], lost, seconds=10, workers=2))
-    assert results == ["no result after 10 s", None]
-    assert time.monotonic() - start < 60
 
 
 def test_halves_of_neighbours_differ(found):
@@ -104,61 +82,16 @@ def test_relative_difference():
     assert relative_difference([infinite], [infinite]) == 0.0
 
 
-ROWS = [
-    Row(
-        "alpha",
-        "base",
-        "AlphaModel",
-        kinds={"mlp": KindOutcome("exact", 2), "attention": KindOutcome("refused", 0, {"layer.0.o": "a norm|spans"})},
-        layout="ragged",
-        reload="exact",
-    ),
-    Row(
-        "alpha",
-        "main",
-        "AlphaForCausalLM",
-        kinds={"mlp": KindOutcome("partly", 1, {"head": "tied"}), "attention": KindOutcome("absent")},
-        layout="ragged",
-        reload="differs by 1.0e+00",
-    ),
-    Row("beta", "base", problem="needs a library"),
-]
-
-
-def test_summary_counts():
-    text = summary(ROWS)
-    assert transformers.__version__ in text
-    base, main = text.split("silently wrong: 0. ")
-    assert "bare models: 2 types, 1 built and run" in base and "main head: 1 types, 1 built and run" in main
-    assert "of 1 with mlp blocks, 1 shrink exactly and 0 in part" in base
-    assert "of 1 with mlp blocks, 0 shrink exactly and 1 in part" in main
-    assert "of 1 with attention blocks, 0 shrink exactly and 0 in part" in base
-    assert "1 of 1 pruned models reload exactly" in base and "0 of 1 pruned models" in main
-    assert main.endswith("silently wrong: 1.")
-
-
-def test_markdown_has_a_line_per_model_and_every_reason():
-    text = to_markdown(ROWS)
-    assert "| alpha | AlphaModel | exact (2) | refused | none | ragged | exact |" in text
-    assert "attention: a norm|spans (AlphaModel `layer.0.o`" in text
-    assert "- beta (base): needs a library" in text
-
-
-def test_json_keeps_every_field():
-    read = json.loads(to_json(ROWS))
-    assert read["transformers"] == transformers.__version__
-    assert read["rows"][0]["kinds"]["attention"]["refused"] == {"layer.0.o": "a norm|spans"}
-
-
 def test_unknown_type_is_refused():
     with pytest.raises(ValueError, match="no_such_model"):
         survey(["bert", "no_such_model"])
 
 
-def test_a_type_without_a_main_head_has_no_row_for_it(monkeypatch):
-    module = importlib.import_module("hf_subprune.coverage.survey")
-    monkeypatch.setattr(module, "isolated", lambda _, items, *rest, **options: [examine(*item) for item in items])
-    rows = survey(["git_vision_model"])
+def test_a_type_without_a_main_head_has_no_row_for_it():
+    def run(function, items, failed, **options):
+        return map(function, items)
+
+    rows = survey(["git_vision_model"], run=run)
     assert [row.head for row in rows] == ["base"]
 
 
@@ -215,16 +148,13 @@ def test_nothing_is_silently_wrong_in_a_sample():
             assert bool(outcome.refused) or outcome.verdict != "refused"
 
 
-def test_an_interrupted_survey_goes_on(monkeypatch, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    assert stored_rows(file) == []
-    for row in ROWS:
-        append_row(file, row)
-    file.write_text(file.read_text() + '{"transformers": "0.1", "row": {}}\n')
-    assert stored_rows(file) == ROWS
-    module = importlib.import_module("hf_subprune.coverage.survey")
+def test_an_interrupted_survey_goes_on():
     asked = []
-    monkeypatch.setattr(module, "isolated", lambda _, items, *rest, **options: asked.extend(items) or [])
+
+    def run(function, items, failed, **options):
+        asked.extend(items)
+        return []
+
     done = [Row("bert", "base"), Row("vit", "base")]
-    assert survey(["bert", "gpt2", "vit"], ("base",), done=done) == done
+    assert survey(["bert", "gpt2", "vit"], ("base",), done=done, run=run) == done
     assert asked == [("gpt2", "base")]

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertModel, LlavaConfig, LlavaForConditionalGeneration
 
-from hf_subprune.coverage import architectures, tiny
-from hf_subprune.coverage.architectures import model_class, model_types
+from hf_subprune.coverage import tiny
+from hf_subprune.coverage.architectures import model_types
 from hf_subprune.coverage.tiny import CannotBuildError, scatter_weights, tiny_config, tiny_model
 from hf_subprune.discovery.probe_inputs import probe_inputs
 
@@ -103,23 +102,9 @@ def test_unknown_type_is_named():
         tiny_model("no_such_model")
 
 
-def test_too_large_a_model_is_refused_before_it_is_allocated(monkeypatch):
-    monkeypatch.setattr(tiny, "MOST_PARAMETERS", 1000)
+def test_too_large_a_model_is_refused_before_it_is_allocated():
     with pytest.raises(CannotBuildError, match="parameters"):
-        tiny_model("bert")
-
-
-def test_heads():
-    assert model_class(BertConfig, "base") is BertModel
-    assert model_class(BertConfig, "main") is BertForMaskedLM
-    assert model_class(LlavaConfig, "main") is LlavaForConditionalGeneration
-    with pytest.raises(ValueError, match="head"):
-        model_class(BertConfig, "tail")
-
-
-def test_configurations_outside_the_auto_classes_have_a_class():
-    config_class = type(tiny_config("sam").vision_config)
-    assert architectures.own_classes(config_class)[0].config_class is config_class
+        tiny_model("bert", most_parameters=1000)
 
 
 @pytest.mark.slow

@@ -4,9 +4,7 @@ from tiny import tiny
 from transformers import AutoModelForSequenceClassification
 
 from hf_subprune import PruneConfig, PruneReport, prune
-from hf_subprune.report.records import REPORT_NAME
 from hf_subprune.report.saving import check_output, check_shard_size, save_pruned
-from hf_subprune.sizes import check_sizes
 
 
 def pruned(**overrides):
@@ -69,20 +67,3 @@ def test_what_is_no_size_of_a_shard_is_refused(size):
         check_shard_size(size)
     check_shard_size("1.5 MB")
     check_shard_size(1000)
-
-
-def test_several_sizes_go_beside_earlier_ones_and_nothing_else(tmp_path):
-    configs = [PruneConfig(keep=0.75), PruneConfig(keep=0.5)]
-    folders = [tmp_path / "keep-0.75", tmp_path / "keep-0.5"]
-    assert check_sizes(tmp_path, configs) == folders
-    with pytest.raises(ValueError, match="Two of the sizes are the same"):
-        check_sizes(tmp_path, [configs[0], configs[0]])
-    (tmp_path / "notes.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="was not written by hf_subprune"):
-        check_sizes(tmp_path, configs)
-    (tmp_path / "notes.txt").rename(tmp_path / REPORT_NAME)
-    with pytest.raises(ValueError, match="holds one pruned model: give another folder"):
-        check_sizes(tmp_path, configs)
-    (tmp_path / "keep-0.25").mkdir()
-    (tmp_path / REPORT_NAME).rename(tmp_path / "keep-0.25" / REPORT_NAME)
-    assert check_sizes(tmp_path, configs) == folders

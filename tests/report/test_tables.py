@@ -5,8 +5,7 @@ import pytest
 from sample_report import make_block, make_report
 
 from hf_subprune import PruneConfig
-from hf_subprune.report.tables import in_words, markdown_table, metric_table, refusal_table, render, summary_table
-from hf_subprune.sizes import size_table
+from hf_subprune.report.tables import in_words, markdown_table, metric_table, refusal_table, summary_table
 
 
 def test_tables_are_markdown_with_numbers_to_the_right_and_no_cell_lost():
@@ -26,18 +25,6 @@ def test_a_task_has_its_change_with_an_interval():
     rows = markdown_table(metric_table([metric])).splitlines()
     assert rows[2] == "| accuracy | 0.9 [0.8, 0.95] | 0.88 [0.7, 0.93] | -0.02 [-0.04, 0.01] |"
     assert "95% intervals of the paired bootstrap over 100 samples" in rows[-1]
-
-
-def test_sizes_can_be_read_at_80_columns():
-    drift = {"rows": 247, "relative_error": 0.1234, "kl": 0.0123, "top1_agreement": 0.98765}
-    reports = [
-        make_report(drift=drift, config={"keep": 0.75}),
-        make_report(drift=drift, config={"keep": {"mlp": 0.5, "attention": 0.75}}),
-    ]
-    text = render(size_table(reports), width=80)
-    assert "…" not in text and "247" not in text
-    whole = {"keep-0.75", "parameters", "MACs", "latency", "relative", "kl", "agreement", "2.000", "0.9877"}
-    assert whole <= set(text.split())
 
 
 def test_brackets_and_bars_in_an_advice_survive():
