@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 HALVES = (torch.float16, torch.bfloat16)
 
 
-_SHRINKING = ("past_key_values", "attentions", "router_logits", "aux_loss")
+_SHRINKING = ("past_key_values", "cache", "attentions", "router_logits", "aux_loss")
 
 
 class EquivalenceError(RuntimeError):
