@@ -147,7 +147,7 @@ def run_demo(out: Path | None = None) -> Group:
         target = Path(scratch) / "pruned" if out is None else Path(out)
         save_pruned(target, model, tokenizer, report)
         difference = _largest_difference(model, AutoModel.from_pretrained(target), unseen[0])
-    if difference != 0.0:
+    if not difference < 1e-4:  # equal weights at other places in memory may round differently
         raise RuntimeError(f"The model loaded again from {target} differs by {difference:.3g} from the one saved.")
     kept = "" if out is None else f" from {out}"
     return Group(

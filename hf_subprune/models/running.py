@@ -70,7 +70,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.__dict__["forward"] = had
 
 
-_SHRINKING = ("past_key_values", "attentions", "router_logits", "aux_loss")
+_SHRINKING = ("past_key_values", "cache", "attentions", "router_logits", "aux_loss")
 
 
 @contextmanager
