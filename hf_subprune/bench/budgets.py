@@ -62,7 +62,7 @@ def bench_budgets(
         as `allocation.scalar_drift` counts it; `figures`, the drift in full.
     """
     base = replace(config, variant="layer", keep=min(keeps), layout="ragged", round_to=1)
-    with apart(model):
+    with apart(model.modules()):
         survey = take_survey(model.eval(), read(model, data, base, processing_class), [base], None, Workspace())
         drifts = _Drifts(survey)
         rows = []

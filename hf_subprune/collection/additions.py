@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..blocks import Block
 from ..models.experts import is_expert
 from ..models.linears import feature_axis
-from ..models.running import Batch, placed, undisturbed
+from ..models.running import Batch, modules_by_path, placed, undisturbed
 from .segments import Plan
 
 # Relative size below which a gain, what else is added, or a difference between rows, is taken for zero.
@@ -54,11 +54,12 @@ def find_additions(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, Addi
         batch: A small one.
     """
     found: dict[str, Addition] = {}
+    modules = modules_by_path(model)
     with undisturbed(model), torch.enable_grad(), ExitStack() as stack:
         model.requires_grad_(False)
         for segment in plan.segments:
             layer = model.get_submodule(segment.path)
-            watch = _Watch(model, [block for block in segment.blocks if not is_expert(model, block.consumer)], found)
+            watch = _Watch(model, [block for block in segment.blocks if not is_expert(modules, block.consumer)], found)
             # Hooks run in the order in which they are registered: the layer's output is looked at, then cut off.
             for path, module in layer.named_modules(prefix=segment.path):
                 stack.callback(module.register_forward_pre_hook(watch.at_input(path), with_kwargs=True).remove)

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from ..blocks import Block, Discovery, Refusal, counted_once, parameters_per_unit, some_of
-from ..models.experts import all_running
-from ..models.forms import apart
+from ..models.forms import all_running, apart
 from ..models.linears import is_linear
 from ..models.offload import device_of
 from ..models.paths import layer_of
-from ..models.running import first_line, undisturbed
+from ..models.running import first_line, inside, modules_by_path, undisturbed
 from .attributes import settle
 from .probe_inputs import probe_inputs
 from .refusals import (
@@ -48,7 +47,7 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
         inputs: Keyword arguments of a small forward (two samples, a few tokens); `probe_inputs(model)` if omitted.
 
     Experts that are stacked in one tensor are found one by one. Their blocks, and those of `nn.MultiheadAttention`,
-    can be shrunk inside of `stacked.apart(model)` only.
+    can be shrunk inside of `forms.apart` only.
 
     Returns:
         Blocks in the order of the forward, and refusals.
@@ -60,7 +59,7 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
         raise ValueError("The model is on the meta device: load its weights before looking for blocks.")
     if inputs is None:
         inputs = _own_inputs(model)
-    with apart(model), all_running(model):
+    with apart(inside(model)), all_running(inside(model)):
         return _discover(model, inputs)
 
 
@@ -103,7 +102,8 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     refusals += grouped_convolutions(model, blocks)
     refusals += unread_modules(model, {read.reader for read in trace.reads} - {OUTPUT} - readers.keys(), blocks)
     refusals += unreached_modules(model, ran, {read.reader for read in trace.reads}, blocks)
-    layers = {layer for name, _ in model.named_modules() if name and (layer := layer_of(model, name)) is not None}
+    modules = modules_by_path(model)
+    layers = {layer for name in modules if name and (layer := layer_of(modules, name)) is not None}
     refusals += refuse_stacks(model, blocks, layers)
     blocks, parts = whole_stacks(model, blocks)
     return Discovery(counted_once(model, blocks), (*refusals, *clashes, *parts))

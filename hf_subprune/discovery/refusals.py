@@ -12,6 +12,7 @@ from ..blocks import Block, Refusal, by_stack
 from ..models.experts import SECOND, Expert
 from ..models.linears import is_convolution, is_linear
 from ..models.paths import layer_of
+from ..models.running import modules_by_path
 
 LEFT_WHOLE = "Nothing is needed: it is left whole and the other blocks can be pruned."
 NO_ATTRIBUTE = (
@@ -28,12 +29,13 @@ def functional_products(model: nn.Module, readers: Mapping[str, set[str]], block
         readers: By source, what depends on it: the weight of a linear that is called is no source.
         blocks: That were found; a router beside them is not worth a refusal.
     """
+    modules = modules_by_path(model)
     found = {piece.tensor for block in blocks for piece in block.slices}
     refusals = {}
     for name in readers:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path) if leaf.endswith("weight") else None
-        if module is None or isinstance(module, nn.Embedding) or layer_of(model, path) is None:
+        if module is None or isinstance(module, nn.Embedding) or layer_of(modules, path) is None:
             continue
         parameter = module._parameters.get(leaf)
         if parameter is not None and parameter.ndim == 2:
@@ -48,21 +50,23 @@ def functional_products(model: nn.Module, readers: Mapping[str, set[str]], block
 
 def grouped_convolutions(model: nn.Module, blocks: Sequence[Block]) -> list[Refusal]:
     """Refuse the convolutions in groups that no block slices: they are no linears, and end what is followed."""
+    modules = modules_by_path(model)
     found = {piece.tensor for block in blocks for piece in block.slices}
     refusals = []
     for path, module in model.named_modules():
         depthwise = is_convolution(module) and module.weight.shape[1] == 1
         if is_convolution(module) and module.groups > 1 and not depthwise and f"{path}.weight" not in found:
             reason = f"it is a convolution in {module.groups} groups, each of which reads channels of its own"
-            if layer_of(model, path) is not None:
+            if layer_of(modules, path) is not None:
                 refusals.append(Refusal(path, "unknown", reason, LEFT_WHOLE))
     return refusals
 
 
 def unread_modules(model: nn.Module, names: set[str], blocks: Sequence[Block]) -> list[Refusal]:
     """Refuse the modules with several linears that run, but that nothing depends on: their reader may need a GPU."""
+    modules = modules_by_path(model)
     found = {piece.tensor.rpartition(".")[0] for block in blocks for piece in block.slices}
-    paths = Counter(name.rpartition(".")[0] for name in names - found if layer_of(model, name) is not None)
+    paths = Counter(name.rpartition(".")[0] for name in names - found if layer_of(modules, name) is not None)
     reason = "nothing in this forward depends on what its linears put out, or by a choice alone, such as a top-k"
     return [Refusal(path, "unknown", reason, LEFT_WHOLE) for path in sorted(paths) if paths[path] > 1]
 

@@ -15,6 +15,7 @@ from ..blocks import Block, Refusal, Slice, parameters_per_unit, some_of
 from ..models.experts import stack_of
 from ..models.linears import input_dim, is_convolution, is_linear, taps
 from ..models.paths import layer_of
+from ..models.running import modules_by_path
 from .refusals import LEFT_WHOLE
 from .tracing import OUTPUT, Read, Source, Trace
 from .units import NO_UNIT, SHARED, Jacobian, Line, Units, agrees, decode, first_column
@@ -64,7 +65,7 @@ class Seeker:
         decoded = self._decoded(jacobian)
         if decoded is None or not _owns_rows(jacobian, decoded.owner):
             elsewhere = any(source.readers != {consumer} for source in sources if source.axis is not None)
-            if elsewhere or layer_of(model, consumer) is None:
+            if elsewhere or layer_of(modules_by_path(model), consumer) is None:
                 return None
             names = ", ".join(repr(source.name) for source in own)
             reason = f"every input column depends on all rows of {names}: something between them spans the width"
@@ -110,7 +111,7 @@ class Seeker:
             slices.extend(replace(piece, shared=piece.tensor in shared) for piece in pieces)
         slices = _without_repeats(slices)
         return Block(
-            stack=stack_of(model, consumer),
+            stack=stack_of(modules_by_path(model), consumer),
             name=consumer,
             kind=kind,
             consumer=consumer,
@@ -122,7 +123,7 @@ class Seeker:
 
     def _inside(self, block: Block) -> Block:
         """The block within its layer: what producers outside of it make is an argument there, that can be cut."""
-        layer = layer_of(self.model, block.consumer)
+        layer = layer_of(modules_by_path(self.model), block.consumer)
         if layer is None:
             raise _RefusedError(
                 "it is not in a repeated layer: heads and projectors are small, and other code reads their widths"
@@ -144,8 +145,11 @@ class Seeker:
             return None
         made = [one for one in sources if one.axis is not None and is_convolution(model.get_submodule(one.name))]
         readers = set().union(*(source.readers for source in made)) - {consumer}
-        layers = {None if name == OUTPUT else layer_of(model, name) for name in {one.name for one in made} | readers}
-        if not readers or layers == {layer_of(model, consumer)}:
+        layers = {
+            None if name == OUTPUT else layer_of(modules_by_path(model), name)
+            for name in {one.name for one in made} | readers
+        }
+        if not readers or layers == {layer_of(modules_by_path(model), consumer)}:
             return None
         reason = (
             f"its channels are those of a residual stream: they come from {some_of([one.name for one in made])} and "
@@ -323,7 +327,7 @@ def _without_repeats(slices: list[Slice]) -> list[Slice]:
 
 def _is_outside(model: nn.Module, consumer: str) -> bool:
     """Whether a consumer is part of a head or a projector: in no list of layers, or in one of single linears."""
-    layer = layer_of(model, consumer)
+    layer = layer_of(modules_by_path(model), consumer)
     return layer is None or sum(map(is_linear, model.get_submodule(layer).modules())) == 1
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..collection.planning import plan
 from ..collection.stream import Stream
 from ..data.batches import Samples
-from ..models.experts import understood
+from ..models.experts import StackedExperts
 from ..surgery.edits import shrink
 from .layers import RoutedLayer
 
@@ -27,7 +27,7 @@ class RoutedTokens:
 
     def __init__(self, model: nn.Module, routed: RoutedLayer, calibration: Samples) -> None:
         self.model, self.routed, self.calibration = model, routed, calibration
-        experts = understood(model.get_submodule(routed.block.name))
+        experts = StackedExperts.understood(model.get_submodule(routed.block.name))
         assert experts is not None  # or else it would not be a routed layer
         experts.every = True
         self.experts = experts
