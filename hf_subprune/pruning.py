@@ -23,8 +23,8 @@ from .data.reading import read
 from .evaluation.costs import measure_latency
 from .evaluation.original import Original
 from .models.forms import apart
-from .models.offload import is_offloaded
 from .models.precision import precise_products
+from .models.running import inside, is_offloaded
 from .models.session import check_prunable, session
 from .report.records import Change
 from .report.report import PruneReport
@@ -175,7 +175,7 @@ def _without_experts(
         if rest is None:
             report = of_the_whole(samples, original, Change(before, before) if before else None, config, work)
         else:
-            with apart(model):
+            with apart(inside(model)):
                 own = work.again()  # what is taken back of the rest is so while experts are apart
                 survey = replace(take_survey(samples, [rest], evaluation, own), original=original)
                 report = prune_to(survey, rest, own)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from ..blocks import Block
 from ..config import PruneConfig
 from ..models.forms import together
+from ..models.running import inside
 from ..runs.processes import from_all, is_mine
 from ..runs.workspace import Workspace
 from ..solver.curves import expected_loss
@@ -124,7 +125,7 @@ def _is_even(survey: Survey, blocks: Sequence[Block], widths: Mapping[str, int],
 
 def _loads_as_stock(survey: Survey, blocks: Sequence[Block], widths: Mapping[str, int]) -> bool:
     model = survey.model
-    with narrowed(model, blocks, widths), together(model):
+    with narrowed(model, blocks, widths), together(inside(model)):
         try:
             choose_layout(model, "stock", inputs=survey.probe).undo()
         except ValueError:

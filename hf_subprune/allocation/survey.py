@@ -20,8 +20,7 @@ from ..data.batches import Samples
 from ..evaluation.costs import times_in_turn
 from ..evaluation.original import Original
 from ..models.linears import weight_matrix
-from ..models.offload import is_offloaded
-from ..models.running import Batch
+from ..models.running import Batch, is_offloaded
 from ..report.records import Change
 from ..runs.workspace import Workspace
 from ..solver.curves import LossCurve

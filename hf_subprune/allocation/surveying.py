@@ -21,8 +21,7 @@ from ..discovery.discover import discover
 from ..evaluation.original import Original
 from ..models.forms import together
 from ..models.linears import matrix_shape
-from ..models.offload import input_device, is_offloaded
-from ..models.running import Batch
+from ..models.running import Batch, input_device, inside, is_offloaded
 from ..runs.memory import release_memory
 from ..runs.processes import from_process, processes
 from ..runs.workspace import Workspace
@@ -120,7 +119,7 @@ def _find(
         for config, target in zip(configs, targets, strict=True):
             widths = check_target(blocks, target, config)
             if config.layout == "stock":  # refused now rather than after the work
-                with narrowed(model, blocks, widths), together(model):
+                with narrowed(model, blocks, widths), together(inside(model)):
                     choose_layout(model, "stock", inputs=probe).undo()
     candidates = [b for b in blocks if any(_may_shrink(b, target) for target in targets)]
     with work.clock("discovery"):

@@ -63,7 +63,7 @@ def bench_budgets(
         as `allocation.scalar_drift` counts it; `figures`, the drift in full.
     """
     base = replace(config, variant="layer", keep=min(keeps), layout="ragged", round_to=1)
-    with evaluating(model), apart(model):
+    with evaluating(model), apart(model.modules()):
         survey = take_survey(read(model, data, base, processing_class), [base], None, Workspace())
         drifts = _Drifts(survey)
         rows = []

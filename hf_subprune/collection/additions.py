@@ -13,7 +13,7 @@ from ..blocks import Block
 from ..data.batches import Samples
 from ..models.experts import is_expert
 from ..models.linears import feature_axis
-from ..models.running import placed, undisturbed
+from ..models.running import modules_by_path, placed, undisturbed
 from .segments import Plan
 
 # Relative size below which a gain, what else is added, or a difference between rows, is taken for zero.
@@ -54,13 +54,13 @@ def find_additions(samples: Samples, plan: Plan) -> dict[str, Addition]:
         plan: The segments; the addition lies in the block's segment.
     """
     found: dict[str, Addition] = {}
-    model = samples.model
+    model, modules = samples.model, modules_by_path(samples.model)
     with undisturbed(model), torch.enable_grad(), ExitStack() as stack:
         model.requires_grad_(False)
         for segment in plan.segments:
             layer = model.get_submodule(segment.path)
-            inside = [block for block in segment.blocks if not is_expert(model, block.consumer)]
-            axes = {block.consumer: feature_axis(model.get_submodule(block.consumer)) for block in inside}
+            inside = [block for block in segment.blocks if not is_expert(modules, block.consumer)]
+            axes = {block.consumer: feature_axis(modules[block.consumer]) for block in inside}
             watch = _Watch(inside, axes, found)
             # Hooks run in the order in which they are registered: the layer's output is looked at, then cut off.
             for path, module in layer.named_modules(prefix=segment.path):

@@ -17,7 +17,7 @@ from ..data.batches import Samples
 from ..models.experts import routed_tokens
 from ..models.linears import feature_axis, input_rows, matrix_shape, output_positions, output_rows
 from ..models.offload import device_of
-from ..models.running import stop
+from ..models.running import around, stop
 from ..runs.durable import read_objects, write_objects
 from .additions import Addition, first_tensor
 from .block_moments import FOLDS, BlockMoments, accumulator
@@ -192,7 +192,7 @@ class PairedObserver(Observer):
 
     def _tokens(self) -> torch.Tensor | None:
         """Which tokens the rows of an expert are, in any order; `None` where all tokens pass."""
-        routed = routed_tokens(self.samples.model, self.block.consumer)
+        routed = routed_tokens(around(self.samples.model, self.block.consumer), self.block.consumer)
         return None if routed is None else self._real(routed[1], (len(routed[1]), 1))
 
     def _real(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

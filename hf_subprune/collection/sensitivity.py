@@ -18,9 +18,9 @@ from ..data.padding import token_mask
 from ..evaluation.drift import compared_output
 from ..models.experts import by_layer
 from ..models.linears import feature_axis, input_rows, matrix_shape, weight_matrix
-from ..models.offload import device_of, input_device
+from ..models.offload import device_of
 from ..models.precision import fast_products
-from ..models.running import Batch, forward_replaced, placed, undisturbed
+from ..models.running import Batch, forward_replaced, input_device, modules_by_path, placed, undisturbed
 from ..runs.processes import own_share, processes, summed
 
 # Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output.
@@ -66,7 +66,7 @@ def output_metrics(
         By block name, `(m, m)` on the consumer's device in float64; zeros where the output does not depend on it. The
         experts of one layer have one matrix, of the tokens of all of them: some get very few.
     """
-    groups = by_layer(samples.model, blocks)
+    groups = by_layer(modules_by_path(samples.model), blocks)
     files = [None if folder is None else folder / f"{index}.bin" for index in range(len(groups))]
     sums = [_GradientSum(samples, group, file) for group, file in zip(groups, files, strict=True)]
     _run_backwards(samples, sums, probes=probes, seed=seed, recomputed=recomputed)

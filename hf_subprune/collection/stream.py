@@ -21,8 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..data.batches import Samples
-from ..models.offload import input_device
-from ..models.running import call, forward_replaced, input_hook, stop
+from ..models.running import call, forward_replaced, hooked, input_device, stop
 from ..runs.durable import read_objects, write_objects
 from .segments import Plan, Segment
 
@@ -69,13 +68,7 @@ class Stream:
                 end of the segment (the segment's output is then not computed).
         """
         segment = self.segment
-        with ExitStack() as stack:
-            for path, tap in inputs:
-                hook = self.model.get_submodule(path).register_forward_pre_hook(input_hook(tap), with_kwargs=True)
-                stack.callback(hook.remove)
-            for path, tap in outputs:
-                hook = self.model.get_submodule(path).register_forward_hook(lambda _m, _a, y, tap=tap: tap(y))
-                stack.callback(hook.remove)
+        with hooked(self.model, inputs=inputs, outputs=outputs), ExitStack() as stack:
 
             def finished(_module: nn.Module, _args: Any, output: Any) -> None:
                 self._next[index] = self._stored(index, output)

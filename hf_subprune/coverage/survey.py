@@ -168,7 +168,7 @@ def examine(model_type: str, head: str) -> Row:
         row["architecture"] = type(model).__name__
         inputs = probe_inputs(model)
         row["inputs"] = tuple(inputs)
-        with apart(model):
+        with apart(model.modules()):
             discovery = discover(model, inputs)
             row["kinds"] = {kind: judge(model, discovery, kind, inputs) for kind in KINDS}
             kept = _halves(discovery.blocks)

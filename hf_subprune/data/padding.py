@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..models.experts import routed_tokens
 from ..models.linears import taps
+from ..models.running import around
 
 
 def token_mask(
@@ -28,7 +29,7 @@ def token_mask(
         `(rows,)` bool, one for each row of the input flattened to `(rows, n)`; `None` when every row counts: nothing
         is padding, or no mask of the batch speaks of such rows (patches of an image).
     """
-    routed = routed_tokens(model, consumer)
+    routed = routed_tokens(around(model, consumer), consumer)
     if routed is not None:
         experts, tokens, of = routed
         mask = token_mask(model, experts, batch, (of, shape[-1]))

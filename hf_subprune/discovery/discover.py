@@ -11,12 +11,10 @@ import torch
 from torch import nn
 
 from ..blocks import Block, Discovery, Refusal, counted_once, parameters_per_unit, some_of
-from ..models.experts import all_running
-from ..models.forms import apart
-from ..models.hooks import hooked
+from ..models.forms import all_running, apart
 from ..models.offload import device_of
 from ..models.paths import layer_of
-from ..models.running import first_line, undisturbed
+from ..models.running import first_line, hooked, inside, undisturbed
 from ..surgery.verification import EquivalenceError, verify
 from .arguments import Call
 from .probe_inputs import probe_inputs
@@ -49,7 +47,7 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
         inputs: Keyword arguments of a small forward (two samples, a few tokens); `probe_inputs(model)` if omitted.
 
     Experts that are stacked in one tensor are found one by one. Their blocks, and those of `nn.MultiheadAttention`,
-    can be shrunk inside of `stacked.apart(model)` only.
+    can be shrunk inside of `forms.apart` only.
 
     Returns:
         Blocks in the order of the forward, and refusals.
@@ -61,7 +59,7 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
         raise ValueError("The model is on the meta device: load its weights before looking for blocks.")
     if inputs is None:
         inputs = _own_inputs(model)
-    with apart(model), all_running(model):
+    with apart(inside(model)), all_running(inside(model)):
         return _discover(model, inputs)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..blocks import Block, Refusal, Slice, parameters_per_unit, some_of
-from ..models.experts import Expert
+from ..models.experts import stack_of
 from ..models.linears import input_dim, is_convolution, is_linear, taps
 from ..models.paths import layer_of
 from .refusals import LEFT_WHOLE
@@ -115,7 +115,7 @@ class Seeker:
             slices.extend(replace(piece, shared=piece.tensor in shared) for piece in pieces)
         slices = _without_repeats(slices)
         return Block(
-            stack=self._stack_of(consumer),
+            stack=stack_of(self.modules, consumer),
             name=consumer,
             kind=kind,
             consumer=consumer,
@@ -162,11 +162,6 @@ class Seeker:
         """Whether a consumer is part of a head or a projector: in no list of layers, or in one of single linears."""
         layer = layer_of(self.modules, consumer)
         return layer is None or sum(map(is_linear, self.modules[layer].modules())) == 1
-
-    def _stack_of(self, consumer: str) -> str | None:
-        """Dotted path of the module that stacks the expert that a consumer is part of, if one does."""
-        expert = consumer.rpartition(".")[0]
-        return expert.rpartition(".")[0] or None if isinstance(self.modules[expert], Expert) else None
 
     def _decoded(self, jacobian: Jacobian) -> Units | None:
         key = (jacobian.columns, *((line.axis, line.length, line.source.axis) for line in jacobian.lines))

@@ -14,9 +14,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from ..models.hooks import hooked
 from ..models.linears import feature_axis, input_dim, is_linear
-from ..models.running import floating_tensors, undisturbed
+from ..models.running import floating_tensors, hooked, undisturbed
 
 OUTPUT = "the model's output"
 """Reader name of what the model returns."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..data.batches import is_divisible
 from ..models.forms import apart, together
 from ..models.precision import as_deployed
-from ..models.running import Batch, on_device, undisturbed
+from ..models.running import Batch, inside, on_device, undisturbed
 
 # Blocks of runs, or turns, that a median latency is taken over, whatever time that takes.
 _FEWEST_BLOCKS = 3
@@ -51,7 +51,7 @@ def count_macs(model: PreTrainedModel, batch: Batch) -> int:
     formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     # Nor for grouped products, which run stacked experts.
-    with undisturbed(model), apart(model), torch.no_grad(), counter:
+    with undisturbed(model), apart(inside(model)), torch.no_grad(), counter:
         model.requires_grad_(False)  # the counter follows gradients, of which there are none
         model(**on_device(model, sample))
     return counter.get_total_flops() // 2
@@ -77,7 +77,7 @@ def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
-    with undisturbed(model), together(model), as_deployed(), torch.inference_mode():
+    with undisturbed(model), together(inside(model)), as_deployed(), torch.inference_mode():
         run()
         timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
         times = timer.blocked_autorange(min_run_time=min_run_time).times
@@ -114,7 +114,7 @@ def measure_in_turn(models: Sequence[PreTrainedModel], batch: Batch, rounds: int
 
 def _seconds(model: PreTrainedModel, batch: Batch) -> float:
     batch = on_device(model, batch)
-    with undisturbed(model), together(model), as_deployed(), torch.inference_mode():
+    with undisturbed(model), together(inside(model)), as_deployed(), torch.inference_mode():
         start = time.perf_counter()
         model(**batch)
         if torch.accelerator.is_available():

@@ -8,18 +8,18 @@ neurons of its own choice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import product
-from typing import Any
+from itertools import pairwise, product
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from ..blocks import Block
-from . import listed
-from .weights import parameter_like
+from .listed import ListedExperts
+from .paths import ancestors_of
+from .weights import APART, parameter_like
 
 FIRST, SECOND = ("gate_up_proj", "up_proj"), "down_proj"
 """Parameters of the first (one of two) and second projection, as the experts interface of Transformers names them."""
@@ -68,17 +68,33 @@ class _Form:
     routed: bool
 
 
-class Apart:
-    """The forward of a module of experts while they are taken apart; it holds what puts them together again."""
+class StackedExperts:
+    """The forward of a module of experts while they are taken apart; it holds what puts them together again (`Form`).
+
+    Attributes:
+        every: Whether every expert runs on all tokens; those that the router did not send it count with weight 0.
+    """
 
     def __init__(self, module: nn.Module, form: _Form) -> None:
         self.module, self.form = module, form
         self.stacked = dict(module._parameters)
         self.every = False
-        """Whether every expert runs on all tokens; those that the router did not send it count with weight 0."""
         self.experts = [self._expert(index) for index in range(len(self._stack(SECOND)))]
         self.views = [parameter for expert in self.experts for parameter in expert.parameters()]
         self.normed = getattr(module, "has_post_expert_norm", False)
+
+    @classmethod
+    def understood(cls, module: nn.Module) -> Self | None:
+        """The experts of a module, if it computes what they do."""
+        ranks = {name: parameter.ndim for name, parameter in module._parameters.items() if parameter is not None}
+        if "forward" in module.__dict__ or ranks.get(SECOND) != 3:
+            return None
+        for first, routed, transposed in product(FIRST, (True, False), (False, True)):
+            if ranks.get(first) == 3:
+                experts = cls(module, _Form(first, transposed, routed))
+                if _computes_the_same(module, experts):
+                    return experts
+        return None
 
     def _stack(self, name: str) -> nn.Parameter:
         parameter = self.stacked[name]
@@ -184,99 +200,60 @@ class Apart:
         return torch.stack([part.detach().T if self.form.transposed and not bias else part.detach() for part in parts])
 
 
-@contextmanager
-def all_running(model: nn.Module) -> Iterator[None]:
-    """Within the context experts run on tokens that they were not sent, so that a small batch shows all of them.
+def stack_of(modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """Dotted path of the module that stacks the expert that a linear is part of, if one does.
 
-    Those that were taken apart run on every token, those of a list on every token if they would get none. The output
-    of the model is the same: what the router did not ask for counts with weight 0.
+    Args:
+        modules: Of a model that is apart: by dotted path, those at least that `path` lies in. So for the others.
+        path: Of the linear.
     """
-    found = [apart_in(module) or listed.apart_in(module) for module in model.modules()]
-    held: list[Apart | listed.Listed] = [one for one in found if one is not None]
-    before = [held.every for held in held]
-    for one in held:
-        one.every = True
-    try:
-        yield
-    finally:
-        for one, every in zip(held, before, strict=True):
-            one.every = every
+    stack, name = _parent(_parent(path)), _parent(path)
+    return stack if stack and isinstance(modules[name], Expert) else None
 
 
-def stack_of(model: nn.Module, path: str) -> str | None:
-    """Dotted path of the module that stacks the expert that a linear is part of, if one does."""
-    parts = path.split(".")
-    if len(parts) < 3 or not isinstance(model.get_submodule(".".join(parts[:-1])), Expert):
-        return None
-    return ".".join(parts[:-2])
-
-
-def routed_tokens(model: nn.Module, path: str) -> tuple[str, torch.Tensor, int] | None:
+def routed_tokens(modules: Mapping[str, nn.Module], path: str) -> tuple[str, torch.Tensor, int] | None:
     """Of a linear in an expert: where its stack or list is, and which of how many tokens reached the expert last."""
-    stack = stack_of(model, path)
+    stack = stack_of(modules, path)
     if stack is not None:
-        expert: Any = model.get_submodule(path.rpartition(".")[0])
+        expert: Any = modules[_parent(path)]
         return stack, expert.tokens, expert.of
-    found = _in_list(model, path)
+    found = _in_list(modules, path)
     if found is None or found[1] not in found[2].tokens:
         return None
     around, name, held = found
     return around, held.tokens[name], held.of
 
 
-def by_layer(model: nn.Module, blocks: Iterable[Block]) -> list[list[Block]]:
-    """Like blocks of experts that share the tokens of a layer, together; any other is alone. In order of their first.
-
-    Args:
-        model: The model, its experts apart.
-        blocks: Of it.
-    """
+def by_layer(modules: Mapping[str, nn.Module], blocks: Iterable[Block]) -> list[list[Block]]:
+    """Like blocks of experts that share the tokens of a layer, together; any other is alone. In order of the first."""
     together: dict[Any, list[Block]] = {}
     for block in blocks:
-        found = _in_list(model, block.consumer)
+        found = _in_list(modules, block.consumer)
         inside = found and (found[0], block.consumer.removeprefix(f"{found[0]}.{found[1]}."))
         together.setdefault(inside or block.stack or block, []).append(block)
     return list(together.values())
 
 
-def is_expert(model: nn.Module, path: str) -> bool:
+def is_expert(modules: Mapping[str, nn.Module], path: str) -> bool:
     """Whether a linear is in an expert, which sees some of the tokens."""
-    return stack_of(model, path) is not None or _in_list(model, path) is not None
+    return stack_of(modules, path) is not None or _in_list(modules, path) is not None
 
 
-def _in_list(model: nn.Module, path: str) -> tuple[str, str, listed.Listed] | None:
+def _in_list(modules: Mapping[str, nn.Module], path: str) -> tuple[str, str, ListedExperts] | None:
     """Where the list of experts is that a linear is in, the expert's name there, and what watches the list."""
-    parts = path.split(".")
-    for depth, name in enumerate(parts):
-        around = ".".join(parts[:depth])
-        held = listed.apart_in(model.get_submodule(around))
-        if held is not None:
-            return around, name, held
+    for around, name in pairwise(ancestors_of(path)):
+        held = vars(modules[around]).get(APART)
+        if isinstance(held, ListedExperts):
+            return around, name.removeprefix(f"{around}."), held
     return None
 
 
-def apart_in(module: nn.Module) -> Apart | None:
-    """What a module of experts is made of, if it is apart now."""
-    forward = module.__dict__.get("forward")
-    return forward if isinstance(forward, Apart) else None
-
-
-def understood(module: nn.Module) -> Apart | None:
-    """The module taken apart, if it computes what its experts do."""
-    ranks = {name: parameter.ndim for name, parameter in module._parameters.items() if parameter is not None}
-    if "forward" in module.__dict__ or ranks.get(SECOND) != 3:
-        return None
-    for first, routed, transposed in product(FIRST, (True, False), (False, True)):
-        if ranks.get(first) == 3:
-            form = _Form(first, transposed, routed)
-            apart = Apart(module, form)
-            if _computes_the_same(module, apart):
-                return apart
-    return None
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 @torch.no_grad()
-def _computes_the_same(module: nn.Module, apart: Apart) -> bool:
+def _computes_the_same(module: nn.Module, apart: StackedExperts) -> bool:
     """Whether the module and its experts agree on random tokens of which each expert gets some."""
     experts, training = len(apart.experts), module.training
     weight = apart.experts[0].first.weight

@@ -1,38 +1,81 @@
-"""What a model stacks in one tensor, taken apart into ordinary linears for as long as it is worked on.
+"""Forms in which a model holds weights that are no ordinary linears, or calls linears for a part of what it is given.
 
-That is the projections of all experts of a layer (`experts`), and those of queries, keys and values in
-`nn.MultiheadAttention` (`multihead`). Experts that are modules of their own are watched besides (`listed`).
+For as long as a model is worked on, its forms are *apart*: made of linears that are found, verified and shrunk like
+any other. There are the experts of a layer stacked in one tensor (`experts`), experts that are modules of their own in
+a list (`listed`), and queries, keys and values stacked in `nn.MultiheadAttention` (`multihead`). A further form is a
+class that has what `Form` says, in `FORMS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol, Self
 
 from torch import nn
 
-from . import experts, listed, multihead
+from .experts import StackedExperts
+from .listed import ListedExperts
+from .multihead import StackedAttention
+from .weights import APART
 
-_FORMS = (experts, multihead, listed)
+
+class Form(Protocol):
+    """What one module is made of while it is apart, and what puts it together again.
+
+    Attributes:
+        every: Whether parts also run on what they are not given, which then counts with weight 0. Without meaning for
+            a form whose parts run on everything.
+    """
+
+    every: bool
+
+    @property
+    def module(self) -> nn.Module:
+        """The module. While it is apart, its attribute `APART` is the form."""
+
+    @classmethod
+    def understood(cls, module: nn.Module) -> Self | None:
+        """The form of a module that is not apart, if it has this form and computes what its parts do; it stays whole.
+
+        Nothing is copied: the weights of the parts are views of the module's.
+        """
+
+    def attach(self) -> None:
+        """Put the parts, as they are now, in the place of what the module held."""
+
+    def together(self) -> dict[str, nn.Parameter | None]:
+        """All parameters that the module holds once it is together: the very ones that it had if no part was shrunk.
+
+        Raises:
+            ValueError: the parts do not fit together.
+        """
+
+    def detach(self, parameters: dict[str, nn.Parameter | None]) -> None:
+        """Put `parameters`, which `together` returned, in the place of the parts; `attach` takes it apart again."""
 
 
-def take_apart(model: nn.Module) -> list[nn.Module]:
-    """Take apart all stacks of weights whose computation is understood; a second time does nothing.
+FORMS: tuple[type[Form], ...] = (StackedExperts, StackedAttention, ListedExperts)
+"""All that there are."""
 
-    The `forward` of their modules is replaced; nothing is copied.
+
+def take_apart(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Take apart all modules whose form is understood; a second time does nothing.
+
+    Args:
+        modules: Those that are looked at, each once.
 
     Returns:
         The modules that were taken apart.
     """
-    found = [form.understood(module) for module in model.modules() for form in _FORMS]
-    modules = [held for held in found if held is not None]
-    for held in modules:
-        held.attach()
-    return [held.module for held in modules]
+    found = [form.understood(module) for module in modules if APART not in vars(module) for form in FORMS]
+    taken = [form for form in found if form is not None]
+    _attach(taken)
+    return [form.module for form in taken]
 
 
 def put_together(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Put linears back into stacked tensors: the very parameters that they were views of, unless they were shrunk.
+    """Put modules that are apart together: with the very parameters that they had, unless parts were shrunk.
 
     Args:
         modules: Among them those to be put together; others are passed over.
@@ -43,40 +86,62 @@ def put_together(modules: Iterable[nn.Module]) -> Callable[[], None]:
     Raises:
         ValueError: the experts of one module have different widths.
     """
-    found = [form.apart_in(module) for module in modules for form in _FORMS]
-    taken = [held for held in found if held is not None]
-    parameters = [held.together() for held in taken]
-    for held, own in zip(taken, parameters, strict=True):
-        held.detach(own)
+    taken: list[Form] = [vars(module)[APART] for module in modules if APART in vars(module)]
+    parameters = [form.together() for form in taken]
+    for form, own in zip(taken, parameters, strict=True):
+        form.detach(own)
+        del vars(form.module)[APART]
+    return lambda: _attach(taken)
 
-    def again() -> None:
-        for held in taken:
-            held.attach()
 
-    return again
+def _attach(forms: Iterable[Form]) -> None:
+    for form in forms:
+        form.attach()
+        vars(form.module)[APART] = form
 
 
 @contextmanager
-def apart(model: nn.Module) -> Iterator[None]:
-    """Within the context all stacked weights of the model that are understood are those of ordinary linears.
+def apart(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context all of the modules whose form is understood are apart.
 
-    On exit they are stacked again: what was shrunk keeps its new width. Within another such context, nothing is done.
+    On exit they are together again: what was shrunk keeps its new width. Within another such context, nothing is done.
 
     Raises:
         ValueError: on exit, experts of one layer have different widths.
     """
-    modules = take_apart(model)
+    taken = take_apart(modules)
     try:
         yield
     finally:
-        put_together(modules)
+        put_together(taken)
 
 
 @contextmanager
-def together(model: nn.Module) -> Iterator[None]:
-    """Within the context the model is as it is stored, and as fast: nothing is apart."""
-    again = put_together(model.modules())
+def together(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context none of the modules is apart: the model is as it is stored, and as fast."""
+    again = put_together(modules)
     try:
         yield
     finally:
         again()
+
+
+@contextmanager
+def all_running(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context experts run on tokens that they were not sent, so that a small batch shows all of them.
+
+    Those that were taken apart run on every token, those of a list on every token if they would get none. The output
+    of the model is the same: what the router did not ask for counts with weight 0.
+
+    Args:
+        modules: Those of a model that is apart.
+    """
+    held: list[Form] = [vars(module)[APART] for module in modules if APART in vars(module)]
+    before = [form.every for form in held]
+    for form in held:
+        form.every = True
+    try:
+        yield
+    finally:
+        for form, every in zip(held, before, strict=True):
+            form.every = every

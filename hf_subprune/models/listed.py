@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from inspect import BoundArguments, signature
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -17,8 +17,8 @@ from torch import nn
 _LISTS = (nn.ModuleDict, nn.ModuleList)
 
 
-class Listed:
-    """The forward of a list of experts while they are watched: its own, and calls of the experts that it left out.
+class ListedExperts:
+    """The forward of a list of experts while they are watched (`Form`): its own, and calls of those that it left out.
 
     Attributes:
         every: Whether experts that no token is sent to run on all tokens, which count with weight 0.
@@ -35,6 +35,17 @@ class Listed:
         self.every = False
         self.tokens: dict[str, torch.Tensor] = {}
         self.of = 0
+
+    @classmethod
+    def understood(cls, module: nn.Module) -> Self | None:
+        """The list to be watched, if it calls alike modules on what it is told of tokens."""
+        if not isinstance(module, _LISTS) or "forward" not in vars(type(module)):
+            return None
+        self_hidden_routing_weights = 4
+        experts = _experts(module)
+        alike = len({type(module.get_submodule(name)) for name in experts}) == 1
+        takes = len(signature(type(module).forward).parameters)
+        return cls(module) if len(experts) > 1 and alike and takes >= self_hidden_routing_weights else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         given = self._signature.bind(*args, **kwargs)
@@ -101,25 +112,7 @@ class _Note(nn.Module):
         return torch.full_like(rows, torch.nan)  # no number of a token, if another module reads it
 
 
-def understood(module: nn.Module) -> Listed | None:
-    """The list to be watched, if it calls alike modules on what it is told of tokens."""
-    if not isinstance(module, _LISTS) or apart_in(module) is not None or "forward" not in vars(type(module)):
-        return None
-    self_hidden_routing_weights = 4
-    experts = _experts(module)
-    alike = len({type(module.get_submodule(name)) for name in experts}) == 1
-    if len(experts) < 2 or not alike or len(signature(type(module).forward).parameters) < self_hidden_routing_weights:
-        return None
-    return Listed(module)
-
-
 def _experts(module: nn.Module) -> list[str]:
     """Names of the modules in a list that hold parameters; dropout holds none."""
     modules = module._modules.items()  # children that have two names have tokens under each
     return [name for name, child in modules if child is not None and next(child.parameters(), None) is not None]
-
-
-def apart_in(module: nn.Module) -> Listed | None:
-    """What watches a list of experts, if it is watched now."""
-    forward = module.__dict__.get("forward")
-    return forward if isinstance(forward, Listed) else None

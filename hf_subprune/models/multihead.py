@@ -8,7 +8,7 @@ rows, and the forward stays the one that does not need as many as its input has 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -18,12 +18,12 @@ from .weights import parameter_like
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 WEIGHT, BIAS = "in_proj_weight", "in_proj_bias"
-APART = "apart"
-"""Attribute of a module that is apart now: its `ApartAttention`."""
 
 
-class ApartAttention:
-    """What a `nn.MultiheadAttention` is made of while it is apart, and what puts it together again."""
+class StackedAttention:
+    """What a `nn.MultiheadAttention` is made of while it is apart, and what puts it together again (`Form`)."""
+
+    every = False  # all of its linears run on everything
 
     def __init__(self, module: nn.MultiheadAttention) -> None:
         self.module = module
@@ -32,6 +32,16 @@ class ApartAttention:
         self.linears = dict(zip(PROJECTIONS, map(_linear, weights, biases), strict=True))
         self.views = [parameter for linear in self.linears.values() for parameter in linear.parameters()]
         self._entries = adapted(module, None, vars(module).get(CUT_ARGUMENTS, {}))
+
+    @classmethod
+    def understood(cls, module: nn.Module) -> Self | None:
+        """A `nn.MultiheadAttention` with stacked projections and nothing beside them."""
+        if not isinstance(module, nn.MultiheadAttention) or type(module).forward is not nn.MultiheadAttention.forward:
+            return None
+        replaced = "forward" in vars(module) and INNER_WIDTH not in vars(module)  # by a device map
+        if replaced or "_old_forward" in vars(module) or module._parameters[WEIGHT] is None:
+            return None
+        return cls(module) if module.bias_k is None and not module.add_zero_attn else None
 
     def _views(self, name: str) -> list[Any]:
         stack = self.stacked[name]
@@ -46,7 +56,6 @@ class ApartAttention:
             self.module.add_module(name, linear)
         vars(self.module).pop(INNER_WIDTH, None)
         vars(self.module).update(self._entries)
-        vars(self.module)[APART] = self
 
     def together(self) -> dict[str, nn.Parameter | None]:
         """The stacked parameters with the present values of the linears; the old ones if no head was removed."""
@@ -66,26 +75,10 @@ class ApartAttention:
         for name in self.linears:
             del self.module._modules[name]
         self.module._parameters.update(parameters)
-        del entries[APART]
         self._entries = {name: entries.pop(name) for name in ("forward", CUT_ARGUMENTS) if name in entries}
         width = self.module.in_proj_weight.shape[0] // 3
         if width < self.module.embed_dim:
             entries.update(adapted(self.module, width, self._entries.get(CUT_ARGUMENTS, {})))
-
-
-def understood(module: nn.Module) -> ApartAttention | None:
-    """The module taken apart, if it is a `nn.MultiheadAttention` with stacked projections and nothing beside them."""
-    if type(module).forward is not nn.MultiheadAttention.forward:
-        return None
-    replaced = "forward" in vars(module) and INNER_WIDTH not in vars(module)  # apart already, or by a device map
-    if replaced or "_old_forward" in vars(module) or module._parameters[WEIGHT] is None:
-        return None
-    return ApartAttention(module) if module.bias_k is None and not module.add_zero_attn else None
-
-
-def apart_in(module: nn.Module) -> ApartAttention | None:
-    """What a `nn.MultiheadAttention` is made of, if it is apart now."""
-    return vars(module).get(APART)
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:

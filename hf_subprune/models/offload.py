@@ -96,11 +96,6 @@ def device_of(tensor: torch.Tensor) -> torch.device:
     return tensor.device if where is None else where.device
 
 
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model's inputs go: to its first parameter."""
-    return next((device_of(parameter) for parameter in model.parameters()), torch.device("cpu"))
-
-
 def cut(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     """`tensor.index_select(dim, index)`; of a placeholder a placeholder, for which nothing is read."""
     where = stored(tensor)
@@ -151,19 +146,23 @@ def reading(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def taken_over(model: nn.Module, folder: Path | None = None) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+def taken_over(
+    modules: Mapping[str, nn.Module], ties: Mapping[str, str], folder: Path | None = None
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Weights that accelerate keeps elsewhere are placeholders for the time being; then they are accelerate's again.
 
     The model can be shrunk inside; what comes back is dispatched as before, with the weights that it has then.
 
     Args:
-        model: Any; one with all of its weights in memory is left alone.
+        modules: Of a model, under each of their names; one with all of its weights in memory is left alone.
+        ties: By name of a parameter of it, the parameter that it is one with (`all_tied_weights_keys`).
         folder: Where new weights are written; they stay in memory without one.
 
     Yields:
         What makes a context within which the weights are accelerate's, as they are then, to hand the model over.
     """
-    hooks = [(module, hook) for module in model.modules() for hook in _offloading(module)]
+    once = dict.fromkeys(modules.values())
+    hooks = [(module, hook) for module in once for hook in _offloading(vars(module).get("_hf_hook"))]
     if not hooks:
         yield nullcontext
         return
@@ -180,7 +179,7 @@ def taken_over(model: nn.Module, folder: Path | None = None) -> Iterator[Callabl
                 held.append(_Held(hook, owner, name, known[id(before)], where))
             hook.offload = False
             _hook(module, list({id(o): o for o, _, _ in _tensors(module, hook)}.values()), stack)
-        _tie(model)
+        _tie(modules, ties)
         try:
             yield partial(_lent, [hook for _, hook in hooks], held)
         finally:
@@ -244,29 +243,24 @@ class _Weights(Mapping[str, torch.Tensor]):
         return len(list(iter(self)))
 
 
-def without_values(model: nn.Module) -> list[str]:
-    """Names of parameters on the meta device that no hook of accelerate reads from elsewhere."""
+def without_values(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of parameters on the meta device that no hook of accelerate reads from elsewhere, of a model's modules."""
     read = {
         (id(owner), name)
-        for module in model.modules()
-        for hook in _offloading(module)
+        for module in modules.values()
+        for hook in _offloading(vars(module).get("_hf_hook"))
         for owner, name, _ in _tensors(module, hook)
     }
     return [
         f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
+        for path, module in modules.items()
         for name, p in module._parameters.items()
         if p is not None and p.is_meta and stored(p) is None and (id(module), name) not in read
     ]
 
 
-def is_offloaded(model: nn.Module) -> bool:
-    """Whether some weights of a model are placeholders."""
-    return any(stored(parameter) is not None for parameter in model.parameters())
-
-
-def _offloading(module: nn.Module) -> list[AlignDevicesHook]:
-    hook = getattr(module, "_hf_hook", None)
+def _offloading(hook: Any) -> list[AlignDevicesHook]:
+    """Those of a module's hook of accelerate, or of the several that it is made of, that read weights."""
     found = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     return [one for one in found if isinstance(one, AlignDevicesHook) and one.offload]
 
@@ -295,11 +289,12 @@ def _taken(before: nn.Parameter, where: Stored, elsewhere: bool) -> nn.Parameter
     return nn.Parameter(held.clone() if held.ndim < 2 else held, requires_grad=before.requires_grad)
 
 
-def _tie(model: nn.Module) -> None:
+def _tie(modules: Mapping[str, nn.Module], ties: Mapping[str, str]) -> None:
     """Weights that are one in memory are one again: each hook of accelerate has its own copy on meta."""
-    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+    for target, source in ties.items():
         owner, _, name = target.rpartition(".")
-        model.get_submodule(owner)._parameters[name] = model.get_parameter(source)
+        other, _, other_name = source.rpartition(".")
+        modules[owner]._parameters[name] = modules[other]._parameters[other_name]
 
 
 def _placeholders(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

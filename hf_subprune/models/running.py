@@ -1,9 +1,9 @@
-"""Forwards of a model on a batch: placed, hooked, stopped half-way, and without a trace on the model."""
+"""Forwards of a model on a batch: placed, hooked, stopped half-way, and without a trace on the model; its modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any, NoReturn
 
@@ -12,11 +12,40 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .offload import input_device
+from .offload import device_of, stored
+from .paths import ancestors_of
 from .precision import fast_products
 from .weights import caches
 
 Batch = dict[str, Any]
+
+Watch = tuple[str, Callable[..., Any]]
+"""Dotted path of a module, and what to call."""
+
+
+def inside(model: nn.Module) -> list[nn.Module]:
+    """All modules inside of a model, each once; not the model itself."""
+    return list(model.modules())[1:]
+
+
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules of a model, itself under the path `""` among them, under each of their names."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def around(model: nn.Module, path: str) -> dict[str, nn.Module]:
+    """By dotted path, from the model itself inwards: the modules that one at `path` lies in, and that one."""
+    return {outer: model.get_submodule(outer) for outer in ancestors_of(path)}
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model's inputs go: to its first parameter."""
+    return next((device_of(parameter) for parameter in model.parameters()), torch.device("cpu"))
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some weights of a model are placeholders."""
+    return any(stored(parameter) is not None for parameter in model.parameters())
 
 
 class Reached(BaseException):
@@ -24,7 +53,7 @@ class Reached(BaseException):
 
 
 def stop() -> NoReturn:
-    """End the forward of `Stream.run` in which something is called; the segment's output is then not computed."""
+    """End the forward in which this is called, from a hook; its output is then not computed."""
     raise Reached
 
 
@@ -42,16 +71,54 @@ def call(model: nn.Module, batch: Batch) -> Any:
 
 def placed(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Arguments of the model's forward, on the model's device, without key/value cache."""
-    device = input_device(model)
-    arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    arguments = on_device(model, batch)
     if "use_cache" in signature(model.forward).parameters:
         arguments.setdefault("use_cache", False)
     return arguments
 
 
-def input_hook(tap: Callable[[torch.Tensor], None]) -> Callable[..., None]:
+@contextmanager
+def hooked(
+    model: nn.Module,
+    *,
+    inputs: Iterable[Watch] = (),
+    outputs: Iterable[Watch] = (),
+    arguments: Iterable[Watch] = (),
+) -> Iterator[None]:
+    """Within the context, functions are called whenever modules are, in the order in which they are given.
+
+    Args:
+        model: Holds the modules.
+        inputs: Called with the first argument of a module, before it runs.
+        outputs: Called with what a module returned; what they return in its place, unless `None`, replaces it.
+        arguments: Called with the tuple of positional and the dict of named arguments, before a module runs; two of
+            the kind that they return in their place, unless `None`, replace them.
+    """
+    with ExitStack() as stack:
+        for path, hook in [*((p, _all(f)) for p, f in arguments), *((p, _first(f)) for p, f in inputs)]:
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for path, function in outputs:
+            stack.callback(model.get_submodule(path).register_forward_hook(_output(function)).remove)
+        yield
+
+
+def _first(function: Callable[..., Any]) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tap(args[0] if args else next(iter(kwargs.values())))
+        function(args[0] if args else next(iter(kwargs.values()), None))
+
+    return hook
+
+
+def _all(function: Callable[..., Any]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return function(args, kwargs)
+
+    return hook
+
+
+def _output(function: Callable[..., Any]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return function(output)
 
     return hook
 
@@ -105,7 +172,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
     values = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    cached = [(module, name, value) for module in model.modules() for name, value in caches(module)]
+    cached = [(module, name, value) for module in model.modules() for name, value in caches(vars(module))]
     with torch.random.fork_rng(), torch.inference_mode(False), stateless(model), evaluating(model):
         try:
             for module, name, _ in cached:
@@ -154,7 +221,8 @@ def forward_outputs(model: PreTrainedModel, batch: Batch) -> Mapping[str, Any]:
     return output if isinstance(output, Mapping) else ModelOutput({str(i): value for i, value in enumerate(output)})
 
 
-def on_device(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+def on_device(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Arguments of the model's forward, on the model's device."""
     device = input_device(model)
     if device.type == "meta":  # weights are offloaded, and accelerate's hooks move the inputs
         return dict(batch)

@@ -14,7 +14,7 @@ from ..blocks import some_of
 from .forms import apart
 from .offload import taken_over, without_values
 from .precision import precise_products
-from .running import evaluating
+from .running import evaluating, inside, modules_by_path
 
 
 @contextmanager
@@ -41,9 +41,9 @@ def session(
     """
     with (
         precise_products(model.parameters()) if precise else nullcontext(),
-        taken_over(model, folder) as handed_over,
+        taken_over(modules_by_path(model), getattr(model, "all_tied_weights_keys", {}), folder) as handed_over,
         evaluating(model),
-        nullcontext() if whole else apart(model),
+        nullcontext() if whole else apart(inside(model)),
     ):
         yield handed_over
 
@@ -83,7 +83,7 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
         raise ValueError(
             "Pruning takes gradients, which torch.inference_mode() rules out: load and prune the model outside of it."
         )
-    if missing := without_values(model):
+    if missing := without_values(dict(model.named_modules())):
         raise ValueError(f"Parameter {missing[0]} is on the meta device and has no values: load the weights first.")
     on_meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if on_meta is not None and not offloaded:

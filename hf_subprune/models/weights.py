@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from .linears import linear_of
 from .offload import put_away, stored
 
+APART = "_taken_apart"
+"""Attribute of a module that is taken apart now: its form, see `forms`."""
 
-def caches(module: nn.Module) -> list[tuple[str, dict]]:
-    """Plain dictionaries in which `module` keeps what it computed from its parameters, by attribute name."""
-    return [(name, value) for name, value in vars(module).items() if "cache" in name and type(value) is dict]
+
+def caches(attributes: Mapping[str, Any]) -> list[tuple[str, dict]]:
+    """Plain dictionaries in which a module keeps what it computed from its parameters, by name, of its attributes."""
+    return [(name, value) for name, value in attributes.items() if "cache" in name and type(value) is dict]
 
 
 def sizes(module: nn.Module) -> dict[str, Any]:
@@ -28,13 +32,9 @@ def sizes(module: nn.Module) -> dict[str, Any]:
     weight = module._parameters.get("weight")
     if weight is None:
         return {}
-    if isinstance(module, nn.Linear):
-        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
-    if isinstance(module, Conv1D):
-        return {"nx": weight.shape[0], "nf": weight.shape[1]}
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        groups = weight.shape[0] // (module.out_channels // module.groups) if module.groups > 1 else 1
-        return {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * groups, "groups": groups}
+    linear = linear_of(module)
+    if linear is not None:
+        return linear.sizes(weight)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return {"num_features": weight.shape[0]}
     if isinstance(module, nn.GroupNorm):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..blocks import Attribute, Block, Refusal, Slice, parameters_per_unit
-from ..models.experts import understood
+from ..models.experts import StackedExperts
 from ..models.running import call
 from ..surgery.verification import EquivalenceError, verify
 
@@ -43,7 +43,7 @@ def routed_layers(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Rou
     found: list[RoutedLayer] = []
     refusals = []
     for path, module in model.named_modules():
-        experts = understood(module)
+        experts = StackedExperts.understood(module)
         if experts is None:
             continue
         layer = path.rpartition(".")[0]
@@ -79,7 +79,7 @@ def verify_routed(
         [routed.block for routed in layers],
         kept,
         inputs,
-        masking=lambda model, block, kept: unrouted(model, by_name[block.name], kept),
+        masking=lambda _, block, kept: unrouted(model, by_name[block.name], kept),
     )
 
 

@@ -8,7 +8,7 @@ from accelerate.utils import send_to_device
 from ..blocks import Refusal
 from ..config import PruneConfig
 from ..data.batches import Samples
-from ..models.offload import input_device
+from ..models.running import input_device
 from ..report.records import BlockReport
 from ..runs.progress import timed
 from ..runs.workspace import Workspace

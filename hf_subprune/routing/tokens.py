@@ -10,7 +10,7 @@ import torch
 from ..collection.planning import plan
 from ..collection.stream import Stream
 from ..data.batches import Samples
-from ..models.experts import understood
+from ..models.experts import StackedExperts
 from ..surgery.edits import shrink
 from .layers import RoutedLayer
 
@@ -25,7 +25,7 @@ class RoutedTokens:
 
     def __init__(self, routed: RoutedLayer, samples: Samples) -> None:
         self.model, self.routed, self.samples = samples.model, routed, samples
-        experts = understood(self.model.get_submodule(routed.block.name))
+        experts = StackedExperts.understood(self.model.get_submodule(routed.block.name))
         assert experts is not None  # or else it would not be a routed layer
         experts.every = True
         self.experts = experts

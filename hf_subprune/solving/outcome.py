@@ -18,7 +18,7 @@ from ..evaluation.costs import circumstances, count
 from ..evaluation.drift import drift
 from ..evaluation.original import Original
 from ..models.forms import put_together
-from ..models.offload import input_device
+from ..models.running import input_device
 from ..report.records import BlockReport, Change
 from ..report.report import PruneReport
 from ..runs.memory import peak_memory

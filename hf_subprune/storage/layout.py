@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.offload import device_of, reading
-from .skeleton import build_skeleton, describe, nested_configs, read_back, tensors
+from ..models.running import undisturbed
+from .skeleton import build_skeleton, describe, nested_configs, read_back, sizes, tensors
 from .spec import LayoutSpec, apply_spec
 from .stock import find_stock_config
 
@@ -73,7 +74,7 @@ def choose_layout(model: PreTrainedModel, layout: str = "auto", *, inputs: Mappi
         elif layout == "ragged":
             kind, reason = "ragged", "asked for"
         else:
-            kind, reason = _try_stock(model, inputs, required=layout == "stock")
+            kind, reason = _try_stock(model, spec, inputs, required=layout == "stock")
         if kind == "ragged":
             undo()
             _drop_entries(model)
@@ -102,7 +103,7 @@ def _follow_choices(model: PreTrainedModel) -> str:
     return "".join(f"; {name} is {value!r}, to which the model has switched" for name, value in changes.items())
 
 
-def _try_stock(model: PreTrainedModel, inputs: Mapping[str, Any], required: bool) -> tuple[str, str]:
+def _try_stock(model: PreTrainedModel, spec: LayoutSpec, inputs: Mapping[str, Any], required: bool) -> tuple[str, str]:
     """Adopt a config that says the widths of `model` and proves to.
 
     Returns:
@@ -111,7 +112,7 @@ def _try_stock(model: PreTrainedModel, inputs: Mapping[str, Any], required: bool
     Raises:
         ValueError: It cannot, and it is `required`.
     """
-    stock = find_stock_config(model)
+    stock = find_stock_config(type(model), model.config, spec, sizes(model, spec))
     problem = stock.reason
     if stock.config is not None:
         adopt(model, stock.config)
@@ -207,15 +208,9 @@ def _prove(model: PreTrainedModel, spec: LayoutSpec, inputs: Mapping[str, Any]) 
 
 def outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Tensors that a forward in evaluation mode returns, by name."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
-            return dict(_flatten("", model(**inputs)))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with undisturbed(model), torch.no_grad():
+        torch.manual_seed(0)
+        return dict(_flatten("", model(**inputs)))
 
 
 def _flatten(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,51 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from ..models.forwards import CUT_ARGUMENTS, INNER_WIDTH
 from .spec import LayoutSpec, adaptations
+
+Key = tuple[str, str]
+"""Module path, name of a tensor or of a number that the module holds."""
+
+Size = tuple[int | float, ...]
+"""Shape of a tensor, or `(value,)` of a number."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model, or of one that a config would build.
+
+    Args:
+        tensors: Shapes of all parameters and buffers, tied ones under each of their names.
+        numbers: All numbers that modules hold.
+        lists: Paths of its `ModuleList`s.
+    """
+
+    tensors: dict[Key, Size]
+    numbers: dict[Key, Size]
+    lists: frozenset[str]
+
+    @property
+    def every(self) -> dict[Key, Size]:
+        """All sizes."""
+        return self.tensors | self.numbers
+
+
+def sizes(model: PreTrainedModel, spec: LayoutSpec) -> Sizes:
+    """Sizes of a model; the numbers of its layers' configs are those that `spec` names."""
+    numbers: dict[Key, Size] = {}
+    for path, module in model.named_modules():
+        values = {name: value for name, value in vars(module).items() if type(value) in (int, float)}
+        for name in spec.attributes.get(path, {}):
+            if name.startswith("config."):
+                values[name] = getattr(module.config, name.removeprefix("config."))
+        numbers |= {(path, name): (value,) for name, value in values.items()}
+    shapes: dict[Key, Size] = {}
+    for name, tensor in tensors(model).items():
+        path, _, leaf = name.rpartition(".")
+        shapes[path, leaf] = tuple(tensor.shape)
+    lists = (path for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    return Sizes(shapes, numbers, frozenset(lists))
 
 
 def describe(model: PreTrainedModel) -> LayoutSpec:
@@ -37,11 +82,13 @@ def describe(model: PreTrainedModel) -> LayoutSpec:
             if isinstance(config, PreTrainedConfig) and id(config) not in shared:
                 own = _smaller_integers(vars(config), vars(expected_modules[path].config))
                 smaller |= {f"config.{name}": value for name, value in own.items()}
-            width, cut = adaptations(module)
-            if smaller | width:
-                attributes[path] = smaller | width
-            if cut:
-                arguments[path] = cut
+            if not vars(module).keys().isdisjoint((INNER_WIDTH, CUT_ARGUMENTS)):
+                width, cut = adaptations(module)
+                smaller |= width
+                if cut:
+                    arguments[path] = cut
+            if smaller:
+                attributes[path] = smaller
     return LayoutSpec(shapes, attributes, arguments)
 
 

@@ -9,20 +9,14 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from torch import nn
 from transformers import LlamaPreTrainedModel, PreTrainedConfig, PreTrainedModel, logging
 
 from ..models.forwards import INNER_WIDTH
-from .skeleton import build_skeleton, describe, nested_configs, read_back, tensors
+from .skeleton import Key, Size, Sizes, build_skeleton, nested_configs, read_back, sizes
+from .spec import LayoutSpec
 
 Change = tuple[str, str, int | float]
 """Path of a config inside the model's (`""`: the model's own), name of a value in it, new value."""
-
-Key = tuple[str, str]
-"""Module path, name of a tensor or of a number that the module holds."""
-
-Size = tuple[int | float, ...]
-"""Shape of a tensor, or `(value,)` of a number."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +34,26 @@ class StockSearch:
     advice: str = ""
 
 
-def find_stock_config(model: PreTrainedModel) -> StockSearch:
-    """Search for a config of the class of `model` that builds its tensor shapes and the numbers that pruning changed.
+def find_stock_config(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, spec: LayoutSpec, wanted: Sizes
+) -> StockSearch:
+    """Search for a config that builds the tensor shapes of a pruned model and the numbers that pruning changed.
 
     Greedy descent by one config value at a time, or by two where one alone gains nothing (a head count whose head size
     must be written out too). Each try builds one skeleton on meta. Numbers that pruning left alone may change with the
     config all the same (Llama's MLP holds an `intermediate_size` that nothing reads), so they only decide between
     candidates; whether the forward minds them is for a comparison of outputs.
+
+    Args:
+        model_class: Of the pruned model.
+        config: Of the pruned model, as it was before pruning.
+        spec: How the model differs from what its config builds.
+        wanted: Sizes of the pruned model.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what configs have to say about values that are only tried
     try:
-        return _Search(model).run()
+        return _Search(model_class, config, spec, wanted).run()
     finally:
         logging.set_verbosity(verbosity)
 
@@ -70,23 +72,19 @@ class _Attempt:
 
 
 class _Search:
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.spec = describe(model)
-        self.current = _Attempt(model.config, (), self._sizes(build_skeleton(type(model), model.config)))
-        self.wanted = self._sizes(model)
-        """Sizes of the pruned model."""
-        named = {(name.rpartition(".")[0], name.rpartition(".")[2]) for name in tensors(model)}
-        changed = {(path, name) for path, names in self.spec.modules.items() for name in names}
-        changed |= {(path, name) for path, values in self.spec.attributes.items() for name in values}
+    def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig, spec: LayoutSpec, wanted: Sizes):
+        self.model_class, self.spec, self.pruned, self.wanted = model_class, spec, wanted, wanted.every
+        self.current = _Attempt(config, (), self._built(config))
+        changed = {(path, name) for path, names in spec.modules.items() for name in names}
+        changed |= {(path, name) for path, values in spec.attributes.items() for name in values}
         unchanged = {key for key in self.wanted if self.current.sizes.get(key) == self.wanted[key]}
-        self.binding = changed | (unchanged & named)
+        self.binding = changed | (unchanged & wanted.tensors.keys())
         """Sizes that the config must build."""
         self.telling = changed | unchanged
         """Sizes by which candidates are compared."""
 
     def run(self) -> StockSearch:
-        name = type(self.model.config).__name__
+        name = type(self.current.config).__name__
         if uneven := self._uneven():
             return StockSearch(None, f"{name} says one width for all layers, but {uneven}", "Use layout='ragged'")
         if adapted := self._adapted():
@@ -108,7 +106,7 @@ class _Search:
 
     def _advice(self, refused: bool) -> str:
         advice = "Exclude that block, keep a width that the config can say, or use layout='ragged'"
-        if refused and isinstance(self.model, LlamaPreTrainedModel):
+        if refused and issubclass(self.model_class, LlamaPreTrainedModel):
             advice += (
                 ". Or save the weights as Mistral, the same network with any number of heads: "
                 "hf_subprune.storage.recast.as_mistral(model, inputs).save_pretrained(folder)"
@@ -160,20 +158,20 @@ class _Search:
             try:
                 for path, name, value in changes:
                     setattr(parts[path], name, value)
-                sizes = self._sizes(build_skeleton(type(self.model), config))
+                built = self._built(config)
             except Exception:
                 continue
-            yield _Attempt(config, changes, sizes)
+            yield _Attempt(config, changes, built)
 
     def _read_back(self, attempt: _Attempt) -> _Attempt:
         """`attempt` as its config loads, or with the refusal of its config."""
         try:
             config = read_back(attempt.config)
-            sizes = self._sizes(build_skeleton(type(self.model), config))
+            built = self._built(config)
         except Exception as error:
             refusal = " ".join(str(error.__cause__ or error).split()).rstrip(".")
             return replace(attempt, refusal=refusal)
-        return replace(attempt, config=config, sizes=sizes)
+        return replace(attempt, config=config, sizes=built)
 
     def _candidates(self, wrong: set[Key]) -> list[Change]:
         """Config values scaled as the wrong sizes are, and unset ones at the pruned size; those of a wrong size first.
@@ -199,7 +197,7 @@ class _Search:
 
     def _head_sizes(self) -> list[Change]:
         """`head_dim` written out where a config leaves it to be `hidden_size / heads`, which fewer heads change."""
-        held = [vars(module).get("head_dim") for module in self.model.modules()]
+        held = [value for (_, name), (value,) in self.pruned.numbers.items() if name == "head_dim"]
         values = sorted({value for value in held if type(value) is int})
         unset = [path for path, part in nested_configs(self.current.config) if vars(part).get("head_dim") is None]
         return [(path, "head_dim", value) for path in unset for value in values]
@@ -207,19 +205,9 @@ class _Search:
     def _wrong(self, attempt: _Attempt, keys: set[Key]) -> set[Key]:
         return {key for key in keys if attempt.sizes.get(key) != self.wanted[key]}
 
-    def _sizes(self, model: PreTrainedModel) -> dict[Key, Size]:
-        """Shapes of all tensors, all numbers that modules hold, and the values of layer configs that `spec` names."""
-        sizes: dict[Key, Size] = {}
-        for name, tensor in tensors(model).items():
-            path, _, leaf = name.rpartition(".")
-            sizes[path, leaf] = tuple(tensor.shape)
-        for path, module in model.named_modules():
-            numbers = {name: value for name, value in vars(module).items() if type(value) in (int, float)}
-            for name in self.spec.attributes.get(path, {}):
-                if name.startswith("config."):
-                    numbers[name] = getattr(module.config, name.removeprefix("config."))
-            sizes |= {(path, name): (value,) for name, value in numbers.items()}
-        return sizes
+    def _built(self, config: PreTrainedConfig) -> dict[Key, Size]:
+        """Sizes that a config builds."""
+        return sizes(build_skeleton(self.model_class, config), self.spec).every
 
     def _adapted(self) -> str:
         """A module whose forward was adapted to the units that it has left; `""` if there is none."""
@@ -228,13 +216,12 @@ class _Search:
 
     def _uneven(self) -> str:
         """Two layers of one kind, alike before pruning, that keep different widths; `""` if there are none."""
-        lists = {path for path, module in self.model.named_modules() if isinstance(module, nn.ModuleList)}
         seen: dict[tuple[str, Size], tuple[str, Size]] = {}
-        for name, tensor in tensors(self.model).items():
-            path, _, leaf = name.rpartition(".")
-            parts = name.split(".")
+        for (path, leaf), shape in self.pruned.tensors.items():
+            parts = [*path.split("."), leaf] if path else [leaf]
+            name = ".".join(parts)
+            lists = self.pruned.lists
             kind = ".".join("*" if ".".join(parts[:i]) in lists else part for i, part in enumerate(parts))
-            shape = tuple(tensor.shape)
             other, other_shape = seen.setdefault((kind, self.current.sizes.get((path, leaf), shape)), (name, shape))
             if shape != other_shape:
                 return f"{other} is {other_shape} and {name} is {shape}"

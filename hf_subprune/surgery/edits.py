@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -31,17 +31,37 @@ class _Change:
     after: Any
 
 
+class Edit(Protocol):
+    """A change of one block, in place, that can be taken back and made again; `shrink` and `masking.mask` make them.
+
+    Both take `(model, block, kept, weight, bias)`, so that one stands in for the other. Edits of one model are undone
+    in the reverse of the order in which they were made, and made again in that order (`undo_all`, `taken_back`).
+
+    Attributes:
+        block: Name of the block.
+        kept: `(k,)` int64, sorted: units of the block that were kept.
+    """
+
+    block: str
+    kept: torch.Tensor
+
+    def undo(self) -> None:
+        """Put the block back as it was before, to the last bit."""
+
+    def redo(self) -> None:
+        """Change the block again, to the very same values."""
+
+
 @dataclass
-class Edit:
-    """A surgery that can be taken back.
+class ReplacingEdit:
+    """An edit that replaces objects.
 
     `undo` and `redo` swap the original and the new parameter objects by reference: they cost a dictionary write per
-    tensor, and after `undo` every parameter is the object that it was (optimizers and ties included). Edits of one
-    model are undone in the reverse of the order in which they were made.
+    tensor, and after `undo` every parameter is the object that it was (optimizers and ties included).
 
     Args:
-        block: Name of the block that was shrunk.
-        kept: `(k,)` int64, sorted: units of the block that were kept.
+        block: As of `Edit`.
+        kept: As of `Edit`.
     """
 
     block: str
@@ -49,7 +69,7 @@ class Edit:
     _changes: list[_Change] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Put the block back as it was before `shrink`.
+        """As `Edit`.
 
         Raises:
             RuntimeError: the edit is not in place, or a later edit of the same tensors still is.
@@ -57,7 +77,7 @@ class Edit:
         self._swap([(change, change.after, change.before) for change in reversed(self._changes)], "undo")
 
     def redo(self) -> None:
-        """Shrink the block again, to the very tensors that `shrink` made.
+        """As `Edit`, to the very tensors that were made the first time.
 
         Raises:
             RuntimeError: the edit is already in place, or the tensors were changed since.
@@ -108,7 +128,7 @@ def shrink(
             has no bias; the model's tensors are not those that the block was discovered in.
     """
     units = checked_units(block, kept)
-    edit = Edit(block.name, units)
+    edit = ReplacingEdit(block.name, units)
     tensors: dict[str, torch.Tensor] = {}
     for piece in block.slices:
         tensor = tensors.get(piece.tensor)
@@ -134,7 +154,7 @@ def shrink(
     changes.extend(_attribute_changes(model, block, units.numel()))
     changes.extend(_forward_changes(model, block, units))
     for owner in owners.values():
-        changes.extend(_Change(owner.__dict__, name, before, {}) for name, before in caches(owner))
+        changes.extend(_Change(owner.__dict__, name, before, {}) for name, before in caches(vars(owner)))
     for change in changes:
         if not _same(change.entries.get(change.name, _ABSENT), change.before):
             raise ValueError(
@@ -162,7 +182,7 @@ def assign(model: nn.Module, block: str, values: Mapping[str, torch.Tensor]) -> 
     Returns:
         The edit, in place; `Edit.undo()` takes it back.
     """
-    edit = Edit(block, torch.empty(0, dtype=torch.long))
+    edit = ReplacingEdit(block, torch.empty(0, dtype=torch.long))
     for path, value in values.items():
         owner, _, name = path.rpartition(".")
         entries: dict[str, Any] = model.get_submodule(owner)._parameters  # type: ignore[assignment]
@@ -254,7 +274,7 @@ def _get_tensor(model: nn.Module, block: Block, path: str) -> torch.Tensor:
     except AttributeError as error:
         raise ValueError(
             f"Block {block.name!r}: the model has no module {owner_path!r}. Blocks of weights that are stored in one "
-            "tensor are shrunk inside of `stacked.apart(model)`."
+            "tensor are shrunk inside of `forms.apart`."
         ) from error
     tensor = owner._parameters.get(name, owner._buffers.get(name))
     if tensor is None:
@@ -303,14 +323,14 @@ def _same(found: Any, expected: Any) -> bool:
     return found == expected if isinstance(expected, (int, tuple)) else found is expected
 
 
-def undo_all(edits: Mapping[str, Any]) -> None:
+def undo_all(edits: Mapping[str, Edit]) -> None:
     """Undo edits, by block name in the order in which they were made: the last one first."""
     for edit in list(edits.values())[::-1]:
         edit.undo()
 
 
 @contextmanager
-def taken_back(edits: Mapping[str, Any]) -> Iterator[None]:
+def taken_back(edits: Mapping[str, Edit]) -> Iterator[None]:
     """The model as it was before the edits made until now, for the time being."""
     made = dict(edits)
     undo_all(made)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,15 +12,18 @@ from torch import nn
 
 from ..blocks import Block
 from ..models.linears import as_matrix, feature_axis, taps
-from .edits import Edit, checked_units
+from ..models.running import hooked
+from .edits import checked_units
+
+_Values = Sequence[tuple[nn.Parameter, torch.Tensor]]
 
 
 @contextmanager
-def masked(model: nn.Module, block: Block, kept: Sequence[int] | torch.Tensor) -> Iterator[None]:
-    """Within the context, the consumer of `block` reads zeros in the columns of every unit that is not in `kept`.
+def masked(consumer: nn.Module, block: Block, kept: Sequence[int] | torch.Tensor) -> Iterator[None]:
+    """Within the context, the consumer of a block reads zeros in the columns of every unit that is not in `kept`.
 
     Args:
-        model: The model that `block` was discovered in; it is not changed.
+        consumer: The block's consumer; it is not changed.
         block: The block to mask.
         kept: `(k,)` unit indices, strictly increasing, at least one.
 
@@ -27,23 +31,19 @@ def masked(model: nn.Module, block: Block, kept: Sequence[int] | torch.Tensor) -
         ValueError: `kept` is empty, unsorted or out of range.
     """
     units = checked_units(block, kept)
-    consumer = model.get_submodule(block.consumer)
     removed = torch.ones(block.columns.numel() // taps(consumer), dtype=torch.bool)
     removed[block.columns[units].flatten() // taps(consumer)] = False
     removed = removed.view(-1, *[1] * (-1 - feature_axis(consumer)))
 
-    def zero_removed(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def zero_removed(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         # masked_fill, not a product with zeros: inf * 0 is NaN.
         if args:
             return (args[0].masked_fill(removed.to(args[0].device), 0), *args[1:]), kwargs
         name, value = next(iter(kwargs.items()))
         return args, {**kwargs, name: value.masked_fill(removed.to(value.device), 0)}
 
-    handle = consumer.register_forward_pre_hook(zero_removed, with_kwargs=True)
-    try:
+    with hooked(consumer, arguments=[("", zero_removed)]):
         yield
-    finally:
-        handle.remove()
 
 
 class Mask:
@@ -86,66 +86,73 @@ class Mask:
                     value.index_fill_(dim, index, 0)
 
 
-class MaskEdit(Edit):
-    """Units masked, and the consumer's weights on the others written in place: an edit that changes no shape.
-
-    Args:
-        model: The model that `block` was discovered in, unshrunk.
-        block: The block.
-        kept: `(k,)` int64, sorted: units that are not masked.
-        weight: `(k * c, m)`, the consumer's weight on the columns of the kept units, inputs by outputs; the present
-            one when `None`.
-        bias: `(m,)`, the consumer's bias; the present one when `None`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        block: Block,
-        kept: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-    ) -> None:
-        super().__init__(block.name, kept)
-        consumer: Any = model.get_submodule(block.consumer)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        owned = [parameters[piece.tensor] for piece in block.slices if piece.tensor in parameters]
-        touched = {id(p): p for p in (*owned, consumer.weight, consumer.bias) if p is not None}
-        self._before = _copies(touched.values())
-        columns = block.columns[kept].flatten().sort().values.to(consumer.weight.device)
-        with torch.no_grad():
-            if weight is not None:
-                as_matrix(consumer, consumer.weight)[columns] = weight.to(consumer.weight)
-            if bias is not None:
-                consumer.bias.copy_(bias)
-        Mask(model, block, kept).apply()
-        self._after = _copies(touched.values())
-
-    def undo(self) -> None:
-        """Write the parameters back as they were."""
-        _write(self._before)
-
-    def redo(self) -> None:
-        """Write the masked and reweighted parameters again."""
-        _write(self._after)
-
-
 def mask(
     model: nn.Module,
     block: Block,
-    kept: torch.Tensor,
+    kept: Sequence[int] | torch.Tensor,
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> MaskEdit:
-    """As `edits.shrink`, of a model that keeps its shapes: units that are not `kept` are zero."""
-    return MaskEdit(model, block, kept, weight, bias)
+    """Mask every unit of `block` that is not in `kept`, in place: as `edits.shrink`, but shapes and objects stay.
+
+    Args:
+        model: The model that `block` was discovered in, unshrunk.
+        block: What to mask.
+        kept: `(k,)` unit indices, strictly increasing, at least one.
+        weight: `(k * c, m)` new consumer weight on the columns of the kept units, inputs by outputs; the present one
+            when omitted.
+        bias: `(m,)` new consumer bias; the present one when omitted.
+
+    Returns:
+        The edit, in place; `Edit.undo()` takes it back.
+
+    Raises:
+        ValueError: `kept` is empty, unsorted or out of range.
+    """
+    units = checked_units(block, kept)
+    consumer: Any = model.get_submodule(block.consumer)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    owned = [parameters[piece.tensor] for piece in block.slices if piece.tensor in parameters]
+    touched = {id(p): p for p in (*owned, consumer.weight, consumer.bias) if p is not None}
+    before = _copies(touched.values())
+    columns = block.columns[units].flatten().sort().values.to(consumer.weight.device)
+    with torch.no_grad():
+        if weight is not None:
+            as_matrix(consumer, consumer.weight)[columns] = weight.to(consumer.weight)
+        if bias is not None:
+            consumer.bias.copy_(bias)
+    Mask(model, block, units).apply()
+    return MaskEdit(block.name, units, before, _copies(touched.values()))
 
 
-def _copies(parameters: Any) -> Sequence[tuple[nn.Parameter, torch.Tensor]]:
+@dataclass(eq=False)
+class MaskEdit:
+    """An edit that writes values into the parameters that there are.
+
+    Args:
+        block: As of `Edit`.
+        kept: As of `Edit`.
+    """
+
+    block: str
+    kept: torch.Tensor
+    _before: _Values = field(repr=False)
+    _after: _Values = field(repr=False)
+
+    def undo(self) -> None:
+        """As `Edit`: write the parameters back as they were."""
+        _write(self._before)
+
+    def redo(self) -> None:
+        """As `Edit`: write the masked and reweighted parameters again."""
+        _write(self._after)
+
+
+def _copies(parameters: Iterable[nn.Parameter]) -> _Values:
     return [(parameter, parameter.detach().clone()) for parameter in parameters]
 
 
 @torch.no_grad()
-def _write(values: Sequence[tuple[nn.Parameter, torch.Tensor]]) -> None:
+def _write(values: _Values) -> None:
     for parameter, value in values:
         parameter.copy_(value)

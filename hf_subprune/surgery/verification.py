@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..blocks import Block, by_tie
-from ..models.experts import all_running
+from ..models.forms import all_running
 from ..models.linears import feature_axis, input_dim
 from ..models.precision import HALVES, ConvolutionsInFloat32, InFloat32
-from ..models.running import first_line, floating_tensors, stateless, undisturbed
+from ..models.running import Reached, Watch, first_line, floating_tensors, hooked, inside, stateless, stop, undisturbed
 from .edits import Edit, shrink
 from .masking import masked
 
@@ -79,7 +79,8 @@ def verify(
         inputs: Keyword arguments of the forward, a small batch.
         tolerance: Largest difference allowed, relative to the largest absolute value of the tensor compared.
         to_consumer: Stop each forward behind the last block's consumer and compare no more than that; faster.
-        masking: What masks the units of a block that are not kept; `surgery.masked` for columns of its consumer.
+        masking: What masks the units of a block that are not kept, given its consumer, the block and the units that
+            are.
 
     Returns:
         The largest relative difference found.
@@ -95,13 +96,14 @@ def verify(
                     f"Blocks {first.name!r} and {block.name!r} are tied ({first.tie!r}) and must keep the same units, "
                     f"found {list(map(int, kept[first.name]))} and {list(map(int, kept[block.name]))}."
                 )
-    with undisturbed(model), all_running(model), ExitStack() as stack:
+    consumers = {block.name: model.get_submodule(block.consumer) for block in blocks}
+    with undisturbed(model), all_running(inside(model)), ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(masking(model, block, torch.as_tensor(kept[block.name])))
+            stack.enter_context(masking(consumers[block.name], block, torch.as_tensor(kept[block.name])))
         expected = _run(model, blocks, inputs, to_consumer)
     edits: list[Edit] = []
     remaining = [_remaining_outputs(model, block, blocks, kept) for block in blocks]
-    with undisturbed(model), all_running(model):
+    with undisturbed(model), all_running(inside(model)):
         try:
             for block in blocks:
                 edits.append(shrink(model, block, kept[block.name]))
@@ -146,32 +148,21 @@ def _remaining_outputs(
     return axis, None
 
 
-class _Reached(BaseException):
-    """Ends a forward on purpose; not an `Exception`, so that no model code swallows it."""
-
-
-def _stop(*_: Any) -> None:
-    raise _Reached
-
-
 def _run(
     model: nn.Module, blocks: Sequence[Block], inputs: Mapping[str, Any], to_consumer: bool
 ) -> tuple[list, list[torch.Tensor]]:
     """Outputs of each block's consumer, one list of calls per block, and all floating outputs of the model."""
     calls: list[list[torch.Tensor]] = [[] for _ in blocks]
-    with ExitStack() as stack, torch.no_grad(), stateless(model):
-        for block, seen in zip(blocks, calls, strict=True):
-            consumer = model.get_submodule(block.consumer)
-            handle = consumer.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
-            stack.callback(handle.remove)
+    watches: list[Watch] = [(block.consumer, seen.append) for block, seen in zip(blocks, calls, strict=True)]
+    if to_consumer:
+        watches.append((blocks[-1].consumer, lambda _: stop()))
+    with ExitStack() as stack, torch.no_grad(), stateless(model), hooked(model, outputs=watches):
         if any(parameter.dtype in HALVES for parameter in model.parameters()):
             stack.enter_context(InFloat32())
             stack.enter_context(ConvolutionsInFloat32())
-        if to_consumer:
-            stack.callback(model.get_submodule(blocks[-1].consumer).register_forward_hook(_stop).remove)
         try:
             output = model(**inputs)
-        except _Reached:
+        except Reached:
             output = None
     return calls, list(floating_tensors(output))
 

@@ -70,7 +70,7 @@ class GradualPruning:
 
     def _calibrate(self) -> None:
         """Find the blocks, and the widths that they are to reach, of the model as it is now."""
-        with undisturbed(self.model), apart(self.model):
+        with undisturbed(self.model), apart(self.model.modules()):
             survey = take_survey(self.samples, [self.config], None, Workspace(quiet=True))
             self.blocks, self.targets = survey.blocks, whole_heads(survey, self.config)
         # Training makes moments out of date, and what was predicted of the model before it.
@@ -110,7 +110,7 @@ class GradualPruning:
         if not shrinking:
             return False
         work, held_out = Workspace(quiet=True), self.samples.own_held_out
-        with undisturbed(self.model), apart(self.model), work.undone_on_failure():
+        with undisturbed(self.model), apart(self.model.modules()), work.undone_on_failure():
             reference = model_outputs(self.model, held_out)
             survey = replace(looked_at_again(self._survey), present=dict(self.kept))
             solved = solve(survey, Widths(self.config, shrinking, widths), work, install=mask)
@@ -123,7 +123,7 @@ class GradualPruning:
 
     def _reached(self, blocks: Sequence[Block]) -> list[Block]:
         """Those of the blocks that the probe batch runs: a router may learn to send an expert none of its tokens."""
-        with apart(self.model):
+        with apart(self.model.modules()):
             readers = called(self.model, self._survey.probe)
         if silent := [b.name for b in blocks if b.consumer not in readers]:
             logger.warning(
@@ -148,7 +148,7 @@ class GradualPruning:
         pruned = [b for b in self.blocks if len(self.kept[b.name]) < b.units]
         start = time.perf_counter()
         work, solved = Workspace(quiet=True), Solved(reports={b.name: self._report(b) for b in pruned})
-        with undisturbed(self.model), apart(self.model), work.undone_on_failure():
+        with undisturbed(self.model), apart(self.model.modules()), work.undone_on_failure():
             work.undo.callback(undo_all, solved.edits)
             for block in pruned:
                 solved.edits[block.name] = shrink(self.model, block, self.kept[block.name])
@@ -180,7 +180,7 @@ class GradualPruning:
         self._seconds = progress["seconds"]
 
     def _make_masks(self) -> list[Mask]:
-        with apart(self.model):  # an expert's mask writes into the tensors that it is a part of
+        with apart(self.model.modules()):  # an expert's mask writes into the tensors that it is a part of
             return [Mask(self.model, b, self.kept[b.name]) for b in self.blocks if len(self.kept[b.name]) < b.units]
 
     def _width(self, block: Block, removed: float) -> int:

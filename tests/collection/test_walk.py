@@ -153,7 +153,7 @@ def test_residual_is_asym_where_outputs_are_normalised_before_they_are_added():
 
 
 def test_folds_split_the_batches_and_the_held_out_ones_stay_apart():
-    model, calibration, _, segments = prepared("bert")
+    _, calibration, _, segments = prepared("bert")
     _, moments = next(walked(calibration, segments, "layer"))
     tokens = [int(batch["attention_mask"].sum()) for batch in calibration.fit]
     assert [fold.rows for fold in moments.folds] == [sum(tokens[0::2]), sum(tokens[1::2])]
@@ -187,7 +187,7 @@ def test_tokens_of_two_models_that_cannot_be_paired_are_refused():
 
 
 def test_sums_of_wide_blocks_take_half_the_memory_and_hold_six_digits(monkeypatch):
-    model, calibration, _, segments = prepared("llama")
+    _, calibration, _, segments = prepared("llama")
 
     def sums():
         return {b.name: m for b, m in walked(calibration, segments, "layer")}

@@ -39,7 +39,7 @@ def test_heads_with_biases_are_removed_twice():
     for keep in ([0, 2, 3], [1, 2]):
         blocks = [block for block in discover(model).blocks if block.kind == "attention"]
         first = blocks[0]
-        with torch.no_grad(), masked(model, first, keep):
+        with torch.no_grad(), masked(model.get_submodule(first.consumer), first, keep):
             expected = list(floating_tensors(model(**inputs)))
         shrink(model, first, keep)
         assert relative_difference(expected, outputs(model, inputs)) < 1e-5

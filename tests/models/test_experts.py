@@ -16,8 +16,8 @@ from hf_subprune.data.padding import token_mask
 from hf_subprune.discovery.discover import discover
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.evaluation.costs import count_macs
-from hf_subprune.models.experts import Expert, all_running
-from hf_subprune.models.forms import apart, put_together, take_apart, together
+from hf_subprune.models.experts import Expert
+from hf_subprune.models.forms import all_running, apart, put_together, take_apart, together
 from hf_subprune.pruning import prune_sizes
 from hf_subprune.report.tables import block_table
 from hf_subprune.solver.moments import MomentAccumulator
@@ -88,15 +88,15 @@ def test_a_model_with_its_experts_apart_computes_the_same(family):
     model = tiny_model(family)
     inputs = probe_inputs(model)
     expected = first_output(model, inputs)
-    with apart(model):
+    with apart(model.modules()):
         assert any(isinstance(module, Expert) for module in model.modules())
         assert distance(first_output(model, inputs), expected) < 1e-5
-        with all_running(model):
+        with all_running(model.modules()):
             assert distance(first_output(model, inputs), expected) < 1e-5
-        with apart(model):
+        with apart(model.modules()):
             pass
         assert any(isinstance(module, Expert) for module in model.modules())
-        with together(model):
+        with together(model.modules()):
             assert torch.equal(first_output(model, inputs), expected)
         assert any(isinstance(module, Expert) for module in model.modules())
     assert torch.equal(first_output(model, inputs), expected)
@@ -107,7 +107,7 @@ def test_other_units_of_each_expert_can_go(family):
     model = tiny_model(family)
     inputs = probe_inputs(model)
     zeroed = copy.deepcopy(model)
-    with apart(model):
+    with apart(model.modules()):
         blocks = stacked_blocks(model)
         kept = {}
         for number, block in enumerate(blocks):
@@ -217,7 +217,7 @@ def test_experts_that_no_token_reaches_keep_a_part_of_their_weights():
     model = tiny_model("mixtral", "main")
     # One token over and over: each layer sends it to two of its four experts.
     same = [{"input_ids": torch.full((4, 6), 7)} for _ in range(4)]
-    with apart(model):
+    with apart(model.modules()):
         calls = {}
         for name, module in model.named_modules():
             if isinstance(module, Expert):
@@ -243,7 +243,7 @@ def test_padding_reaches_no_experts_moments():
     batch = batches(model, count=1)[0]
     batch["attention_mask"][1, 5:] = 0
     real = int(batch["attention_mask"].sum())
-    with apart(model):
+    with apart(model.modules()):
         counts = []
         for block in stacked_blocks(model)[:4]:
             consumer = model.get_submodule(block.consumer)
@@ -266,7 +266,7 @@ def test_the_moments_of_an_expert_weigh_tokens_as_the_router_does():
     model(**inputs)
     handle.remove()
     hidden, index, weights = seen["args"]
-    with apart(model):
+    with apart(model.modules()):
         rows = {}
         for number in range(4):
             expert = layer.experts.get_submodule(str(number))
@@ -317,7 +317,7 @@ def test_experts_of_one_layer_cannot_be_chosen_in_part():
 
 def test_experts_of_different_widths_cannot_be_stacked():
     model = tiny_model("mixtral")
-    modules = take_apart(model)
+    modules = take_apart(model.modules())
     block = stacked_blocks(model)[1]
     edit = shrink(model, block, range(5))
     with pytest.raises(ValueError, match=r"equally many units, found \[96, 5, 96, 96\]"):
@@ -403,7 +403,7 @@ def test_products_of_experts_are_counted():
 
 def test_verification_looks_at_every_expert():
     model = tiny_model("mixtral")
-    with apart(model):
+    with apart(model.modules()):
         blocks = stacked_blocks(model)
         for block in blocks:
             producers = [replace(piece, index=piece.index.roll(1, 0)) for piece in block.slices[1:]]
@@ -414,7 +414,7 @@ def test_verification_looks_at_every_expert():
 
 def test_weights_and_biases_of_an_expert_are_parts_of_the_stacks():
     model = tiny_model("gpt_oss")
-    with apart(model):
+    with apart(model.modules()):
         expert = model.layers[1].mlp.experts.get_submodule("2")
         expert.second.weight.data.zero_()
         expert.second.bias.data.fill_(3.0)

@@ -13,8 +13,9 @@ from hf_subprune.coverage.tiny import tiny_model
 from hf_subprune.data.padding import token_mask
 from hf_subprune.discovery.discover import discover
 from hf_subprune.discovery.probe_inputs import probe_inputs
-from hf_subprune.models.experts import all_running, routed_tokens
-from hf_subprune.models.forms import apart
+from hf_subprune.models.experts import routed_tokens
+from hf_subprune.models.forms import all_running, apart
+from hf_subprune.models.running import around
 from hf_subprune.training.gradual import GradualPruning
 
 QUICK = {"samples": 16, "held_out": 8, "batch_size": 4}
@@ -76,9 +77,9 @@ def test_every_expert_is_found_even_if_no_token_is_sent_to_it(make):
     found = {block.name for block in discover(model, inputs).blocks if ".experts." in block.name}
     assert found == {f"{name}.expert_{i}" for name in lists(model) for i in range(4)}
     assert not any("forward" in module.__dict__ for module in model.modules())
-    with torch.no_grad(), apart(model):
+    with torch.no_grad(), apart(model.modules()):
         assert torch.equal(model(**inputs)[0], before)
-        with all_running(model):
+        with all_running(model.modules()):
             assert torch.equal(model(**inputs)[0], before)
 
 
@@ -92,13 +93,13 @@ def test_it_is_known_which_tokens_reach_an_expert_and_which_of_them_are_padding(
     for name in experts._modules:
         if name.startswith("expert_"):
             handles.append(experts[name].register_forward_pre_hook(lambda _, a, name=name: seen.update({name: a[0]})))
-    with apart(model), torch.no_grad():
+    with apart(model.modules()), torch.no_grad():
         model(**batch)
         assert len(seen) == 5
         for name in set(seen) - {"hidden"}:
             consumer = f"{path}.{name}.wo"
-            around, tokens, of = routed_tokens(model, consumer)
-            assert around == path and of == 48
+            where, tokens, of = routed_tokens(around(model, consumer), consumer)
+            assert where == path and of == 48
             assert torch.equal(seen["hidden"][tokens], seen[name])
             mask = token_mask(model, consumer, batch, seen[name].shape)
             assert torch.equal(mask, batch["attention_mask"].flatten()[tokens].bool())
@@ -179,9 +180,9 @@ def test_lists_that_select_no_tokens_run_as_they_are(kind, flat):
     model.forward = forward
     x = torch.randn(2, 6, 8)
     before = model(x)
-    with apart(model):
+    with apart(model.modules()):
         assert torch.equal(model(x), before)
-        assert routed_tokens(model, "layers.1.second") is None
+        assert routed_tokens(around(model, "layers.1.second"), "layers.1.second") is None
     assert [block.consumer for block in discover(model, {"x": x}).blocks] == [f"layers.{i}.second" for i in range(3)]
     assert not any("forward" in module.__dict__ for module in model["layers"].modules())
 
@@ -200,9 +201,9 @@ def test_an_expert_that_overflows_on_tokens_of_others_changes_nothing():
     nn.init.constant_(model[0][1].second.weight, float("inf"))
     arguments = torch.randn(4, 8), torch.zeros(4, dtype=torch.long), torch.ones(4, 1)
     before = model[0](*arguments)
-    with apart(model), all_running(model):
+    with apart(model.modules()), all_running(model.modules()):
         assert torch.equal(model[0](*arguments), before)
-        assert len(routed_tokens(model, "0.1.second")[1]) == 4
+        assert len(routed_tokens(around(model, "0.1.second"), "0.1.second")[1]) == 4
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_the_forward_computes_what_that_of_torch_does(bias, batch_first, need_we
     if not batch_first:
         query, key, value = (one.transpose(0, 1) for one in (query, key, value))
     expected = attention(query, key, value, need_weights=need_weights, **masks)
-    with apart(attention):
+    with apart(attention.modules()):
         assert attention.in_proj_weight is None
         found = attention(query, key, value, need_weights=need_weights, **masks)
     torch.testing.assert_close(found, expected)
@@ -81,7 +81,7 @@ def test_inputs_without_a_batch():
     query, key = torch.randn(L, 16), torch.randn(S, 16)
     masks = {"key_padding_mask": bool_mask(S), "attn_mask": bool_mask(HEADS, L, S)}
     expected = attention(query, key, key, **masks)
-    with apart(attention):
+    with apart(attention.modules()):
         torch.testing.assert_close(attention(query, key, key, **masks), expected)
 
 
@@ -89,7 +89,7 @@ def test_what_is_not_shrunk_comes_back_as_it_was():
     model, inputs = layers(bias=False)
     before, tensors = dict(model.named_parameters()), {name: vars(m).copy() for name, m in model.named_modules()}
     weight, expected = model.layers[0].in_proj_weight.detach().clone(), model(**inputs)
-    with apart(model):
+    with apart(model.modules()):
         assert {name for name, _ in model.layers[0].named_children()} == {"q_proj", "k_proj", "v_proj", "out_proj"}
         with torch.no_grad():  # views: what is written is written to the stack
             model.layers[0].k_proj.weight.mul_(2)
@@ -109,8 +109,8 @@ def test_heads_are_removed_exactly_and_come_back(bias):
     assert not discovery.refusals
     first = discovery.blocks[0]
     original = copy.deepcopy(model)
-    modules = take_apart(model)
-    with torch.no_grad(), masked(model, first, [1, 3]):
+    modules = take_apart(model.modules())
+    with torch.no_grad(), masked(model.get_submodule(first.consumer), first, [1, 3]):
         expected = model(**inputs)
     edit = shrink(model, first, [1, 3])
     again = put_together(modules)
@@ -130,8 +130,8 @@ def test_heads_are_removed_twice():
     model, inputs = layers()
     for keep in ([0, 2, 3], [1, 2]):
         first = discover(model, inputs).blocks[0]
-        with apart(model):
-            with torch.no_grad(), masked(model, first, keep):
+        with apart(model.modules()):
+            with torch.no_grad(), masked(model.get_submodule(first.consumer), first, keep):
                 expected = model(**inputs)
             shrink(model, first, keep)
         torch.testing.assert_close(model(**inputs), expected)
@@ -162,7 +162,7 @@ def test_pruned_heads_are_stored_and_load_with_and_without_the_package(tmp_path)
 
     model = tiny_model("bridgetower")
     inputs = probe_inputs(model)
-    with apart(model):
+    with apart(model.modules()):
         for block in discover(model, inputs).blocks:
             shrink(model, block, block.first(block.units // 2))
     choose_layout(model, "ragged", inputs=inputs)

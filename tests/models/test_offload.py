@@ -8,7 +8,8 @@ from runs_of import QUICK
 from tiny import tiny
 
 from hf_subprune import PruneConfig, prune
-from hf_subprune.models.offload import is_offloaded, loaded, stored, taken_over
+from hf_subprune.models.offload import loaded, stored, taken_over
+from hf_subprune.models.running import is_offloaded, modules_by_path
 
 CPU = torch.device("cpu")
 
@@ -92,7 +93,7 @@ def test_weights_are_in_memory_only_while_they_are_needed(tmp_path):
     on_disk(model, tmp_path)
     layer = model.model.layers[1]
     seen = []
-    with taken_over(model):
+    with taken_over(modules_by_path(model), model.all_tied_weights_keys):
         assert stored(layer.mlp.up_proj.weight) is not None
         assert stored(layer.input_layernorm.weight) is None
         layer.mlp.up_proj.register_forward_pre_hook(

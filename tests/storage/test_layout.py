@@ -10,7 +10,7 @@ from hf_subprune.coverage import tiny_model
 from hf_subprune.discovery.discover import discover
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.storage.layout import QUANT_METHOD, adopt, choose_layout
-from hf_subprune.storage.skeleton import describe, nested_configs
+from hf_subprune.storage.skeleton import describe, nested_configs, sizes
 from hf_subprune.storage.stock import find_stock_config
 from hf_subprune.surgery.edits import shrink
 
@@ -184,9 +184,10 @@ def test_a_stock_config_that_gives_other_outputs_is_not_used(monkeypatch):
     """Half as many heads of twice the size have the same shapes in ViT, and other outputs."""
     family = FAMILIES["vit"]
     model = family.pruned(mlp=[40, 40])
-    found = find_stock_config(model)
+    spec = describe(model)
+    found = find_stock_config(type(model), model.config, spec, sizes(model, spec))
     found.config.num_attention_heads = 2
-    monkeypatch.setattr("hf_subprune.storage.layout.find_stock_config", lambda model: found)
+    monkeypatch.setattr("hf_subprune.storage.layout.find_stock_config", lambda *_: found)
     layout = choose_layout(model, "auto", inputs=family.inputs)
     assert layout.kind == "ragged" and "differ by" in layout.reason
     assert (model.config.intermediate_size, model.config.num_attention_heads) == (44, 4)

@@ -170,7 +170,7 @@ def test_masking_zeroes_removed_columns_even_if_they_are_infinite():
     consumer = model.get_submodule(block.consumer)
     x = torch.full((2, 48), torch.inf)
     x[:, 12:24] = torch.randn(2, 12)
-    with masked(model, block, [1]):
+    with masked(model.get_submodule(block.consumer), block, [1]):
         found = consumer(x)
         named = consumer(input=x)
     torch.testing.assert_close(found, x[:, 12:24] @ consumer.weight[:, 12:24].T + consumer.bias)
@@ -198,7 +198,7 @@ def test_wrong_units_are_refused_and_nothing_changes(kept, found):
         with pytest.raises(ValueError, match=found) as error:
             act(*([model] if act is shrink else []), block, kept)
         assert block.name in str(error.value)
-    with pytest.raises(ValueError, match=found), masked(model, block, kept):
+    with pytest.raises(ValueError, match=found), masked(model.get_submodule(block.consumer), block, kept):
         pass
     assert_restored(model, before)
 

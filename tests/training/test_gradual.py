@@ -13,7 +13,7 @@ from hf_subprune.data.reading import read
 from hf_subprune.discovery.discover import discover
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.models.running import floating_tensors
-from hf_subprune.surgery.masking import Mask, MaskEdit
+from hf_subprune.surgery.masking import Mask, mask
 from hf_subprune.training.gradual import GradualPruning
 
 CONFIG = PruneConfig(samples=16, held_out=8, batch_size=8)
@@ -76,7 +76,7 @@ def test_a_mask_edit_is_undone_and_redone_exactly():
     before = copy.deepcopy(model.state_dict())
     consumer = model.get_submodule(block.consumer)
     weight = torch.randn(3, consumer.weight.shape[1])
-    edit = MaskEdit(model, block, kept, weight, torch.ones(consumer.weight.shape[1]))
+    edit = mask(model, block, kept, weight, torch.ones(consumer.weight.shape[1]))
     after = copy.deepcopy(model.state_dict())
     assert torch.equal(consumer.weight[block.columns[kept].flatten()], weight)
     edit.undo()
@@ -164,9 +164,9 @@ def test_a_failing_step_leaves_the_model_as_it_was(monkeypatch):
         calls.append(args)
         if len(calls) == 3:
             raise RuntimeError("no memory")
-        return MaskEdit(*args, **kwargs)
+        return mask(*args, **kwargs)
 
-    monkeypatch.setattr("hf_subprune.training.gradual.MaskEdit", fail_later)
+    monkeypatch.setattr("hf_subprune.training.gradual.mask", fail_later)
     with pytest.raises(RuntimeError, match="no memory"):
         gradual.step(0.5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
