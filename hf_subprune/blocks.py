@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from itertools import takewhile
+from typing import Literal
 
 import torch
 from torch import nn
@@ -128,6 +129,37 @@ class Block:
         return torch.arange(self.units).view(self.sets, -1)[:, : width // self.sets].flatten()
 
 
+@dataclass(frozen=True)
+class Group:
+    """Blocks that are decided on together.
+
+    Args:
+        blocks: In the order of the forward.
+        share: What they must have in common: `"units"`, blocks of one tie, which all keep the same units; `"width"`,
+            experts stored together, which keep equally many units, each its own; `None` for a block on its own.
+    """
+
+    blocks: tuple[Block, ...]
+    share: Literal["units", "width"] | None
+
+    @property
+    def choices(self) -> tuple[tuple[Block, ...], ...]:
+        """The blocks, those together for which one choice of units is made."""
+        return (self.blocks,) if self.share == "units" else tuple((block,) for block in self.blocks)
+
+
+def groups_of(blocks: Iterable[Block]) -> list[Group]:
+    """The groups that blocks form, in the order of their first block."""
+    together: dict[str | Block, list[Block]] = {}
+    for block in blocks:
+        together.setdefault(block.tie or block.stack or block, []).append(block)
+
+    def share(first: Block) -> Literal["units", "width"] | None:
+        return "units" if first.tie else "width" if first.stack else None
+
+    return [Group(tuple(members), share(members[0])) for members in together.values()]
+
+
 def by_tie(blocks: Iterable[Block]) -> list[list[Block]]:
     """Blocks that must keep the same units, together; a block without a tie is alone. In the order of their first."""
     together: dict[str | Block, list[Block]] = {}
@@ -224,13 +256,13 @@ def choose_blocks(blocks: Sequence[Block], refusals: Sequence[Refusal], config: 
         and (not config.include or any(fnmatchcase(b.name, p) for p in config.include))
         and not any(fnmatchcase(b.name, p) for p in config.exclude)
     ]
-    for group in by_width(blocks):
-        part = [b.name for b in group if b in chosen]
-        if 0 < len(part) < len(group):
-            rest = [b.name for b in group if b not in chosen]
-            must = f"{group[0].tie!r} must all keep the same units"
-            if group[0].tie is None:
-                must = f"of {group[0].stack!r} are stored together and must all keep equally many units"
+    for group in groups_of(blocks):
+        part = [b.name for b in group.blocks if b in chosen]
+        if 0 < len(part) < len(group.blocks):
+            first, rest = group.blocks[0], [b.name for b in group.blocks if b not in chosen]
+            must = f"{first.tie!r} must all keep the same units"
+            if group.share == "width":
+                must = f"of {first.stack!r} are stored together and must all keep equally many units"
             raise ValueError(
                 f"Blocks {must}, but the config prunes {', '.join(part)} and not {', '.join(rest)}: `include` or "
                 f"`exclude` all of them."

@@ -5,7 +5,6 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,21 +18,19 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .allocation.survey import Calibrated
+from .allocation.surveying import take_survey
 from .config import PruneConfig
-from .data.batches import CalibrationSet, with_fitting_batches
+from .data.batches import FittingBatches, Samples
 from .data.datafiles import load_processing_class
-from .data.reading import prepare
-from .models.forms import apart
-from .models.offload import taken_over
-from .models.precision import fast_products, full_precision
-from .pruning import check_prunable, prune_to
+from .data.reading import read
+from .models.session import check_prunable, session
+from .pruning import prune_to
 from .report.report import PruneReport
 from .report.saving import check_output, check_shard_size, save_pruned
 from .runs.durable import check_space, write_json
 from .runs.memory import freed_at_once
 from .runs.processes import processes, state
-from .runs.progress import Clock
+from .runs.workspace import Workspace
 from .storage.skeleton import build_skeleton
 
 logger = logging.get_logger(__name__)
@@ -44,7 +41,7 @@ _RUN = "run.json"
 def prune_checkpoint(
     name_or_path: str | Path,
     data: Any,
-    config: PruneConfig | None = None,
+    config: PruneConfig | Mapping[str, Any] | None = None,
     out: str | Path = "pruned",
     processing_class: Any = None,
     *,
@@ -88,7 +85,7 @@ def prune_checkpoint(
             says what differs.
         OSError: `out` cannot be made, or the disk has no room. What is finished stays, and the same call goes on.
     """
-    config, out = config or PruneConfig(), Path(out).absolute()
+    config, out = PruneConfig.of(config), Path(out).absolute()
     if config.latency is not None:
         raise ValueError("Latency is measured on a model in memory: choose another target, or use `prune`.")
     check_output(out)
@@ -102,31 +99,22 @@ def prune_checkpoint(
     shutil.rmtree(scratch / "new", ignore_errors=True)  # weights of a run that was stopped; they are made again
     (scratch / "new").mkdir(parents=True)
     processing_class = processing_class or load_processing_class(str(source))
-    clock = Clock()
     model = _load(source, dtype, device, scratch / "converted")
     model.name_or_path = str(name_or_path)
     check_prunable(model, offloaded=True)
+    work = Workspace()
+    with freed_at_once(), session(model, folder=scratch / "new"):
+        with work.clock("data"):
+            samples = read(model, data, config, processing_class)
+        _check_same_run(scratch / _RUN, _run(source, shards, config, samples, model))
+        batches = FittingBatches(samples)
 
-    def run(calibration: CalibrationSet, size: int) -> PruneReport:
-        folder = scratch / f"batches-of-{size}"  # sums of other batches are others in the last bits
-        (folder / "blocks").mkdir(parents=True, exist_ok=True)
-        with ExitStack() as undo:
-            calibrated = Calibrated(model, calibration, [config], folder=folder, clock=clock)
-            report = prune_to(calibrated, config, undo)
-            undo.pop_all()
-        return replace(report, command=command)
+        def attempt(some: Samples) -> PruneReport:
+            folder = scratch / f"batches-of-{batches.size}"  # sums of other batches are others in the last bits
+            own = Workspace(folder, work.again().clock)
+            return prune_to(take_survey(model, some, [config], None, own), config, own)
 
-    with (
-        freed_at_once(),
-        full_precision(),
-        fast_products(model),
-        taken_over(model, scratch / "new"),
-        apart(model),
-    ):
-        with clock("data"):
-            calibration = prepare(model, data, config, processing_class)
-        _check_same_run(scratch / _RUN, _run(source, shards, config, calibration, model))
-        report = with_fitting_batches(calibration, run)
+        report = replace(batches.run(attempt), command=command)
     if state().is_main_process:
         _save(out, model, processing_class, report, max_shard_size)
     state().wait_for_everyone()
@@ -209,11 +197,11 @@ def _placement(module: nn.Module, path: str, device: str) -> Iterator[tuple[str,
 
 
 def _run(
-    source: Path, shards: list[Path], config: PruneConfig, calibration: CalibrationSet, model: PreTrainedModel
+    source: Path, shards: list[Path], config: PruneConfig, samples: Samples, model: PreTrainedModel
 ) -> dict[str, dict[str, Any]]:
     """What must be the same for a stopped run to go on."""
     digest = hashlib.sha256()
-    for batch in (*calibration.fit, *calibration.held_out):
+    for batch in (*samples.fit, *samples.held_out):
         for name, value in sorted(batch.items()):
             digest.update(name.encode())
             if isinstance(value, torch.Tensor):
@@ -223,7 +211,7 @@ def _run(
     described = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
     return {
         "config": config.to_dict(),
-        "data": {**calibration.description, "sha256": digest.hexdigest()},
+        "data": {**samples.description, "sha256": digest.hexdigest()},
         "model": {
             "folder": str(source.resolve()),
             "config.json": described,

@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from .config import PruneConfig
-from .data.reading import prepare
+from .data.reading import read
 from .evaluation.scores import embed, neighbour_agreement
 from .models.running import Batch
 from .pruning import prune
@@ -108,7 +108,7 @@ def run_demo(out: Path | None = None) -> Group:
     config = PruneConfig(keep={"mlp": 0.5}, samples=_FITTED, held_out=_HELD_OUT)
 
     original = _encoder(folder)
-    unseen = prepare(
+    unseen = read(
         original, docstrings(_UNSEEN, _FITTED + _HELD_OUT), PruneConfig(samples=_UNSEEN, held_out=1), tokenizer
     ).fit
     reference = embed(original, unseen)
@@ -147,7 +147,7 @@ def run_demo(out: Path | None = None) -> Group:
         target = Path(scratch) / "pruned" if out is None else Path(out)
         save_pruned(target, model, tokenizer, report)
         difference = _largest_difference(model, AutoModel.from_pretrained(target), unseen[0])
-    if difference != 0.0:
+    if not difference < 1e-4:  # equal weights at other places in memory may round differently
         raise RuntimeError(f"The model loaded again from {target} differs by {difference:.3g} from the one saved.")
     kept = "" if out is None else f" from {out}"
     return Group(

@@ -1,47 +1,38 @@
-"""`prune`: the one place that joins the stages."""
+"""`prune` and `prune_sizes`: the five stages in their order.
 
-import time
+samples = read(model, data, config, processing_class)         # batches for the model
+survey = take_survey(model, samples, configs, ..., work)      # blocks, targets, what each block would lose
+widths = choose(survey, config, work)                         # who keeps how much
+solved = solve(survey, widths, work)                          # units and new weights, installed block by block
+report = outcome(survey, widths, solved, work)                # proved, made ready to be saved, measured
+"""
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import closing
 from dataclasses import replace
-from functools import partial
-from importlib.metadata import version
 from typing import Any
 
-import torch
-from accelerate.utils import send_to_device
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from .allocation.query_heads import better_units
-from .allocation.survey import Calibrated
-from .blocks import Block, by_stack, by_tie, some_of
-from .collection.block_moments import BlockMoments
-from .collection.walk import finished_segments
+from .allocation.choice import choose
+from .allocation.survey import Survey
+from .allocation.surveying import take_survey
 from .config import TARGETS, PruneConfig
-from .data.batches import CalibrationSet, with_fitting_batches
-from .data.reading import prepare
-from .evaluation.costs import Costs, circumstances, count, measure_latency
-from .evaluation.drift import Outputs, drift, model_outputs
-from .models.forms import apart, put_together
-from .models.offload import input_device, taken_over, without_values
-from .models.precision import fast_products, full_precision
-from .report.records import BlockReport, Change
+from .data.batches import FittingBatches, Samples
+from .data.reading import read
+from .evaluation.costs import measure_latency
+from .evaluation.original import Original
+from .models.forms import apart
+from .models.offload import is_offloaded
+from .models.precision import precise_products
+from .models.session import check_prunable, session
+from .report.records import Change
 from .report.report import PruneReport
 from .routing.removal import remove_experts, without_experts
-from .runs.durable import once
-from .runs.memory import peak_memory, release_memory
-from .runs.processes import from_process, is_mine, processes
-from .runs.progress import Clock, progress, timed
-from .solver.solve import BlockSolution, solve_block
-from .solver.tied import choose_together
-from .storage.layout import choose_layout
-from .surgery.edits import Edit, shrink, taken_back, undo_all
-from .surgery.verification import verify
-
-logger = logging.get_logger(__name__)
+from .runs.processes import from_process
+from .runs.workspace import Workspace
+from .solving.loop import solve
+from .solving.outcome import of_the_whole, outcome
 
 
 def prune(
@@ -62,7 +53,7 @@ def prune(
             (`device_map`), with weights offloaded to the CPU or to disk, and stays so; new weights of offloaded layers
             are held in the CPU's memory.
         data: `datasets.Dataset` or `IterableDataset`, pandas `DataFrame`, list of strings, list of images, or iterable
-            of ready batches (dicts of tensors). See `calibration.prepare`.
+            of ready batches (dicts of tensors). See `data.reading.read`.
         config: What to keep and how, or a dict of the fields of `PruneConfig`; `PruneConfig()` when left out.
         processing_class: Tokenizer, image processor or processor, as in `Trainer`; not needed for ready batches.
         evaluation: Quality of a model, more is better, for budget `"equal_loss"` in the paper's labelled form. It is
@@ -79,20 +70,20 @@ def prune(
         EquivalenceError: the shrunk model is not the masked model; nothing was changed.
     """
     config = PruneConfig.of(config)
-    if "experts" in config.units:
-        check_prunable(model)
-        return _prune_experts_first(model, data, config, processing_class, evaluation)
     check_prunable(model, offloaded=True)
+    whole = "experts" in config.units
+    with session(model, whole=whole):
+        work = Workspace()
+        with work.clock("data"):
+            samples = read(model, data, config, processing_class)
 
-    def run(calibration: CalibrationSet, _size: int) -> PruneReport:
-        with ExitStack() as undo:
-            report = prune_to(Calibrated(model, calibration, [config], evaluation, clock=clock), config, undo)
-            undo.pop_all()
-        return report
+        def attempt(some: Samples) -> PruneReport:
+            own = work.again()
+            if whole:
+                return _without_experts(some, config, evaluation, own)
+            return prune_to(take_survey(model, some, [config], evaluation, own), config, own)
 
-    with full_precision(), fast_products(model), taken_over(model), _eval_mode(model), apart(model):
-        clock, calibration = _prepared(model, data, config, processing_class)
-        return with_fitting_batches(calibration, run)
+        return FittingBatches(samples).run(attempt)
 
 
 def prune_sizes(
@@ -110,7 +101,7 @@ def prune_sizes(
     next one is asked for, and at the end, the model is what it was.
 
     Args:
-        model: The very same when the iterator is exhausted or closed.
+        model: The very same when the iterator is exhausted or closed. It may be dispatched, as for `prune`.
         data: As for `prune`.
         configs: One a size; they may differ in `keep`, `params`, `macs`, `latency`, `size`, `budget`, `layout` and
             `round_to` only.
@@ -123,288 +114,85 @@ def prune_sizes(
     Raises:
         ValueError: the configs differ in something else; or as `prune`.
     """
-    check_prunable(model)
+    check_prunable(model, offloaded=True)
     if not isinstance(configs, Sequence):
         raise TypeError(f"`configs` must be a list of PruneConfig, one a size, not {type(configs).__name__}.")
     configs = [PruneConfig.of(config) for config in configs]
     _check_alike(configs)
-    with full_precision(), _eval_mode(model), apart(model):
-        with fast_products(model):
-            clock, calibration = _prepared(model, data, configs[0], processing_class)
-            calibrated = Calibrated(model, calibration, configs, evaluation, clock=clock)
+    with session(model, precise=False) as handed_over:
+        work, parameters = Workspace(), list(model.parameters())
+        with precise_products(parameters):
+            with work.clock("data"):
+                samples = read(model, data, configs[0], processing_class)
+            batches = FittingBatches(samples)
+            survey = batches.run(lambda some: take_survey(model, some, configs, evaluation, work))
         for config in configs:
-            with ExitStack() as undo:
-                with fast_products(model):
-                    report = prune_to(calibrated, config, undo)
+            own = work.again()
+
+            def attempt(some: Samples, config: PruneConfig = config, own: Workspace = own) -> PruneReport:
+                nonlocal survey
+                if some is not survey.samples:  # they were halved
+                    survey = take_survey(model, some, configs, evaluation, own)
+                return prune_to(survey, config, own)
+
+            with precise_products(parameters):
+                report = batches.run(attempt)
+            with closing(own.undo), handed_over():
                 yield report
 
 
-def _prepared(
-    model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any
-) -> tuple[Clock, CalibrationSet]:
-    clock = Clock()
-    with clock("data"):
-        return clock, prepare(model, data, config, processing_class)
-
-
-Chosen = tuple[torch.Tensor, str]
-"""Units `(k,)` that tied blocks keep, and the method that chose them."""
-
-Solution = tuple[BlockReport, torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Report, units kept, and the consumer's new weight `(k * c, m)` and bias `(m,)`, in its dtype; on the CPU."""
-
-
-def prune_to(calibrated: Calibrated, config: PruneConfig, undo: ExitStack) -> PruneReport:
-    """Prune a calibrated model to the size of one of its configs.
+def prune_to(survey: Survey, config: PruneConfig, work: Workspace) -> PruneReport:
+    """Prune a model that was surveyed to the size of one of its configs.
 
     Args:
-        calibrated: Whose model is shrunk in place.
-        config: One of those that it was calibrated for.
-        undo: Gets what takes everything back.
+        survey: Whose model is shrunk in place.
+        config: One of those that the survey was taken for.
+        work: Its `undo` takes everything back; what fails is taken back at once.
 
     Raises:
         EquivalenceError: as `prune`.
     """
-    model, calibration = calibrated.model, calibrated.calibration
-    clock = Clock(calibrated.clock.seconds)
-    with clock("allocation"):
-        to_prune, kept_units = better_units(calibrated, calibrated.widths(config), config)
-    edits: dict[str, Edit] = {}
-    undo.callback(lambda: undo_all(edits))
-    solutions: dict[str, BlockReport] = {}
-    folder = None if calibrated.folder is None else calibrated.folder / "walk"
-
-    pending: list[tuple[Block, Solution | None]] = []
-
-    def solve(block: Block, moments: BlockMoments | None, chosen: Chosen | None = None) -> None:
-        solution = None
-        if is_mine(calibrated.owners[block.name]):
-            path = None if calibrated.folder is None else calibrated.folder / "blocks" / f"{block.consumer}.pt"
-            solution = once(path, partial(_solve, calibrated, block, moments, kept_units[block.name], config, chosen))
-        pending.append((block, solution))
-
-    def install() -> None:
-        for block, solution in pending:
-            solved = from_process(calibrated.owners[block.name], solution)
-            solutions[block.name], kept, V, bias = solved  # type: ignore[misc]
-            # A copy: the edit holds it, and with it the mapped file of all of the solution.
-            edits[block.name] = shrink(model, block, kept.clone(), weight=V, bias=bias)
-            bar.update()
-        pending.clear()
-
-    with progress(len(to_prune), "Pruning") as bar:
-        for tie in by_tie(b for b in to_prune if b.tie):
-            with clock("calibration"), taken_back(edits):
-                together = list(calibrated.moments(tie, replace(config, variant="layer"), {}))
-            with clock("selection"):
-                chosen = _choose_together(calibrated, together, kept_units[tie[0].name], config)
-                for block, moments in together:
-                    solve(block, moments, chosen)
-                install()
-            release_memory()
-        alone = [b for b in to_prune if b.tie is None]
-        segments = calibrated.segments(alone).segments
-        groups = [group for segment in segments for group in by_stack(segment.blocks)]
-        # What the next block reads depends on this one, but for variant "layer", where each process solves one a time.
-        last = set() if config.streams() == "layer" else {group[-1].name for group in groups}
-        ends = {segment.blocks[-1].name for segment in segments}
-        with taken_back(edits) if config.streams() == "layer" else nullcontext():
-            for segment in segments[: finished_segments(folder)]:
-                for block in segment.blocks:
-                    solve(block, None)
-                install()
-                release_memory()
-            for block, moments in timed(calibrated.moments(alone, config, edits, folder), clock, "calibration"):
-                with clock("selection"):
-                    solve(block, moments)
-                    if block.name in last or (not last and len(pending) >= processes()):
-                        install()
-                del moments
-                if not last or block.name in ends:  # not where forwards come that would take the memory again
-                    release_memory()
-            install()
-
-    kept = {name: torch.tensor(solution.kept_units) for name, solution in solutions.items()}
-    with clock("verification"), taken_back(edits):
-        verify(model, to_prune, kept, calibrated.probe)
-    with clock("evaluation"):
-        latency = calibrated.latency(edits)
-        reached = calibrated.reached(config, to_prune, kept_units, latency)
-    undo.callback(put_together(model.modules()))
-    logger.info("Pruned %d blocks.", len(edits))
-    whole = (BlockReport.whole(b, **calibrated.predictions(b)) for b in calibrated.blocks)
-    report = PruneReport(
-        blocks=tuple(solutions.get(report.name, report) for report in whole),
-        refusals=calibrated.found.refusals,
-        allocation=calibrated.allocation(config, to_prune, kept_units, reached),
-        **_outcome(model, calibration, calibrated.before, latency, calibrated.reference, config, clock, undo),
-    )
-    return from_process(0, report)
+    with work.undone_on_failure():
+        widths = choose(survey, config, work)
+        solved = solve(survey, widths, work)
+        return outcome(survey, widths, solved, work)
 
 
-def _outcome(
-    model: PreTrainedModel,
-    calibration: CalibrationSet,
-    before: Costs,
-    latency: Change | None,
-    reference: Sequence[Outputs],
+def _without_experts(
+    samples: Samples,
     config: PruneConfig,
-    clock: Clock,
-    undo: ExitStack,
-) -> dict[str, Any]:
-    """Make a pruned model ready to be saved; what its report says of the whole of it."""
-    with clock("layout"):
-        layout = choose_layout(model, config.layout, inputs=send_to_device(calibration.probe, input_device(model)))
-        undo.callback(layout.undo)
-    with clock("evaluation"):
-        after = count(model, calibration.held_out[0])
-        change = drift(model, calibration.own_held_out, reference, shared=True)
-    return {
-        "model": getattr(model, "name_or_path", "") or "",
-        "architecture": type(model).__name__,
-        "config": config.to_dict(),
-        "layout": layout.kind,
-        "layout_reason": layout.reason,
-        "parameters": Change(before.parameters, after.parameters),
-        "macs": Change(before.macs, after.macs),
-        "latency": latency,
-        "measured_on": {} if latency is None else circumstances(model, calibration.held_out[0]),
-        "drift": change.to_dict(),
-        "data": calibration.description,
-        "seconds": clock.seconds,
-        "peak_memory": peak_memory(),
-        "versions": {name: version(name) for name in ("hf_subprune", "torch", "transformers")},
-    }
-
-
-def _prune_experts_first(
-    model: PreTrainedModel,
-    data: Any,
-    config: PruneConfig,
-    processing_class: Any,
     evaluation: Callable[[PreTrainedModel], float] | None,
+    work: Workspace,
 ) -> PruneReport:
-    """`prune` where whole experts go: they go first, then the model without them is pruned."""
+    """Whole experts go first, then the model without them is pruned."""
+    model = samples.model
     fraction, rest = without_experts(config)
-    with full_precision(), fast_products(model), _eval_mode(model), ExitStack() as undo:
-        clock, calibration = _prepared(model, data, config, processing_class)
-        with clock("evaluation"):
-            reference = model_outputs(model, calibration.own_held_out)
-            before = count(model, calibration.held_out[0])
-            seconds = measure_latency(model, calibration.held_out[0])
-        removed, refusals = remove_experts(model, calibration, config, fraction, clock, undo)
+    with work.clock("evaluation"):
+        original = Original.of(samples)
+        before = _seconds(samples)
+    with work.undone_on_failure():
+        removed, refusals = remove_experts(samples, config, fraction, work)
         if rest is None:
-            latency = Change(seconds, measure_latency(model, calibration.held_out[0]))
-            outcome = _outcome(model, calibration, before, latency, reference, config, clock, undo)
-            report = PruneReport(blocks=removed, refusals=refusals, **outcome)
+            report = of_the_whole(samples, original, Change(before, before) if before else None, config, work)
         else:
             with apart(model):
-                calibrated = Calibrated(model, calibration, [rest], evaluation, clock=clock)
-                calibrated.before, calibrated.reference = before, reference
-                report = prune_to(calibrated, rest, undo)
-            report = replace(
-                report,
-                config=config.to_dict(),
-                latency=Change(seconds, measure_latency(model, calibration.held_out[0])),
-                blocks=(*removed, *report.blocks),
-                refusals=(*refusals, *report.refusals),
-            )
-        undo.pop_all()
+                own = work.again()  # what is taken back of the rest is so while experts are apart
+                survey = replace(take_survey(model, samples, [rest], evaluation, own), original=original)
+                report = prune_to(survey, rest, own)
+        after = _seconds(samples)
+    report = replace(
+        report,
+        config=config.to_dict(),
+        latency=Change(before, after) if before and after else None,
+        blocks=(*removed, *report.blocks),
+        refusals=(*refusals, *report.refusals),
+    )
     return from_process(0, report)
 
 
-def _choose_together(
-    calibrated: Calibrated, together: Sequence[tuple[Block, BlockMoments | None]], width: int, config: PruneConfig
-) -> Chosen | None:
-    """Select the units of tied blocks from the original model's moments of all, in the process that owns them."""
-    if not is_mine(calibrated.owners[together[0][0].name]):
-        return None
-    return choose_together(
-        [calibrated.problem(block, moments) for block, moments in together if moments is not None],
-        width,
-        shrinkage=config.shrinkage,
-        importance=config.importance,
-        method=config.method,
-        swaps=None if config.swaps < 0 else config.swaps,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-
-
-def _solve(
-    calibrated: Calibrated,
-    block: Block,
-    moments: BlockMoments | None,
-    width: int,
-    config: PruneConfig,
-    chosen: Chosen | None = None,
-) -> Solution:
-    """Select (unless units were chosen for all blocks of a tie) and reweight one block."""
-    if moments is None:
-        raise FileNotFoundError(f"The solution of {block.name}, which was finished, is gone: start the run anew.")
-    start = time.perf_counter()
-    consumer: Any = calibrated.model.get_submodule(block.consumer)
-    try:
-        solution, error = _solution(calibrated, block, moments, width, config, chosen)
-    except RuntimeError as failure:
-        if moments.device.type == "cpu" or not should_reduce_batch_size(failure):
-            raise
-        logger.warning(f"Block {block.name} is solved on the CPU: its moments leave no room on {moments.device}.")
-        clear_device_cache(garbage_collection=True)
-        solution, error = _solution(calibrated, block, moments.to("cpu"), width, config, chosen)
-    bias = None if consumer.bias is None else consumer.bias.detach() + solution.bias_shift.to(consumer.bias)
-    report = BlockReport(
-        name=block.name,
-        kind=block.kind,
-        stack=block.stack,
-        consumer=block.consumer,
-        units_before=block.units,
-        units_after=width,
-        kept_units=tuple(solution.kept_units.tolist()),
-        kept_columns=tuple(solution.kept_columns.tolist()),
-        fitted_error=solution.fitted_error,
-        held_out_error=error,
-        shrinkage=solution.shrinkage if config.reweight else None,
-        method=solution.method if block.sets == 1 else f"{solution.method}, query heads",
-        guarantee=solution.guarantee,
-        seconds=time.perf_counter() - start,
-        **calibrated.predictions(block),
-    )
-    V = solution.V.to(consumer.weight.dtype)
-    return report, solution.kept_units.cpu(), V.cpu(), None if bias is None else bias.cpu()
-
-
-def _solution(
-    calibrated: Calibrated,
-    block: Block,
-    moments: BlockMoments,
-    width: int,
-    config: PruneConfig,
-    chosen: Chosen | None,
-) -> tuple[BlockSolution, float]:
-    """The solution of one block, where its moments are, and its error on the held-out rows, if any reached it."""
-    # Where a solution that finds no room is tried again elsewhere, the sums are read once more.
-    problem = calibrated.problem(block, moments, last=calibrated.stored is None and moments.device.type == "cpu")
-    W = problem.W
-    solution = solve_block(
-        problem.folds,
-        None,
-        problem.W,
-        problem.groups,
-        width,
-        sets=problem.sets,
-        shrinkage=config.shrinkage,
-        importance=config.importance,
-        method=config.method,
-        swaps=None if config.swaps < 0 else config.swaps,
-        reweight_kept=config.reweight,
-        output_metric=problem.output_metric,
-        gradient=problem.gradient,
-        generator=torch.Generator().manual_seed(config.seed),
-        chosen=chosen,
-    )
-    del problem  # its moments are as large as the held-out ones may be
-    held_out = moments.held_out_error(W, solution.kept_columns, solution.V, solution.bias_shift)
-    return solution, solution.fitted_error if held_out is None else held_out
+def _seconds(samples: Samples) -> float | None:
+    """Of a forward; `None` where weights are read from elsewhere meanwhile."""
+    return None if is_offloaded(samples.model) else measure_latency(samples.model, samples.held_out[0])
 
 
 def _check_alike(configs: Sequence[PruneConfig]) -> None:
@@ -420,57 +208,3 @@ def _check_alike(configs: Sequence[PruneConfig]) -> None:
                 f"Sizes from one calibration may differ in {', '.join(sorted(free))} only; these configs differ in "
                 f"{', '.join(differing)}: call `prune` for each."
             )
-
-
-def check_prunable(model: Any, offloaded: bool = False) -> None:
-    """Refuse what cannot be pruned, before any work.
-
-    Args:
-        model: Anything.
-        offloaded: Whether accelerate may read weights from elsewhere when they are needed.
-
-    Raises:
-        TypeError: not a `PreTrainedModel`.
-        ValueError: quantized, PEFT-wrapped, compiled, on the meta device, made in inference mode or given within it;
-            the message says what to do instead.
-    """
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            f"{type(model).__name__} carries PEFT adapters: merge them first (`model = model.merge_and_unload()`), "
-            "then prune the merged model."
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}. A wrapper such as a "
-            "SentenceTransformer holds one: pass that."
-        )
-    if getattr(model, "is_quantized", False):
-        raise ValueError(
-            f"{type(model).__name__} is quantized ({getattr(model, 'quantization_method', 'unknown method')}): prune "
-            "the full-precision checkpoint, then quantize the pruned one."
-        )
-    if compiled := [
-        name or type(model).__name__ for name, module in model.named_modules() if module._compiled_call_impl
-    ]:
-        raise ValueError(f"{some_of(compiled)} is compiled: load the model anew, prune it, and call `compile` then.")
-    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
-        raise ValueError(
-            "Pruning takes gradients, which torch.inference_mode() rules out: load and prune the model outside of it."
-        )
-    if missing := without_values(model):
-        raise ValueError(f"Parameter {missing[0]} is on the meta device and has no values: load the weights first.")
-    on_meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if on_meta is not None and not offloaded:
-        raise ValueError(f"Parameter {on_meta} is offloaded: load the whole model into memory for this.")
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off for the time being; every module gets its own flag back."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag

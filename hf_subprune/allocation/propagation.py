@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..blocks import Block, by_width
 from ..collection.block_moments import FOLDS
-from ..data.batches import CalibrationSet
+from ..data.batches import Samples
 from ..evaluation.drift import Drift, Outputs, drift, iter_outputs
 from ..models.running import Batch
 from ..solver.curves import LossCurve, Trial
@@ -41,7 +41,7 @@ class Propagation:
     def __init__(
         self,
         model: PreTrainedModel,
-        calibration: CalibrationSet,
+        calibration: Samples,
         evaluation: Callable[[PreTrainedModel], float] | None = None,
     ):
         self.model, self.evaluation = model, evaluation

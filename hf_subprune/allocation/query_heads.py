@@ -4,26 +4,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
 from ..blocks import Block
 from ..config import PruneConfig
 from ..models.forms import together
-from ..runs.durable import once
 from ..runs.processes import from_all, is_mine
+from ..runs.workspace import Workspace
 from ..solver.curves import expected_loss
-from ..solver.moments import combine
-from ..solver.problem import columns_of
+from ..solver.problem import Problem, columns_of
+from ..solver.settings import Settings
 from ..solver.solve import choose
-from ..solver.tied import Problem
 from ..storage.layout import choose_layout
-from .survey import Calibrated
+from .survey import Survey
 from .targets import Target, narrowed
 from .widths import choose_units
 
 
 def better_units(
-    calibrated: Calibrated, widths: Mapping[str, int], config: PruneConfig
+    survey: Survey, widths: Mapping[str, int], config: PruneConfig, work: Workspace
 ) -> tuple[list[Block], dict[str, int]]:
     """For each block that could lose query heads instead of key/value heads, the units that lose less.
 
@@ -32,67 +29,65 @@ def better_units(
     Where all layers are to be stored with one width, they decide together.
 
     Args:
-        calibrated: The model and its moments.
+        survey: Of the model and its moments.
         widths: Units that each block keeps where whole key/value heads go, by name.
-        config: One of those that it was calibrated for.
+        config: One of those that it was taken for.
+        work: Where the comparison is kept.
+        work: Where the comparison is kept.
 
     Returns:
         The blocks to prune, in forward order, some with query heads as units, and how many units each block keeps, by
         name.
     """
-    blocks = [b for b in calibrated.blocks if widths[b.name] < b.units]
+    blocks = [b for b in survey.blocks if widths[b.name] < b.units]
     if config.allocation() == "uniform":
-        return _at_equal_cost(calibrated, blocks, widths, config)
-    offered = _offered(calibrated, config)
+        return _at_equal_cost(survey, blocks, widths, config, work)
+    offered = _offered(survey, config)
     if not offered:
         return blocks, dict(widths)
-    target = calibrated.target(config)
+    target = survey.target(config)
     if target.name == "latency":  # what these widths take was timed, and the sum of their costs is not that
         (part,) = target.parts
         target = replace(target, parts=(replace(part, limit=target.cost(dict(widths)) - target.rest),))
-    of_queries = {block.name: calibrated.query_losses[block.name] for block in offered}
+    of_queries = {block.name: survey.query_losses[block.name] for block in offered}
     while True:
-        chosen = choose_units(calibrated.blocks, target, config, calibrated.predicted(), of_queries)
+        chosen = choose_units(survey.blocks, target, config, survey.predicted(), of_queries)
         to_prune = [block for block, kept in chosen.values() if kept < block.units]
         kept_units = {name: kept for name, (_, kept) in chosen.items()}
         narrowed_queries = {block.name for block in to_prune if block.sets > 1}
-        if config.layout != "stock" or not narrowed_queries or _loads_as_stock(calibrated, to_prune, kept_units):
+        if config.layout != "stock" or not narrowed_queries or _loads_as_stock(survey, to_prune, kept_units):
             return to_prune, kept_units
         for name in narrowed_queries:
             of_queries[name] = tuple(point for point in of_queries[name] if point[0] != kept_units[name])
 
 
-def _offered(calibrated: Calibrated, config: PruneConfig) -> list[Block]:
+def _offered(survey: Survey, config: PruneConfig) -> list[Block]:
     """Blocks that may lose query heads; of those with one width in all layers, only where all alike may."""
-    offered = {b.name: b.queries for b in calibrated.candidates if b.queries is not None and b.tie is None}
+    offered = {b.name: b.queries for b in survey.candidates if b.queries is not None and b.tie is None}
     shapes: dict[tuple[str, int], set[tuple[int, ...]]] = {}
-    for block in calibrated.blocks:
+    for block in survey.blocks:
         queries = offered.get(block.name)
         shape = () if queries is None else (queries.units, queries.parameters_per_unit, block.parameters_per_unit)
         shapes.setdefault((block.kind, block.units), set()).add(shape)
     return [
         block
-        for block in calibrated.candidates
+        for block in survey.candidates
         if block.name in offered and (config.layout != "stock" or len(shapes[block.kind, block.units]) == 1)
     ]
 
 
 def _at_equal_cost(
-    calibrated: Calibrated, blocks: Sequence[Block], widths: Mapping[str, int], config: PruneConfig
+    survey: Survey, blocks: Sequence[Block], widths: Mapping[str, int], config: PruneConfig, work: Workspace
 ) -> tuple[list[Block], dict[str, int]]:
-    target = calibrated.target(config)
+    target = survey.target(config)
     heads = {b.name: kept for b in blocks if (kept := _affordable(b, widths[b.name], target))}
     offered = [b for b in blocks if b.name in heads]
     if not offered:
         return list(blocks), dict(widths)
-    even = _is_even(calibrated, blocks, widths, config)
-    if even and not _loads_as_stock(calibrated, *_replaced(blocks, widths, heads)):
+    even = _is_even(survey, blocks, widths, config)
+    if even and not _loads_as_stock(survey, *_replaced(blocks, widths, heads)):
         return list(blocks), dict(widths)
-    folder = calibrated.folder
-    gains = once(
-        None if folder is None else folder / "query_heads.pt",
-        lambda: _gains(calibrated, offered, widths, heads, config),
-    )
+    gains = work.once("query_heads", lambda: _gains(survey, offered, widths, heads, work))
     families: dict[object, list[str]] = {}
     for block in offered:
         families.setdefault((block.kind, tuple(block.columns.shape)) if even else block.name, []).append(block.name)
@@ -119,62 +114,43 @@ def _replaced(
     return chosen, {**widths, **heads}
 
 
-def _is_even(calibrated: Calibrated, blocks: Sequence[Block], widths: Mapping[str, int], config: PruneConfig) -> bool:
+def _is_even(survey: Survey, blocks: Sequence[Block], widths: Mapping[str, int], config: PruneConfig) -> bool:
     """Whether all layers are to have one width that the model's config says."""
     if config.layout == "auto":
-        return _loads_as_stock(calibrated, blocks, widths)
+        return _loads_as_stock(survey, blocks, widths)
     return config.layout == "stock"
 
 
-def _loads_as_stock(calibrated: Calibrated, blocks: Sequence[Block], widths: Mapping[str, int]) -> bool:
-    model = calibrated.model
+def _loads_as_stock(survey: Survey, blocks: Sequence[Block], widths: Mapping[str, int]) -> bool:
+    model = survey.model
     with narrowed(model, blocks, widths), together(model):
         try:
-            choose_layout(model, "stock", inputs=calibrated.probe).undo()
+            choose_layout(model, "stock", inputs=survey.probe).undo()
         except ValueError:
             return False
     return True
 
 
 def _gains(
-    calibrated: Calibrated,
-    blocks: Sequence[Block],
-    widths: Mapping[str, int],
-    heads: Mapping[str, int],
-    config: PruneConfig,
+    survey: Survey, blocks: Sequence[Block], widths: Mapping[str, int], heads: Mapping[str, int], work: Workspace
 ) -> dict[str, float]:
     """By block name, the logarithm of what whole key/value heads lose over what query heads lose."""
     gains: dict[str, float] = {}
-    for block, moments in calibrated.moments(blocks, replace(config, variant="layer"), {}):
-        if moments is not None and block.queries is not None and is_mine(calibrated.owners[block.name]):
-            problem = calibrated.problem(block, moments)
-            of_queries = replace(problem, groups=block.queries.columns, sets=block.queries.sets)
-            whole = _loss(problem, widths[block.name], config)
-            queries = _loss(of_queries, heads[block.name], config)
-            gains[block.name] = math.log(max(whole, 1e-30) / max(queries, 1e-30))
+    walk = survey.walk(blocks, "layer", work, beforehand={})
+    for segment in walk.left:
+        walk.start(segment)
+        for block in segment.blocks:
+            moments = walk.moments([block]).get(block.name)
+            if moments is not None and block.queries is not None and is_mine(survey.owners[block.name]):
+                problem = survey.problem(block, moments)
+                of_queries = replace(problem, groups=block.queries.columns, sets=block.queries.sets)
+                whole = _loss(problem, widths[block.name], survey.settings)
+                queries = _loss(of_queries, heads[block.name], survey.settings)
+                gains[block.name] = math.log(max(whole, 1e-30) / max(queries, 1e-30))
+        walk.finish(segment)
     return {name: gain for theirs in from_all(gains) for name, gain in theirs.items()}
 
 
-def _loss(problem: Problem, width: int, config: PruneConfig) -> float:
-    choice = choose(
-        combine(problem.folds),
-        problem.W,
-        problem.groups,
-        width,
-        sets=problem.sets,
-        shrinkage=config.shrinkage,
-        importance=config.importance,
-        method=config.method,
-        swaps=None if config.swaps < 0 else config.swaps,
-        output_metric=problem.output_metric,
-        gradient=problem.gradient,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    return expected_loss(
-        problem.folds,
-        problem.W,
-        columns_of(choice.kept, problem.groups),
-        shrinkage=config.shrinkage,
-        output_metric=problem.output_metric,
-        reweight_kept=config.reweight,
-    )
+def _loss(problem: Problem, width: int, settings: Settings) -> float:
+    choice = choose(problem, width, settings)
+    return expected_loss(problem, columns_of(choice.kept, problem.groups), settings)

@@ -11,19 +11,21 @@ from transformers import PreTrainedModel
 
 from ..allocation.budgets import interpolate
 from ..allocation.propagation import has_row_per_sample, scalar_drift
-from ..allocation.survey import Calibrated
+from ..allocation.survey import Survey
+from ..allocation.surveying import take_survey
 from ..allocation.targets import keep_target
 from ..allocation.widths import choose_widths
 from ..blocks import Block
 from ..config import PruneConfig
-from ..data.reading import prepare
+from ..data.reading import read
 from ..evaluation.drift import drift
 from ..models.forms import apart
 from ..models.linears import weight_matrix
+from ..runs.workspace import Workspace
 from ..solver.moments import combine
 from ..solver.problem import columns_of
 from ..solver.reweighting import Reweighted, reweight
-from ..solver.solve import PRIOR_SHRINKAGE
+from ..solver.settings import PRIOR_SHRINKAGE
 from ..surgery.edits import shrink
 
 # Fractions of a block's units that random allocations choose from.
@@ -61,20 +63,20 @@ def bench_budgets(
     """
     base = replace(config, variant="layer", keep=min(keeps), layout="ragged", round_to=1)
     with apart(model):
-        calibrated = Calibrated(model.eval(), prepare(model, data, base, processing_class), [base])
-        drifts = _Drifts(calibrated)
+        survey = take_survey(model.eval(), read(model, data, base, processing_class), [base], None, Workspace())
+        drifts = _Drifts(survey)
         rows = []
         for keep in keeps:
             for budget in ("uniform", "equal_loss", "global"):
                 wanted = replace(base, keep=keep, budget=budget)
-                target = keep_target(calibrated.blocks, wanted)
-                widths = choose_widths(calibrated.blocks, target, wanted, calibrated.losses)
+                target = keep_target(survey.blocks, wanted)
+                widths = choose_widths(survey.blocks, target, wanted, survey.losses)
                 rows.append({"budget": budget, "keep": keep, **drifts.row(widths)})
                 advanced()
         rng = random.Random(config.seed)
         for index in range(allocations):
             keep = rng.choice(list(keeps)) if index % 2 else rng.uniform(min(keeps), max(keeps))
-            rows.append({"budget": "random", "keep": keep, **drifts.row(_random_widths(calibrated.blocks, keep, rng))})
+            rows.append({"budget": "random", "keep": keep, **drifts.row(_random_widths(survey.blocks, keep, rng))})
             advanced()
     return rows
 
@@ -121,30 +123,30 @@ def _turned(row: Mapping[str, Any]) -> float:
 
 
 class _Drifts:
-    """Prunes a calibrated model to any widths and measures what comes out."""
+    """Prunes a surveyed model to any widths and measures what comes out."""
 
-    def __init__(self, calibrated: Calibrated):
-        self.calibrated = calibrated
-        if calibrated.stored is None:
+    def __init__(self, survey: Survey):
+        self.survey = survey
+        if survey.stored is None:
             raise ValueError("The moments of this model do not fit into memory: bench a smaller one.")
-        self._stored = calibrated.stored
-        self._per_sample = has_row_per_sample(calibrated.reference, calibrated.calibration.held_out)
+        self._stored = survey.stored
+        self._per_sample = has_row_per_sample(survey.original.outputs, survey.samples.held_out)
         self._fits: dict[tuple[str, int], Reweighted] = {}
 
     def row(self, widths: Mapping[str, int]) -> dict[str, Any]:
-        model, calibration = self.calibrated.model, self.calibrated.calibration
+        model, samples = self.survey.model, self.survey.samples
         edits = []
         try:
-            for block in self.calibrated.blocks:
+            for block in self.survey.blocks:
                 if widths[block.name] < block.units:
                     edits.append(self._shrink(block, widths[block.name]))
-            change = drift(model, calibration.held_out, self.calibrated.reference)
+            change = drift(model, samples.held_out, self.survey.original.outputs)
         finally:
             for edit in reversed(edits):
                 edit.undo()
-        blocks = self.calibrated.blocks
+        blocks = self.survey.blocks
         kept = sum(widths[b.name] * b.parameters_per_unit for b in blocks) / sum(b.parameters for b in blocks)
-        losses = self.calibrated.losses
+        losses = self.survey.losses
         predicted = sum(interpolate(losses[b.name], [widths[b.name]])[0] for b in blocks)
         return {
             "kept": kept,
@@ -154,8 +156,8 @@ class _Drifts:
         }
 
     def _shrink(self, block: Block, width: int):
-        consumer: Any = self.calibrated.model.get_submodule(block.consumer)
-        kept = self.calibrated.curves[block.name].order[:width].sort().values
+        consumer: Any = self.survey.model.get_submodule(block.consumer)
+        kept = self.survey.curves[block.name].order[:width].sort().values
         if (block.name, width) not in self._fits:
             W = weight_matrix(consumer)
             total = combine(self._stored[block.name].of_folds(W))
@@ -163,7 +165,7 @@ class _Drifts:
             self._fits[block.name, width] = reweight(total, W, columns, PRIOR_SHRINKAGE)
         fit = self._fits[block.name, width]
         bias = None if consumer.bias is None else consumer.bias.detach() + fit.bias_shift.to(consumer.bias)
-        return shrink(self.calibrated.model, block, kept, weight=fit.V, bias=bias)
+        return shrink(self.survey.model, block, kept, weight=fit.V, bias=bias)
 
 
 def _random_widths(blocks: Sequence[Block], keep: float, rng: random.Random) -> dict[str, int]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
 
 from ..config import VARIANTS, PruneConfig
-from ..data.reading import prepare
+from ..data.reading import read
 from ..demo import demo_model_folder, docstrings
 from ..models.running import call
 from ..pruning import prune
@@ -60,7 +60,7 @@ def _row(samples: int, variant: str) -> dict[str, Any]:
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     texts = docstrings(samples + 32)
     config = PruneConfig(samples=samples, held_out=32, variant=variant)
-    batches = prepare(model, texts, config, tokenizer).fit
+    batches = read(model, texts, config, tokenizer).fit
     call(model, batches[0])
     start = time.perf_counter()
     for batch in batches:

@@ -12,9 +12,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from ..collection.planning import plan
-from ..collection.walk import collect
+from ..collection.walk import Walk
 from ..config import PruneConfig
-from ..data.reading import prepare
+from ..data.reading import read
 from ..discovery.discover import discover
 from ..runs.processes import processes, state
 from .scale import LENGTH, random_batches, small_llama
@@ -80,21 +80,23 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
-def _calibration(config: LlamaConfig, samples: int) -> tuple[float, float]:
+def _calibration(config: LlamaConfig, count: int) -> tuple[float, float]:
     """Wall and CPU seconds of the stage in one of the processes."""
     torch.set_num_threads(1)
     set_seed(0)
     model = LlamaForCausalLM(config).eval()
-    held_out = max(1, samples // 4)
-    wanted = PruneConfig(samples=samples, held_out=held_out, batch_size=4)
-    calibration = prepare(model, random_batches(config, samples + held_out, LENGTH), wanted)
-    blocks = discover(model, calibration.probe).blocks
-    segments = plan(model, blocks, calibration.probe)
+    held_out = max(1, count // 4)
+    wanted = PruneConfig(samples=count, held_out=held_out, batch_size=4)
+    samples = read(model, random_batches(config, count + held_out, LENGTH), wanted)
+    blocks = discover(model, samples.probe).blocks
+    segments = plan(model, blocks, samples.probe)
     owners = {block.name: turn % processes() for turn, block in enumerate(blocks)}
     state().wait_for_everyone()
     wall, cpu = time.perf_counter(), time.process_time()
-    for _ in collect(model, segments, calibration, "layer", {}, owners=owners):
-        pass
+    walk = Walk(samples, segments, owners)
+    for segment in walk.left:
+        walk.start(segment)
+        walk.moments(segment.blocks)
     taken = time.perf_counter() - wall, time.process_time() - cpu
     state().destroy_process_group()
     return taken

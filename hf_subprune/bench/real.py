@@ -6,16 +6,17 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from ..collection.planning import plan
-from ..collection.walk import collect
+from ..collection.walk import Walk
 from ..config import PruneConfig
-from ..data.reading import prepare
+from ..data.reading import read
 from ..demo import demo_model_folder, docstrings
 from ..discovery.discover import discover
 from ..models.linears import weight_matrix
 from ..solver.moments import Moments, combine
 from ..solver.reweighting import cross_fit, relative_error, reweight
 from ..solver.selection import select
-from ..solver.solve import PRIOR_SHRINKAGE, regularise
+from ..solver.settings import PRIOR_SHRINKAGE
+from ..solver.solve import regularise
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +50,17 @@ def demo_problems(samples: int = 128, held_out: int = 32, count: int = 3) -> dic
     folder = demo_model_folder()
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     config = PruneConfig(samples=samples, held_out=held_out)
-    calibration = prepare(model, docstrings(samples + held_out), config, tokenizer)
-    blocks = [block for block in discover(model, calibration.probe).blocks if block.kind == "mlp"]
+    batches = read(model, docstrings(samples + held_out), config, tokenizer)
+    blocks = [block for block in discover(model, batches.probe).blocks if block.kind == "mlp"]
     chosen = [blocks[round(i * (len(blocks) - 1) / max(count - 1, 1))] for i in range(count)]
     problems = {}
-    for block, moments in collect(model, plan(model, chosen, calibration.probe), calibration, "layer", {}):
-        W = weight_matrix(model.get_submodule(block.consumer)).clone()
-        problems[block.name] = RealProblem(moments.of_folds(W), moments.held_out.moments(W), W)
+    walk = Walk(batches, plan(model, chosen, batches.probe), dict.fromkeys((block.name for block in chosen), 0))
+    for segment in walk.left:
+        walk.start(segment)
+        for block in segment.blocks:
+            moments = walk.moments([block])[block.name]
+            W = weight_matrix(model.get_submodule(block.consumer)).clone()
+            problems[block.name] = RealProblem(moments.of_folds(W), moments.held_out.moments(W), W)
     return problems
 
 

@@ -1,4 +1,6 @@
-"""What is taken from the inputs and outputs of one block's consumer as batches run by."""
+"""What is taken from the inputs and outputs of one block's consumer as batches run by, for each variant."""
+
+from __future__ import annotations
 
 import math
 from collections import defaultdict
@@ -9,10 +11,9 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import nn
 
 from ..blocks import Block
-from ..data.batches import CalibrationSet
+from ..data.batches import Samples
 from ..models.experts import routed_tokens
 from ..models.linears import feature_axis, input_rows, matrix_shape, output_positions, output_rows
 from ..models.offload import device_of
@@ -56,66 +57,186 @@ class Targets:
         return read
 
 
-class Tap:
-    """Feeds the rows that reach one consumer into the accumulators of the batch's fold."""
+class Observer:
+    """Feeds the rows that reach one consumer into the accumulators of the batch's fold (variants `layer` and `seq`).
 
-    def __init__(
-        self,
-        model: nn.Module,
-        block: Block,
-        calibration: CalibrationSet,
-        targets: Targets | None,
-        addition: Addition | None,
-        calls: int,
-    ):
-        self.block, self.calibration, self.addition, self.calls = block, calibration, addition, calls
-        self._input: torch.Tensor | None = None
-        self._output: torch.Tensor | None = None
-        self.consumer: Any = model.get_submodule(block.consumer)
-        self._bias = None if targets is None else getattr(self.consumer, "bias", None)
-        self._targets = targets
-        self._accumulators: BlockMoments | None = None
+    Args:
+        samples: Whose batches run, and their model.
+        block: What is observed.
+        calls: How often one forward calls its consumer.
+    """
+
+    outputs: int | None = None
+    """Number of targets a row, where these come from another model."""
+
+    def __init__(self, samples: Samples, block: Block, calls: int):
+        self.samples, self.block, self.calls = samples, block, calls
+        self.consumer: Any = samples.model.get_submodule(block.consumer)
+        self._moments: BlockMoments | None = None
 
     @property
     def moments(self) -> BlockMoments:
         """Of the rows seen so far; memory is taken when they are first asked for."""
-        if self._accumulators is None:
-            n, m = matrix_shape(self.consumer)
-            targets = None if self._targets is None else m
-            intercept = getattr(self.consumer, "bias", None) is not None
-            count, device = min(FOLDS, len(self.calibration.fit)) + 1, device_of(self.consumer.weight)
-
-            def made(device: torch.device) -> BlockMoments:
-                parts = [accumulator(n, targets, intercept, device, index == count - 1) for index in range(count)]
-                return BlockMoments(tuple(parts[:-1]), parts[-1])
-
+        if self._moments is None:
+            device = device_of(self.consumer.weight)
             try:
-                self._accumulators = made(device)
+                self._moments = self._made(device)
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                self._accumulators = made(torch.device("cpu"))
-        return self._accumulators
+                self._moments = self._made(torch.device("cpu"))
+        return self._moments
+
+    def _made(self, device: torch.device) -> BlockMoments:
+        n, _ = matrix_shape(self.consumer)
+        intercept = getattr(self.consumer, "bias", None) is not None
+        count = min(FOLDS, len(self.samples.fit)) + 1
+        parts = [accumulator(n, self.outputs, intercept, device, index == count - 1) for index in range(count)]
+        return BlockMoments(tuple(parts[:-1]), parts[-1])
+
+    @property
+    def stops(self) -> bool:
+        """Whether it ends a forward of the pruned model itself, behind the consumer."""
+        return False
 
     def start(self, index: int) -> None:
         """The rows to come belong to batch `index` (calibration batches first, held-out ones behind)."""
-        self._index, self._fitted, self._left = index, len(self.calibration.fit), self.calls
+        self._index, self._fitted, self._left = index, len(self.samples.fit), self.calls
+
+    def hooks(self) -> tuple[Hooks, Hooks]:
+        """What to call with inputs and with outputs of which modules, in a pass of the model as pruned so far."""
+        return [(self.block.consumer, self.add)], []
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Rows of one call of the consumer."""
+        mask = self._mask_of(inputs)
+        into = self._fold()
+        start = 0
+        for part in input_rows(self.consumer, inputs):
+            rows = part if mask is None else part[mask[start : start + len(part)].to(part.device)]
+            start += len(part)
+            self._check_finite(rows, inputs)
+            into.update(rows, None)
+
+    def _mask_of(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        positions = output_positions(self.consumer, inputs.shape)
+        return self.samples.mask((*positions, 1), self._index, self.block.consumer)
+
+    def _fold(self) -> Any:
+        folds = self.moments.folds
+        return folds[self._index % len(folds)] if self._index < self._fitted else self.moments.held_out
+
+    def _check_finite(self, rows: torch.Tensor, inputs: torch.Tensor) -> None:
+        if len(rows) and not torch.isfinite(torch.stack(rows.aminmax())).all():  # extremes pass on missing values
+            what = f"calibration batch {self._index}" if self._index < self._fitted else "a held-out batch"
+            raise ValueError(
+                f"Block {self.block.name}: the input of {self.block.consumer} holds NaN or inf in {what}"
+                f"{_culprits(inputs)}. Check these samples, or load the model in float32 or bfloat16."
+            )
+
+
+class PairedObserver(Observer):
+    """Rows of the pruned model with targets of the original (variant `asym`).
+
+    Args:
+        targets: Where the original's outputs wait.
+    """
+
+    def __init__(self, samples: Samples, block: Block, calls: int, targets: Targets):
+        super().__init__(samples, block, calls)
+        _, self.outputs = matrix_shape(self.consumer)
+        self._bias = getattr(self.consumer, "bias", None)
+        self._targets = targets
 
     def target_hooks(self) -> tuple[Hooks, Hooks]:
         """What to call with inputs and with outputs of which modules, in a pass of the original model."""
-        if self.addition is None:
-            return [], [(self.block.consumer, self.add_target)]
-        return self._around(self.addition, [], self._add_target_with_rest)
+        return [], [(self.block.consumer, self.add_target)]
+
+    def add_target(self, output: torch.Tensor) -> None:
+        """What one call of the consumer puts out in the original model."""
+        rows = self._output_rows(output)
+        rows = rows.clone() if self._bias is None else rows - self._bias.detach()  # what follows may write into them
+        self._targets.put(self.block.name, self._index, (rows, self._tokens()))
+
+    def add(self, inputs: torch.Tensor, rest: torch.Tensor | None = None) -> None:
+        """Rows of one call, with their targets.
+
+        Args:
+            inputs: Of the consumer.
+            rest: In the shape of its output, what else the sum holds that the targets are of.
+        """
+        targets, sent = send_to_device(self._targets.pop(self.block.name, self._index), inputs.device)
+        mask = self._mask_of(inputs)
+        if sent is None:
+            positions = output_positions(self.consumer, inputs.shape)
+            self._check_paired(len(targets), math.prod(positions) if mask is None else int(mask.sum()))
+        if rest is not None:
+            targets = targets - self._output_rows(rest)
+        into = self._fold()
+        start = done = 0
+        for part in input_rows(self.consumer, inputs):
+            rows = part if mask is None else part[mask[start : start + len(part)].to(part.device)]
+            start += len(part)
+            target = targets[done : done + len(rows)]
+            done += len(rows)
+            self._check_finite(rows, inputs)
+            if sent is not None and (tokens := self._tokens()) is not None:
+                # Routers of the two models may differ: only tokens that both send to this expert tell it what to do.
+                here, there = common(tokens, sent)
+                rows, target = rows[here], targets[there]
+            into.update(rows, target)
+
+    def _output_rows(self, output: torch.Tensor) -> torch.Tensor:
+        shape = output.movedim(feature_axis(self.consumer), -1).shape
+        return self._real(output_rows(self.consumer, output), shape)
+
+    def _tokens(self) -> torch.Tensor | None:
+        """Which tokens the rows of an expert are, in any order; `None` where all tokens pass."""
+        routed = routed_tokens(self.samples.model, self.block.consumer)
+        return None if routed is None else self._real(routed[1], (len(routed[1]), 1))
+
+    def _real(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Those rows of a tensor of `shape` that are no padding."""
+        mask = self.samples.mask(shape, self._index, self.block.consumer)
+        return rows if mask is None else rows[mask.to(rows.device)]
+
+    def _check_paired(self, targets: int, rows: int) -> None:
+        if targets != rows:
+            raise ValueError(
+                f"Block {self.block.name}: {self.block.consumer} reads {rows} tokens of batch {self._index} in the "
+                f"model as pruned so far, but {targets} in the original: lengths depend on what the model predicts. "
+                f"Use variant='layer' or 'seq', which pair no tokens of two models."
+            )
+
+
+class ResidualObserver(PairedObserver):
+    """Rows and targets as of `PairedObserver`, for the sum that the consumer's output goes into (`residual`).
+
+    The target holds, besides, by how much the rest of that sum, as pruned so far, falls short of the original's.
+
+    Args:
+        addition: Where the sum is.
+    """
+
+    def __init__(self, samples: Samples, block: Block, calls: int, targets: Targets, addition: Addition):
+        super().__init__(samples, block, calls, targets)
+        self.addition = addition
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+
+    @property
+    def stops(self) -> bool:
+        return True
+
+    def target_hooks(self) -> tuple[Hooks, Hooks]:
+        return self._around([], self._add_target_with_rest)
 
     def hooks(self) -> tuple[Hooks, Hooks]:
-        """Likewise in a pass of the model as pruned so far."""
-        if self.addition is None:
-            return [(self.block.consumer, self.add)], []
-        return self._around(self.addition, [(self.block.consumer, self._hold_input)], self._add_with_rest)
+        return self._around([(self.block.consumer, self._hold_input)], self._add_with_rest)
 
-    def _around(self, addition: Addition, inputs: Hooks, at_sum: Callable[[Any], None]) -> tuple[Hooks, Hooks]:
+    def _around(self, inputs: Hooks, at_sum: Callable[[Any], None]) -> tuple[Hooks, Hooks]:
         outputs: Hooks = [(self.block.consumer, self._hold_output)]
-        (inputs if addition.is_input else outputs).append((addition.path, at_sum))
+        (inputs if self.addition.is_input else outputs).append((self.addition.path, at_sum))
         return inputs, outputs
 
     def _hold_input(self, inputs: torch.Tensor) -> None:
@@ -139,71 +260,15 @@ class Tap:
     def _rest(self, values: Any) -> torch.Tensor | None:
         """What was added to the consumer's output; `None` if the consumer has not been called since the last time."""
         output, self._output = self._output, None
-        return None if output is None else self.addition.rest(first_tensor(values), output)  # type: ignore
+        return None if output is None else self.addition.rest(first_tensor(values), output)  # type: ignore[arg-type]
 
-    def add_target(self, output: torch.Tensor) -> None:
-        rows = self._output_rows(output)
-        rows = rows.clone() if self._bias is None else rows - self._bias.detach()  # what follows may write into them
-        self._targets.put(self.block.name, self._index, (rows, self._tokens()))  # type: ignore[union-attr]
 
-    def add(self, inputs: torch.Tensor, rest: torch.Tensor | None = None) -> None:
-        targets, sent = (None, None)
-        if self._targets is not None:
-            targets, sent = send_to_device(self._targets.pop(self.block.name, self._index), inputs.device)
-        positions = output_positions(self.consumer, inputs.shape)
-        mask = self.calibration.mask((*positions, 1), self._index, self.block.consumer)
-        if targets is not None and sent is None:
-            self._check_paired(len(targets), math.prod(positions) if mask is None else int(mask.sum()))
-        if rest is not None:
-            targets = targets - self._output_rows(rest)  # type: ignore[operator]
-        fitted = self._index < self._fitted
-        into = self.moments.folds[self._index % len(self.moments.folds)] if fitted else self.moments.held_out
-        start = done = 0
-        for part in input_rows(self.consumer, inputs):
-            rows = part if mask is None else part[mask[start : start + len(part)].to(part.device)]
-            start += len(part)
-            target = None if targets is None else targets[done : done + len(rows)]
-            done += len(rows)
-            if len(rows) and not torch.isfinite(torch.stack(rows.aminmax())).all():  # extremes pass on missing values
-                what = f"calibration batch {self._index}" if fitted else "a held-out batch"
-                raise ValueError(
-                    f"Block {self.block.name}: the input of {self.block.consumer} holds NaN or inf in {what}"
-                    f"{self._culprits(inputs)}. Check these samples, or load the model in float32 or bfloat16."
-                )
-            if target is not None and sent is not None and (tokens := self._tokens()) is not None:
-                # Routers of the two models may differ: only tokens that both send to this expert tell it what to do.
-                here, there = common(tokens, sent)
-                rows, target = rows[here], targets[there]  # type: ignore[index]
-            into.update(rows, target)
-
-    def _output_rows(self, output: torch.Tensor) -> torch.Tensor:
-        shape = output.movedim(feature_axis(self.consumer), -1).shape
-        return self._real(output_rows(self.consumer, output), shape)
-
-    def _tokens(self) -> torch.Tensor | None:
-        """Which tokens the rows of an expert are, in any order; `None` where all tokens pass."""
-        routed = routed_tokens(self.calibration.model, self.block.consumer)
-        return None if routed is None else self._real(routed[1], (len(routed[1]), 1))
-
-    def _check_paired(self, targets: int, rows: int) -> None:
-        if targets != rows:
-            raise ValueError(
-                f"Block {self.block.name}: {self.block.consumer} reads {rows} tokens of batch {self._index} in the "
-                f"model as pruned so far, but {targets} in the original: lengths depend on what the model predicts. "
-                f"Use variant='layer' or 'seq', which pair no tokens of two models."
-            )
-
-    def _culprits(self, inputs: torch.Tensor) -> str:
-        """Which samples of the batch are not finite, where the first dimension counts samples."""
-        if inputs.ndim < 3:
-            return ""
-        bad = (~torch.isfinite(inputs)).flatten(1).any(1).nonzero().flatten().tolist()
-        return f", samples {bad} of the batch"
-
-    def _real(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        """Those rows of a tensor of `shape` that are no padding."""
-        mask = self.calibration.mask(shape, self._index, self.block.consumer)
-        return rows if mask is None else rows[mask.to(rows.device)]
+def _culprits(inputs: torch.Tensor) -> str:
+    """Which samples of the batch are not finite, where the first dimension counts samples."""
+    if inputs.ndim < 3:
+        return ""
+    bad = (~torch.isfinite(inputs)).flatten(1).any(1).nonzero().flatten().tolist()
+    return f", samples {bad} of the batch"
 
 
 def common(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -114,7 +114,7 @@ def _run_backwards(
 ) -> None:
     """Show the sums the gradients of some or all samples, see `output_metrics`."""
     generator = torch.Generator()
-    with undisturbed(model), fast_products(model), torch.enable_grad(), ExitStack() as stack:
+    with undisturbed(model), fast_products(model.parameters()), torch.enable_grad(), ExitStack() as stack:
         model.requires_grad_(False)
         for total in sums:
             for block in total.blocks:
@@ -127,7 +127,7 @@ def _run_backwards(
                 checkpoint,
                 module.forward,
                 use_reentrant=False,
-                context_fn=lambda: (nullcontext(), fast_products(model)),
+                context_fn=lambda: (nullcontext(), fast_products(model.parameters())),
             )
             stack.enter_context(forward_replaced(module, again))
         for part in range(_ROUNDS):

@@ -1,136 +1,279 @@
-"""Collect the moments of every block in forward order, for each variant."""
+"""Walk the batches through the model, segment by segment, and collect the moments of its blocks for one variant.
+
+Both `A` and `B` of `||A W - B_S V||` are the consumer's inputs at real tokens (padding excluded), and patches of them
+for a convolution:
+
+- `layer`: one forward in all, of the original model.
+- `seq`: of the model as pruned so far, one layer forward a segment and one partial one a block.
+- `asym`: targets from the original model, inputs from the model as pruned so far; two streams. The targets of a
+  segment's blocks are held while it is pruned.
+- `residual`: as `asym`, for the sum of the consumer's output and of what the model adds to it (`additions`).
+"""
+
+from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from ..blocks import Block, by_stack
-from ..config import TWO_STREAMS
-from ..data.batches import CalibrationSet
+from ..blocks import Block
+from ..data.batches import Samples
 from ..models.offload import loaded
 from ..runs.durable import write_json
 from ..runs.processes import add_up, from_all, own_share, processes
 from ..surgery.edits import Edit, taken_back
 from .additions import find_additions
 from .block_moments import BlockMoments
-from .observers import Hooks, Tap, Targets
-from .segments import Plan
+from .observers import Hooks, Observer, PairedObserver, ResidualObserver, Targets
+from .segments import Plan, Segment
 from .stream import Stream
 
 _STATE = "state.json"
 
 
-def collect(
-    model: nn.Module,
-    plan: Plan,
-    calibration: CalibrationSet,
-    variant: str,
-    edits: Mapping[str, Edit],
-    advanced: Callable[[], None] = lambda: None,
-    folder: Path | None = None,
-    owners: Mapping[str, int] | None = None,
-) -> Iterator[tuple[Block, BlockMoments]]:
-    """Yield each block with its moments; the caller shrinks the block before it asks for the next one.
+class Walk:
+    """One pass over the model, of which each segment is started, observed and finished (variant `layer`).
 
-    Both `A` and `B` of `||A W - B_S V||` are the consumer's inputs at real tokens (padding excluded), and patches of
-    them for a convolution:
-
-    - `layer`: one forward in all, of the original model.
-    - `seq`: of the model as pruned so far, one layer forward a segment and one partial one a block.
-    - `asym`: targets from the original model, inputs from the model as pruned so far; two streams. The targets of a
-      segment's blocks are held while it is pruned.
-    - `residual`: as `asym`, for the sum of the consumer's output and of what the model adds to it (`residuals`): the
-      target holds, besides, by how much the rest of that sum, as pruned so far, falls short of the original's.
+    The model runs as it was before the walk: all of a segment's blocks are observed at once, when it is started.
 
     Args:
-        model: In eval mode; original weights at the start.
+        samples: The batches, and their model, in eval mode.
         plan: The segments, holding exactly the blocks to prune.
-        calibration: The batches.
-        variant: `"layer"`, `"seq"`, `"asym"` or `"residual"`.
-        edits: By block name, the edits that the caller has made; read, while the generator is suspended they grow.
-            Those of blocks outside the plan are made beforehand and taken back for the original stream of `asym`.
-        advanced: Called after each segment (for a progress bar).
-        folder: Where the state after each segment is made durable; the walk goes on behind the last one that is
-            (`finished_segments`), whose blocks the caller has shrunk. Nothing is written without one.
-        owners: By block name, the process that gets the block's moments, when several run their shares of the batches;
-            without, each process runs all batches.
+        owners: By block name, the process that gets the block's moments; each runs its share of the batches.
+        folder: Where the state after each segment is made durable; nothing is written without one.
 
-    Raises:
-        ValueError: a block's inputs hold NaN or inf; the message names the block and the samples.
+    Attributes:
+        independent: Whether what one block reads depends on no other block of the walk.
     """
-    batches = [*calibration.fit, *calibration.held_out]
-    names = ("current", "original") if variant in TWO_STREAMS else ("current",)
-    streams = {name: Stream(model, plan, batches, _made(folder, name)) for name in names}
-    start = 0 if folder is None else _resume(folder, streams)
-    additions = find_additions(model, plan, calibration.probe) if variant == "residual" else {}
-    current, original = streams["current"], streams.get("original")
-    finished = {b.name for s in plan.segments[:start] for b in s.blocks}
-    beforehand = {name: edit for name, edit in edits.items() if name not in finished}
-    indices: Sequence[int] = range(len(batches))
-    if owners is not None:
-        fitted = len(calibration.fit)
-        indices = [*own_share(fitted), *(fitted + index for index in own_share(len(calibration.held_out)))]
-    for segment in plan.segments[start:]:
-        layer = model.get_submodule(segment.path)
-        targets = None if original is None else Targets(_made(folder, "targets"))
-        taps = {
-            block.name: Tap(model, block, calibration, targets, additions.get(block.name), calls)
+
+    independent = True
+
+    def __init__(self, samples: Samples, plan: Plan, owners: Mapping[str, int], folder: Path | None = None) -> None:
+        self.samples, self.plan, self.owners, self.folder = samples, plan, owners, folder
+        self.current = self._stream("current")
+        self.streams = {"current": self.current}
+        fitted, held_out = len(samples.fit), len(samples.held_out)
+        self._shares = [*own_share(fitted), *(fitted + index for index in own_share(held_out))]
+        self._observers: dict[str, Observer] = {}
+
+    def _stream(self, name: str) -> Stream:
+        batches = [*self.samples.fit, *self.samples.held_out]
+        return Stream(self.samples.model, self.plan, batches, _made(self.folder, name))
+
+    def resume(self) -> Sequence[Segment]:
+        """Go on behind the last segment that every process has finished; returns those that are finished."""
+        position = finished_segments(self.folder)
+        if position:
+            files = next(state["files"] for state in _states(self.folder) if state["position"] == position)
+            for name, stream in self.streams.items():
+                stream.resume(position, files[name])
+        return self.plan.segments[:position]
+
+    @property
+    def left(self) -> Sequence[Segment]:
+        """The segments that come."""
+        return self.plan.segments[self.current.position :]
+
+    def start(self, segment: Segment) -> None:
+        """Observe all blocks of the segment that comes.
+
+        Raises:
+            ValueError: a block's inputs hold NaN or inf; the message names the block and the samples.
+        """
+        self._watch(segment)
+        observers = list(self._observers.values())
+        with loaded(self.samples.model.get_submodule(segment.path)):
+            self._run(self.current, observers, [observer.hooks() for observer in observers])
+        self.current.step()
+
+    def moments(self, blocks: Iterable[Block]) -> dict[str, BlockMoments]:
+        """By name, moments of blocks of the segment that was started, which read nothing of one another.
+
+        They are held no longer here. Those of blocks that other processes own are parts of sums.
+
+        Raises:
+            ValueError: as `start`.
+        """
+        return {block.name: self._added_up(self._observers.pop(block.name)) for block in blocks}
+
+    def finish(self, segment: Segment) -> None:
+        """Go on to the next segment; the blocks of this one are as they stay."""
+        self._commit()
+
+    def _watch(self, segment: Segment) -> None:
+        self._observers = {
+            block.name: self._observer(block, calls)
             for block, calls in zip(segment.blocks, segment.calls, strict=True)
         }
-        if variant == "layer":
-            with loaded(layer):
-                for index in indices:
-                    for tap in taps.values():
-                        tap.start(index)
-                    current.run(index, inputs=[(tap.block.consumer, tap.add) for tap in taps.values()])
-            current.step()
-            for block in segment.blocks:  # a block's moments are gone when the next one is solved
-                yield block, _added_up(taps.pop(block.name), owners)
-        else:
-            if original is not None:
-                # None of the segment's blocks is shrunk yet: one pass gives the targets of all.
-                with taken_back(beforehand), loaded(layer):
-                    for index in indices:
-                        for tap in taps.values():
-                            tap.start(index)
-                        hooks = [tap.target_hooks() for tap in taps.values()]
-                        original.run(
-                            index, inputs=chain(*(i for i, _ in hooks)), outputs=chain(*(o for _, o in hooks))
-                        )
-                original.step()
-            for group in by_stack(segment.blocks):  # experts of one layer do not read one another
-                # A tap that watches an addition ends the forward itself.
-                stop_at = None if group[0].name in additions else group[-1].consumer
-                for index in indices:
-                    for block in group:
-                        taps[block.name].start(index)
-                    inputs, outputs = _joined(taps[block.name].hooks() for block in group)
-                    current.run(index, inputs=inputs, outputs=outputs, stop_at=stop_at)
-                for block in group:
-                    yield block, _added_up(taps.pop(block.name), owners)
-            if segment is not plan.segments[-1]:  # nothing reads what the last one puts out
-                for index in indices:
-                    current.run(index)
-            current.step()
-        if folder is not None:
-            _commit(folder, streams)
-        advanced()
+
+    def _observer(self, block: Block, calls: int) -> Observer:
+        return Observer(self.samples, block, calls)
+
+    def _run(
+        self,
+        stream: Stream,
+        observers: Sequence[Observer],
+        hooks: Sequence[tuple[Hooks, Hooks]],
+        stop_at: str | None = None,
+    ) -> None:
+        """Run the stream's segment on this process's batches, under the eyes of observers."""
+        inputs, outputs = (list(chain(*some)) for some in zip(*hooks, strict=True))
+        for index in self._shares:
+            for observer in observers:
+                observer.start(index)
+            stream.run(index, inputs=inputs, outputs=outputs, stop_at=stop_at)
+
+    def _added_up(self, observer: Observer) -> BlockMoments:
+        moments = observer.moments
+        for accumulator in (*moments.folds, moments.held_out):
+            add_up(accumulator, self.owners[observer.block.name])
+        return moments
+
+    def _commit(self) -> None:
+        """One rename makes the segment finished for all streams; then what only earlier ones needed can go."""
+        if self.folder is None:
+            return
+        position = self.current.position
+        before = [state for state in _states(self.folder) if state["position"] == position - 1]
+        files = {name: stream.files for name, stream in self.streams.items()}
+        states = [*(before if processes() > 1 else []), {"position": position, "files": files}]
+        write_json(self.folder / _STATE, states)
+        for name in self.streams:
+            needed = {file for state in states for batch in state["files"][name] for file in batch.values()}
+            for path in (self.folder / name).iterdir():
+                if path.name not in needed:
+                    path.unlink()
+
+
+class SequentialWalk(Walk):
+    """Each block is observed in the model as pruned so far (variant `seq`)."""
+
+    independent = False
+
+    def start(self, segment: Segment) -> None:
+        self._watch(segment)
+
+    def moments(self, blocks: Iterable[Block]) -> dict[str, BlockMoments]:
+        observers = [self._observers[block.name] for block in blocks]
+        stop_at = None if observers[0].stops else observers[-1].block.consumer
+        self._run(self.current, observers, [observer.hooks() for observer in observers], stop_at)
+        return super().moments([observer.block for observer in observers])
+
+    def finish(self, segment: Segment) -> None:
+        if segment is not self.plan.segments[-1]:  # nothing reads what the last one puts out
+            self._run(self.current, [], [([], [])])
+        self.current.step()
+        self._commit()
+
+
+class PairedWalk(SequentialWalk):
+    """Two streams: targets come from the original model, inputs from the model as pruned so far (variant `asym`).
+
+    Args:
+        samples, plan, owners, folder: As of `Walk`.
+        beforehand: Edits of blocks outside of the plan, which are taken back for the original.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        plan: Plan,
+        owners: Mapping[str, int],
+        folder: Path | None = None,
+        *,
+        beforehand: Mapping[str, Edit],
+    ) -> None:
+        super().__init__(samples, plan, owners, folder)
+        self.original = self.streams["original"] = self._stream("original")
+        self._beforehand = dict(beforehand)
+
+    def start(self, segment: Segment) -> None:
+        self._targets = Targets(_made(self.folder, "targets"))
+        self._watch(segment)
+        observers: list[Any] = list(self._observers.values())
+        # None of the segment's blocks is shrunk yet: one pass gives the targets of all.
+        with taken_back(self._beforehand), loaded(self.samples.model.get_submodule(segment.path)):
+            self._run(self.original, observers, [observer.target_hooks() for observer in observers])
+        self.original.step()
+
+    def _observer(self, block: Block, calls: int) -> Observer:
+        return PairedObserver(self.samples, block, calls, self._targets)
+
+
+class ResidualWalk(PairedWalk):
+    """As `PairedWalk`, for the sums that outputs go into (variant `residual`)."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        plan: Plan,
+        owners: Mapping[str, int],
+        folder: Path | None = None,
+        *,
+        beforehand: Mapping[str, Edit],
+    ) -> None:
+        super().__init__(samples, plan, owners, folder, beforehand=beforehand)
+        self._additions = find_additions(samples.model, plan, samples.probe)
+
+    def _observer(self, block: Block, calls: int) -> Observer:
+        addition = self._additions.get(block.name)
+        if addition is None:
+            return super()._observer(block, calls)
+        return ResidualObserver(self.samples, block, calls, self._targets, addition)
+
+
+class StoredWalk:
+    """Blocks whose moments are at hand: there is one segment of all of them, and nothing runs.
+
+    Args:
+        stored: By name, the moments in the process that owns the block.
+        blocks: In forward order.
+    """
+
+    independent = True
+
+    def __init__(self, stored: Mapping[str, BlockMoments], blocks: Sequence[Block]) -> None:
+        self.stored = stored
+        self.left = [Segment("", tuple(blocks), (1,) * len(blocks))]
+
+    def resume(self) -> Sequence[Segment]:
+        return ()
+
+    def start(self, segment: Segment) -> None:
+        """Nothing is left to observe."""
+
+    def moments(self, blocks: Iterable[Block]) -> dict[str, BlockMoments]:
+        return {block.name: self.stored[block.name] for block in blocks if block.name in self.stored}
+
+    def finish(self, segment: Segment) -> None:
+        """There is no other segment."""
+
+
+def walk(
+    variant: str,
+    samples: Samples,
+    plan: Plan,
+    owners: Mapping[str, int],
+    *,
+    beforehand: Mapping[str, Edit],
+    folder: Path | None = None,
+) -> Walk:
+    """The walk of a variant: `"layer"`, `"seq"`, `"asym"` or `"residual"`; arguments are those of `PairedWalk`."""
+    if variant == "layer":
+        return Walk(samples, plan, owners, folder)
+    if variant == "seq":
+        return SequentialWalk(samples, plan, owners, folder)
+    kind = PairedWalk if variant == "asym" else ResidualWalk
+    return kind(samples, plan, owners, folder, beforehand=beforehand)
 
 
 def finished_segments(folder: Path | None) -> int:
-    """How many segments of the plan are finished in every process, with all blocks, in a folder of `collect`."""
+    """How many segments of the plan are finished in every process, with all blocks, in a folder of a walk."""
     if folder is None:
         return 0
     return min(from_all(max((state["position"] for state in _states(folder)), default=0)))
-
-
-def _joined(pairs: Iterable[tuple[Hooks, Hooks]]) -> tuple[Hooks, Hooks]:
-    inputs, outputs = zip(*pairs, strict=True)
-    return list(chain(*inputs)), list(chain(*outputs))
 
 
 def _made(folder: Path | None, name: str) -> Path | None:
@@ -140,36 +283,7 @@ def _made(folder: Path | None, name: str) -> Path | None:
     return folder / name
 
 
-def _resume(folder: Path, streams: Mapping[str, Stream]) -> int:
-    position = finished_segments(folder)
-    if position:
-        files = next(state["files"] for state in _states(folder) if state["position"] == position)
-        for name, stream in streams.items():
-            stream.resume(position, files[name])
-    return position
-
-
-def _states(folder: Path) -> list[dict[str, Any]]:
+def _states(folder: Path | None) -> list[dict[str, Any]]:
     """The last state; the last two where there are several processes, one of which may be a segment behind."""
-    path = folder / _STATE
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def _commit(folder: Path, streams: Mapping[str, Stream]) -> None:
-    """One rename makes the segment finished for all streams; then what only earlier ones needed can go."""
-    position = streams["current"].position
-    before = [state for state in _states(folder) if state["position"] == position - 1] if processes() > 1 else []
-    states = [*before, {"position": position, "files": {name: stream.files for name, stream in streams.items()}}]
-    write_json(folder / _STATE, states)
-    for name in streams:
-        needed = {file for state in states for batch in state["files"][name] for file in batch.values()}
-        for path in (folder / name).iterdir():
-            if path.name not in needed:
-                path.unlink()
-
-
-def _added_up(tap: Tap, owners: Mapping[str, int] | None) -> BlockMoments:
-    if owners is not None:
-        for accumulator in (*tap.moments.folds, tap.moments.held_out):
-            add_up(accumulator, owners[tap.block.name])
-    return tap.moments
+    path = folder and folder / _STATE
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else []

@@ -15,12 +15,16 @@ from ..models.running import Batch
 from ..runs.processes import own_share
 from .padding import token_mask
 
+logger = logging.get_logger(__name__)
+
+_T = TypeVar("_T")
+
 # Tokens of a text that are enough to see what depends on what.
 _PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
-class CalibrationSet:
+class Samples:
     """Batches of forward arguments, without labels.
 
     Args:
@@ -55,7 +59,7 @@ class CalibrationSet:
             return {name: value[:, :_PROBE_TOKENS] for name, value in two.items()}
         return two
 
-    def in_batches_of(self, size: int) -> "CalibrationSet":
+    def in_batches_of(self, size: int) -> "Samples":
         """The same samples, batches cut into ones of at most `size` samples; the folds stay as they are, or nearly.
 
         Batches whose tensors cannot be cut stay whole.
@@ -138,38 +142,44 @@ def cut_batches(batches: list[Batch], start: int, stop: int, largest: int) -> li
     return pieces
 
 
-logger = logging.get_logger(__name__)
-
-_T = TypeVar("_T")
-
-
-def with_fitting_batches(calibration: CalibrationSet, run: Callable[[CalibrationSet, int], _T]) -> _T:
-    """What `run` returns, called again with batches of half the size whenever memory runs out.
+class FittingBatches:
+    """The batches of a run, halved for good whenever memory runs out.
 
     Args:
-        calibration: The batches to begin with.
-        run: Takes batches, and how many samples they have at most; what it changed is undone when it fails.
+        samples: In the batches to begin with.
 
-    Raises:
-        RuntimeError: there is no memory for a single sample.
+    Attributes:
+        samples: In the batches that fit so far.
+        size: Samples that these have at most.
     """
-    batches = [*calibration.fit, *calibration.held_out]
-    size = max((len(next(iter(batch.values()))) for batch in batches if is_divisible(batch)), default=1)
 
-    def halve() -> int:
-        nonlocal size
-        size //= 2
-        if size:
-            logger.warning(f"Out of memory: going on with batches of at most {size} samples.")
-        return size
+    def __init__(self, samples: Samples) -> None:
+        batches = [*samples.fit, *samples.held_out]
+        self.size = max((len(next(iter(batch.values()))) for batch in batches if is_divisible(batch)), default=1)
+        self.samples = samples.in_batches_of(self.size)
+        self._whole = samples
 
-    def attempt(batch_size: int) -> _T:
-        return run(calibration.in_batches_of(batch_size), batch_size)
+    def run(self, attempt: Callable[[Samples], _T]) -> _T:
+        """What `attempt` returns for batches that fit; what it changed is undone when it fails.
 
-    try:
-        return attempt(size)
-    except RuntimeError as failure:
-        if not should_reduce_batch_size(failure):
-            raise
-    # Not before: it collects garbage first, which takes as long as pruning a block of a small model.
-    return find_executable_batch_size(attempt, halve(), halve)()
+        Raises:
+            RuntimeError: there is no memory for a single sample.
+        """
+        try:
+            return attempt(self.samples)
+        except RuntimeError as failure:
+            if not should_reduce_batch_size(failure):
+                raise
+
+        def smaller(size: int) -> _T:
+            self.samples = self._whole.in_batches_of(size)
+            return attempt(self.samples)
+
+        # Not before: it collects garbage first, which takes as long as pruning a block of a small model.
+        return find_executable_batch_size(smaller, self._halve(), self._halve)()
+
+    def _halve(self) -> int:
+        self.size //= 2
+        if self.size:
+            logger.warning(f"Out of memory: going on with batches of at most {self.size} samples.")
+        return self.size

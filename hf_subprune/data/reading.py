@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..config import PruneConfig
 from ..models.running import Batch
-from .batches import CalibrationSet, cut_batches, is_divisible
+from .batches import Samples, cut_batches, is_divisible
 from .collation import collate, counts_of, group_by_length, is_batch, read_ready, split_ready
 from .decoding import add_decoder_inputs
 from .features import Features, example_columns, make_encoder, text_config
@@ -31,7 +31,7 @@ _FIRST_WAIT = 1.0
 _HEAD = 16
 
 
-def prepare(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> CalibrationSet:
+def read(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> Samples:
     """Read `config.samples + config.held_out` samples and batch them for the model.
 
     Data with a length is sampled without replacement, streams are shuffled through a buffer of as many samples as
@@ -68,20 +68,20 @@ def prepare(model: PreTrainedModel, data: Any, config: PruneConfig, processing_c
         ]
     for batch in fit + held_out:
         _complete(model, batch)
-    return CalibrationSet(fit, held_out, *counts, source=_describe(data), model=model)
+    return Samples(fit, held_out, *counts, source=_describe(data), model=model)
 
 
 def batch_some(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> list[Batch]:
     """Batches of `config.samples` samples, or of all that there are: to compare models on, none is set aside.
 
     Args:
-        model: As in `prepare`.
-        data: As in `prepare`.
+        model: As in `read`.
+        data: As in `read`.
         config: `samples`, `max_length`, `batch_size` and `seed` are read.
-        processing_class: As in `prepare`.
+        processing_class: As in `read`.
 
     Raises:
-        ValueError, TypeError: as in `prepare`, but one sample is enough.
+        ValueError, TypeError: as in `read`, but one sample is enough.
     """
     items, ready = _opened(model, data, config)
     if ready:
@@ -105,14 +105,14 @@ def batch_all(
     """Batches of all of the data in its own order, one at a time, to evaluate on.
 
     Args:
-        model: As in `prepare`.
-        data: As in `prepare`, but no ready batches.
-        processing_class: As in `prepare`.
+        model: As in `read`.
+        data: As in `read`, but no ready batches.
+        processing_class: As in `read`.
         max_length: Tokens that a text is truncated to.
         batch_size: Samples in a batch.
 
     Raises:
-        ValueError, TypeError: as in `prepare`; also a blank text, which would shift the samples against their labels.
+        ValueError, TypeError: as in `read`; also a blank text, which would shift the samples against their labels.
     """
     items = iter(data)
     pad_id = _pad_id(model, processing_class)

@@ -16,7 +16,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -72,32 +72,64 @@ def reading_inner_width(forward: Callable) -> Callable | None:
     """`forward` with the last size of the first shape that it takes apart read from `self.inner_width` instead.
 
     Returns:
-        The function, compiled from the source of `forward` under its own lines; `None` if it takes none apart.
+        The function, compiled from the source of `forward` under its own lines, inside of the decorators that it had;
+        `None` if it takes none apart.
     """
     plain = inspect.unwrap(forward)
-    if plain is not forward or not isinstance(plain, FunctionType) or plain.__code__.co_freevars:
-        return None  # what a decorator or a class around it adds would be lost
+    if not isinstance(plain, FunctionType) or plain.__code__.co_freevars:
+        return None  # what a class around it adds would be lost
     try:
         lines, first = inspect.getsourcelines(plain)
         tree = ast.parse(textwrap.dedent("".join(lines)))
     except (OSError, SyntaxError):  # no source, or no function of its own, such as a lambda
         return None
-    if getattr(tree.body[0], "decorator_list", True):
+    function = tree.body[0]
+    if not isinstance(function, ast.FunctionDef):
         return None
-    given = set(inspect.signature(forward).parameters)
-    first_taken = next((node for node in _in_order(tree.body[0]) if _unpacked(node) or _taken(node, given)), None)
+    given = set(inspect.signature(plain).parameters)
+    first_taken = next((node for node in _in_order(function) if _unpacked(node) or _taken(node, given)), None)
     if first_taken is None:
         return None
     if _unpacked(first_taken):
         _rebind(tree, first_taken)
     else:
         _ReadInnerWidth(_taken(first_taken, given)).visit(tree)
+    function.decorator_list = []  # those around `plain` are put around what is compiled
     ast.increment_lineno(ast.fix_missing_locations(tree), first - 1)
     future = plain.__code__.co_flags & __future__.annotations.compiler_flag
     code = compile(tree, plain.__code__.co_filename, "exec", flags=future, dont_inherit=True)
     defined: dict[str, Any] = {}
     exec(code, plain.__globals__, defined)
-    return defined[plain.__name__]
+    return _decorated_as(forward, plain, defined[plain.__name__])
+
+
+def _decorated_as(forward: Callable, plain: FunctionType, rewritten: FunctionType) -> Callable | None:
+    """`rewritten` inside of copies of the functions that decorators put around `plain` to make `forward`.
+
+    Returns:
+        The outermost copy; `None` where one of them does not hold what it wraps as a variable of its own.
+    """
+    if forward is plain:
+        rewritten.__dict__.update(plain.__dict__)
+        return rewritten
+    within = vars(forward)["__wrapped__"]
+    inner = _decorated_as(within, plain, rewritten)
+    cells = getattr(forward, "__closure__", None) or ()
+    if inner is None or not isinstance(forward, FunctionType) or all(_content(cell) is not within for cell in cells):
+        return None
+    closure = tuple(CellType(inner) if _content(cell) is within else cell for cell in cells)
+    copied = FunctionType(forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, closure)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    functools.update_wrapper(copied, forward)
+    vars(copied)["__wrapped__"] = inner
+    return copied
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing was put into it
+        return None
 
 
 def _in_order(function: ast.stmt) -> list[ast.stmt]:

@@ -9,9 +9,10 @@ stacked in one tensor) is held in memory.
 
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def reading(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def taken_over(model: nn.Module, folder: Path | None = None) -> Iterator[None]:
+def taken_over(model: nn.Module, folder: Path | None = None) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Weights that accelerate keeps elsewhere are placeholders for the time being; then they are accelerate's again.
 
     The model can be shrunk inside; what comes back is dispatched as before, with the weights that it has then.
@@ -158,12 +159,15 @@ def taken_over(model: nn.Module, folder: Path | None = None) -> Iterator[None]:
     Args:
         model: Any; one with all of its weights in memory is left alone.
         folder: Where new weights are written; they stay in memory without one.
+
+    Yields:
+        What makes a context within which the weights are accelerate's, as they are then, to hand the model over.
     """
     hooks = [(module, hook) for module in model.modules() for hook in _offloading(module)]
     if not hooks:
-        yield
+        yield nullcontext
         return
-    held: list[tuple[AlignDevicesHook, nn.Module, str, nn.Parameter, Stored]] = []
+    held: list[_Held] = []
     with ExitStack() as stack:
         known: dict[int, nn.Parameter] = {}
         for module, hook in hooks:
@@ -173,29 +177,53 @@ def taken_over(model: nn.Module, folder: Path | None = None) -> Iterator[None]:
                 if id(before) not in known:
                     known[id(before)] = _taken(before, where, elsewhere=_is_large(owner, before))
                 owner._parameters[name] = known[id(before)]
-                held.append((hook, owner, name, known[id(before)], where))
+                held.append(_Held(hook, owner, name, known[id(before)], where))
             hook.offload = False
             _hook(module, list({id(o): o for o, _, _ in _tensors(module, hook)}.values()), stack)
         _tie(model)
         try:
-            yield
+            yield partial(_lent, [hook for _, hook in hooks], held)
         finally:
-            _give_back(hooks, held)
+            _give_back([hook for _, hook in hooks], held)
 
 
-def _give_back(
-    hooks: list[tuple[nn.Module, AlignDevicesHook]],
-    held: list[tuple[AlignDevicesHook, nn.Module, str, nn.Parameter, Stored]],
-) -> None:
-    entries: dict[int, dict[str, Stored]] = {id(hook): {} for _, hook in hooks}
-    for hook, owner, name, given, where in held:
-        now: Any = owner._parameters[name]
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """A parameter that is taken over: who read it, its owner and name, and what stands in for it until it is cut."""
+
+    hook: AlignDevicesHook
+    owner: nn.Module
+    name: str
+    given: nn.Parameter
+    where: Stored
+
+
+@contextmanager
+def _lent(hooks: list[AlignDevicesHook], held: list[_Held]) -> Iterator[None]:
+    """Weights are accelerate's inside, and the very placeholders that they were on exit."""
+    placeholders = [one.owner._parameters[one.name] for one in held]
+    maps = [hook.weights_map for hook in hooks]
+    _give_back(hooks, held)
+    try:
+        yield
+    finally:
+        for one, placeholder in zip(held, placeholders, strict=True):
+            one.owner._parameters[one.name] = placeholder
+        for hook, weights in zip(hooks, maps, strict=True):
+            hook.weights_map, hook.offload = weights, False
+
+
+def _give_back(hooks: list[AlignDevicesHook], held: list[_Held]) -> None:
+    entries: dict[int, dict[str, Stored]] = {id(hook): {} for hook in hooks}
+    for one in held:
+        now: Any = one.owner._parameters[one.name]
         own = stored(now)
         if own is None:
-            own = where if now is given else Stored({_VALUES: now.detach()}, _VALUES, where.device)
-        owner._parameters[name] = nn.Parameter(now.detach().to("meta"), requires_grad=now.requires_grad)
-        entries[id(hook)][where.name] = own
-    for _, hook in hooks:
+            where = one.where
+            own = where if now is one.given else Stored({_VALUES: now.detach()}, _VALUES, where.device)
+        one.owner._parameters[one.name] = nn.Parameter(now.detach().to("meta"), requires_grad=now.requires_grad)
+        entries[id(one.hook)][one.where.name] = own
+    for hook in hooks:
         hook.weights_map = _Weights(entries[id(hook)], hook.weights_map)
         hook.offload = True
 

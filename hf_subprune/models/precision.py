@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -45,15 +45,25 @@ def is_slow(dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def fast_products(model: nn.Module) -> Iterator[None]:
+def fast_products(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Linears of half precision run in float32 inside, on CPUs that have no instructions for anything less.
 
     They are several times as fast, and their outputs are rounded to what they are rounded to otherwise.
+
+    Args:
+        parameters: Of the model; nothing is done where none of them is slow.
     """
-    if not any(is_slow(dtype) for dtype in {p.dtype for p in model.parameters() if p.device.type in ("cpu", "meta")}):
+    if not any(is_slow(dtype) for dtype in {p.dtype for p in parameters if p.device.type in ("cpu", "meta")}):
         yield
         return
     with _LinearsInFloat32():
+        yield
+
+
+@contextmanager
+def precise_products(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """`full_precision`, and `fast_products` for a model of these parameters."""
+    with full_precision(), fast_products(parameters):
         yield
 
 

@@ -70,7 +70,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.__dict__["forward"] = had
 
 
-_SHRINKING = ("past_key_values", "attentions", "router_logits", "aux_loss")
+_SHRINKING = ("past_key_values", "cache", "attentions", "router_logits", "aux_loss")
 
 
 @contextmanager
@@ -88,22 +88,30 @@ def stateless(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module gets its own flag back."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+@contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; on exit training flags, buffers, `requires_grad` and the RNG are as before."""
-    training = [(module, module.training) for module in model.modules()]
     buffers = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
     values = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     cached = [(module, name, value) for module in model.modules() for name, value in caches(module)]
-    with torch.random.fork_rng(), torch.inference_mode(False), stateless(model):
+    with torch.random.fork_rng(), torch.inference_mode(False), stateless(model), evaluating(model):
         try:
-            model.eval()
             for module, name, _ in cached:
                 setattr(module, name, {})
             yield
         finally:
-            for module, mode in training:
-                module.training = mode
             for module, name, cache in cached:
                 setattr(module, name, cache)
             for parameter, flag in trainable:
@@ -141,7 +149,7 @@ def first_line(error: Exception) -> str:
 
 
 def forward_outputs(model: PreTrainedModel, batch: Batch) -> Mapping[str, Any]:
-    with undisturbed(model), fast_products(model), torch.no_grad():
+    with undisturbed(model), fast_products(model.parameters()), torch.no_grad():
         output = model(**on_device(model, batch))
     return output if isinstance(output, Mapping) else ModelOutput({str(i): value for i, value in enumerate(output)})
 

@@ -1,18 +1,17 @@
 """Take whole experts out of a model, as its config asks, and report what that did."""
 
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 
 from accelerate.utils import send_to_device
-from transformers import PreTrainedModel
 
 from ..blocks import Refusal
 from ..config import PruneConfig
-from ..data.batches import CalibrationSet
+from ..data.batches import Samples
 from ..models.offload import input_device
 from ..report.records import BlockReport
-from ..runs.progress import Clock, timed
+from ..runs.progress import timed
+from ..runs.workspace import Workspace
 from ..surgery.edits import assign, shrink
 from .choice import Removal, choose_experts, fit_experts
 from .layers import RoutedLayer, exact_layers, routed_layers, verify_routed
@@ -39,19 +38,21 @@ def without_experts(config: PruneConfig) -> tuple[float, PruneConfig | None]:
 
 
 def remove_experts(
-    model: PreTrainedModel,
-    calibration: CalibrationSet,
-    config: PruneConfig,
-    fraction: float,
-    clock: Clock,
-    undo: ExitStack,
+    samples: Samples, config: PruneConfig, fraction: float, work: Workspace
 ) -> tuple[tuple[BlockReport, ...], tuple[Refusal, ...]]:
-    """Take the same fraction of the experts out of every layer; `undo` gets what puts them back.
+    """Take the same fraction of the experts out of every layer.
+
+    Args:
+        samples: What is calibrated on, and the model, its experts stacked; it is changed.
+        config: What was asked for.
+        fraction: Of the experts of each layer, to keep.
+        work: Its `undo` puts the experts back.
 
     Raises:
         ValueError: there is no layer of which experts can be taken, or too few would be left for its router.
     """
-    probe = send_to_device(calibration.probe, input_device(model))
+    model, clock = samples.model, work.clock
+    probe = send_to_device(samples.probe, input_device(model))
     with clock("discovery"):
         layers, refusals = routed_layers(model, probe)
         layers, inexact = exact_layers(model, layers, probe)
@@ -68,7 +69,7 @@ def remove_experts(
                 f"each token to {routed.chosen}: keep {routed.chosen / units:.3g} or more of the experts."
             )
     removals: list[tuple[RoutedLayer, Removal, float]] = []
-    for tokens in timed(tokens_of(model, layers, calibration), clock, "calibration"):
+    for tokens in timed(tokens_of(model, layers, samples), clock, "calibration"):
         start = time.perf_counter()
         with clock("selection"):
             routed = tokens.routed
@@ -81,8 +82,8 @@ def remove_experts(
     reports = []
     for routed, removal, seconds in removals:
         if len(removal.kept) < routed.block.units:
-            undo.callback(shrink(model, routed.block, removal.kept).undo)
-            undo.callback(assign(model, routed.block.name, removal.parameters).undo)
+            work.undo.callback(shrink(model, routed.block, removal.kept).undo)
+            work.undo.callback(assign(model, routed.block.name, removal.parameters).undo)
         reports.append(
             replace(
                 BlockReport.whole(routed.block),

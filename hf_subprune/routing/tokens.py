@@ -10,7 +10,7 @@ from torch import nn
 
 from ..collection.planning import plan
 from ..collection.stream import Stream
-from ..data.batches import CalibrationSet
+from ..data.batches import Samples
 from ..models.experts import understood
 from ..surgery.edits import shrink
 from .layers import RoutedLayer
@@ -25,7 +25,7 @@ class RoutedTokens:
         calibration: What the tokens come from.
     """
 
-    def __init__(self, model: nn.Module, routed: RoutedLayer, calibration: CalibrationSet) -> None:
+    def __init__(self, model: nn.Module, routed: RoutedLayer, calibration: Samples) -> None:
         self.model, self.routed, self.calibration = model, routed, calibration
         experts = understood(model.get_submodule(routed.block.name))
         assert experts is not None  # or else it would not be a routed layer
@@ -91,7 +91,7 @@ class RoutedTokens:
         return self.experts.gated(self.experts.experts[expert].first(hidden)).float()
 
 
-def tokens_of(model: nn.Module, layers: Sequence[RoutedLayer], calibration: CalibrationSet) -> Iterator[RoutedTokens]:
+def tokens_of(model: nn.Module, layers: Sequence[RoutedLayer], calibration: Samples) -> Iterator[RoutedTokens]:
     """The tokens that reach each layer of the original model, in forward order, by one forward of it in all."""
     by_name = {routed.block.name: routed for routed in layers}
     blocks = [routed.block for routed in layers]

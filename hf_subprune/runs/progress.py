@@ -13,9 +13,9 @@ _T = TypeVar("_T")
 
 
 @contextmanager
-def progress(total: int, description: str) -> Iterator[Any]:
+def progress(total: int, description: str, *, quiet: bool = False) -> Iterator[Any]:
     """A bar on the main process, on a terminal only; `transformers.utils.logging.disable_progress_bar` hides it."""
-    hidden = None if state().is_main_process else True
+    hidden = True if quiet or not state().is_main_process else None
     with logging.tqdm(total=total, desc=description, disable=hidden) as bar:
         yield bar
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from .factorisation import factorise
-from .moments import Moments, combine, restrict
-from .problem import columns_of
+from .moments import Moments, restrict
+from .problem import Problem, columns_of
 from .selection import greedy, nested
-from .solve import PRIOR_SHRINKAGE, metric_root, regularise, selection_shrinkage
+from .settings import Settings
+from .solve import regularise
 
 # Fractions of the units at which the loss is computed; in between it is interpolated.
 _FRACTIONS = (0.03, 0.08, 0.15, 0.25, 0.35, 0.5, 0.7, 0.9)
@@ -60,46 +61,35 @@ class LossCurve:
 
 
 def loss_curve(
-    folds: Sequence[Moments],
-    W: torch.Tensor,
-    groups: torch.Tensor,
+    problem: Problem,
+    settings: Settings,
     *,
-    shrinkage: float | str = "auto",
-    output_metric: torch.Tensor | None = None,
-    reweight_kept: bool = True,
     trial_fractions: Sequence[float] = (),
     order: torch.Tensor | None = None,
 ) -> LossCurve:
     """One greedy run for the nested sets, then fits on one fold scored on the other at some eight widths.
 
     Args:
-        folds: Moments of disjoint parts of the calibration rows; with one fold, errors are those fitted.
-        W: `(n, m)`, the consumer's weight, inputs by outputs.
-        groups: `(units, c)` int64, columns of each unit.
-        shrinkage: lambda; 0.1 for `"auto"`.
-        output_metric: `(m, m)`, `M`, which weighs errors; all outputs count alike without.
-        reweight_kept: Whether the weights on kept units are solved for.
+        problem: Of the block; with one fold, errors are those fitted.
+        settings: `shrinkage`, of which 0.1 is used for `"auto"`, and `reweight` are read.
         trial_fractions: Of the units, for the widths whose fits are returned; they need two folds.
         order: `(units,)` int64, whose beginnings are the nested sets, for a block that must keep what others keep; one
             greedy run chooses them without.
     """
-    shrinkage = PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
-    root = None if output_metric is None else metric_root(output_metric)
-    total = combine(folds)
-    H, C, t = regularise(total, W, shrinkage, root)
-    units = len(groups)
+    folds, groups, units = problem.folds, problem.columns, problem.units
+    root = problem.metric_root()
+    H, C, t = regularise(problem.total(), problem.W, settings.fixed_shrinkage, root)
     path = greedy(H, C, units, groups=groups, t=t) if order is None else nested(H, C, order, groups, t)
     del H, C
     tried = {_width(units, f) for f in trial_fractions} if len(folds) > 1 else set()
-    along = groups[path.order.to(groups.device)]
-    parts = [_Fold(fold, W, along.reshape(-1), root, shrinkage if reweight_kept else None) for fold in folds]
-    energy = sum(fold.t for fold in folds)
+    parts = _parts(problem, groups[path.order.to(groups.device)].reshape(-1), root, settings)
+    energy, rows = sum(fold.t for fold in folds), sum(fold.rows for fold in folds)
     points, errors, trials = [], [], {}
     for width in sorted({_width(units, f) for f in _FRACTIONS} | tried):
         if width == units:
             continue
         fits = [part.fit(width * groups.shape[1]) for part in parts]
-        table = torch.stack([torch.stack([part.errors(*fit) for part in parts]) for fit in fits])
+        table = _table(parts, fits)
         if width in tried:
             V, shift = fits[0]
             place = path.order[:width].argsort().to(V.device)
@@ -107,60 +97,40 @@ def loss_curve(
             error = float(table[0, 1:, 1].sum()) / sum(f.rows for f in folds[1:])
             trials[width] = Trial(path.kept(width), sorted_V, shift, error)
         fitted, unseen = _to_expect(table)
-        points.append((width, float(unseen[1]) / total.rows))
+        points.append((width, float(unseen[1]) / rows))
         if energy > 0:
             errors.append((width, float(fitted[0]) / energy, float(unseen[0]) / energy))
     return LossCurve((*points, (units, 0.0)), tuple(errors), path.order, trials)
 
 
-def losses_of_sets(
-    folds: Sequence[Moments],
-    W: torch.Tensor,
-    groups: torch.Tensor,
-    sets: int,
-    *,
-    shrinkage: float | str = "auto",
-    output_metric: torch.Tensor | None = None,
-    reweight_kept: bool = True,
-) -> tuple[tuple[int, float], ...]:
-    """`LossCurve.points` where as many units of each set are kept, at every such width but the full one.
-
-    Args:
-        folds: As in `loss_curve`, with all further arguments.
-        W: `(n, m)`.
-        groups: `(units, c)` int64, those of each set side by side.
-        sets: Number of them.
-    """
-    root = None if output_metric is None else metric_root(output_metric)
-    H, C, _ = regularise(combine(folds), W, selection_shrinkage(shrinkage), root)
+def losses_of_sets(problem: Problem, settings: Settings) -> tuple[tuple[int, float], ...]:
+    """`LossCurve.points` where as many units of each set are kept, at every such width but the full one."""
+    H, C, _ = regularise(problem.total(), problem.W, settings.selection_shrinkage, problem.metric_root())
     points = []
-    for width in range(sets, len(groups), sets):
-        columns = columns_of(greedy(H, C, width, groups=groups, sets=sets).kept(width), groups)
-        loss = expected_loss(
-            folds, W, columns, shrinkage=shrinkage, output_metric=output_metric, reweight_kept=reweight_kept
-        )
-        points.append((width, loss))
+    for width in range(problem.sets, problem.units, problem.sets):
+        path = greedy(H, C, width, groups=problem.groups, sets=problem.sets)
+        columns = columns_of(path.kept(width), problem.groups)
+        points.append((width, expected_loss(problem, columns, settings)))
     return tuple(points)
 
 
-def expected_loss(
-    folds: Sequence[Moments],
-    W: torch.Tensor,
-    columns: torch.Tensor,
-    *,
-    shrinkage: float | str = "auto",
-    output_metric: torch.Tensor | None = None,
-    reweight_kept: bool = True,
-) -> float:
+def expected_loss(problem: Problem, columns: torch.Tensor, settings: Settings) -> float:
     """What a block loses that keeps some columns `(k,)`: the error that `loss_curve` has at a width."""
-    ridge = PRIOR_SHRINKAGE if shrinkage == "auto" else float(shrinkage)
-    root = None if output_metric is None else metric_root(output_metric)
-    others = torch.ones(len(W), dtype=torch.bool, device=columns.device).index_fill(0, columns, False).nonzero()[:, 0]
-    along = torch.cat([columns, others])
-    parts = [_Fold(fold, W, along, root, ridge if reweight_kept else None) for fold in folds]
-    fits = [part.fit(len(columns)) for part in parts]
-    _, unseen = _to_expect(torch.stack([torch.stack([part.errors(*fit) for part in parts]) for fit in fits]))
-    return float(unseen[1]) / sum(fold.rows for fold in folds)
+    others = torch.ones(len(problem.W), dtype=torch.bool, device=columns.device).index_fill(0, columns, False)
+    along = torch.cat([columns, others.nonzero()[:, 0]])
+    parts = _parts(problem, along, problem.metric_root(), settings)
+    _, unseen = _to_expect(_table(parts, [part.fit(len(columns)) for part in parts]))
+    return float(unseen[1]) / sum(fold.rows for fold in problem.folds)
+
+
+def _parts(problem: Problem, along: torch.Tensor, root: torch.Tensor | None, settings: Settings) -> list["_Fold"]:
+    shrinkage = settings.fixed_shrinkage if settings.reweight else None
+    return [_Fold(fold, problem.W, along, root, shrinkage) for fold in problem.folds]
+
+
+def _table(parts: Sequence["_Fold"], fits: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """`(folds, folds, 2)` float64, the errors of each fold's fit on the rows of each."""
+    return torch.stack([torch.stack([part.errors(*fit) for part in parts]) for fit in fits])
 
 
 def _to_expect(errors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -93,12 +93,18 @@ class MaskEdit(Edit):
         model: The model that `block` was discovered in, unshrunk.
         block: The block.
         kept: `(k,)` int64, sorted: units that are not masked.
-        weight: `(k * c, m)`, the consumer's weight on the columns of the kept units, inputs by outputs.
-        bias: `(m,)`, the consumer's bias; `None` where it has none.
+        weight: `(k * c, m)`, the consumer's weight on the columns of the kept units, inputs by outputs; the present
+            one when `None`.
+        bias: `(m,)`, the consumer's bias; the present one when `None`.
     """
 
     def __init__(
-        self, model: nn.Module, block: Block, kept: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        model: nn.Module,
+        block: Block,
+        kept: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
     ) -> None:
         super().__init__(block.name, kept)
         consumer: Any = model.get_submodule(block.consumer)
@@ -108,7 +114,8 @@ class MaskEdit(Edit):
         self._before = _copies(touched.values())
         columns = block.columns[kept].flatten().sort().values.to(consumer.weight.device)
         with torch.no_grad():
-            as_matrix(consumer, consumer.weight)[columns] = weight.to(consumer.weight)
+            if weight is not None:
+                as_matrix(consumer, consumer.weight)[columns] = weight.to(consumer.weight)
             if bias is not None:
                 consumer.bias.copy_(bias)
         Mask(model, block, kept).apply()
@@ -121,6 +128,17 @@ class MaskEdit(Edit):
     def redo(self) -> None:
         """Write the masked and reweighted parameters again."""
         _write(self._after)
+
+
+def mask(
+    model: nn.Module,
+    block: Block,
+    kept: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> MaskEdit:
+    """As `edits.shrink`, of a model that keeps its shapes: units that are not `kept` are zero."""
+    return MaskEdit(model, block, kept, weight, bias)
 
 
 def _copies(parameters: Any) -> Sequence[tuple[nn.Parameter, torch.Tensor]]:

@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from ..config import PruneConfig
 from ..models.running import Batch
-from ..pruning import check_prunable, prune
+from ..models.session import check_prunable
+from ..pruning import prune
 from ..report.report import PruneReport
 from .gradual import GradualPruning
 from .schedules import Schedule

@@ -1,41 +1,31 @@
 """Prune a model in steps between which it trains: masks at full size, surgery once at the end."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..allocation.survey import Calibrated
-from ..blocks import Block, by_tie, some_of
-from ..collection.block_moments import BlockMoments
-from ..collection.planning import plan
-from ..collection.walk import collect
+from ..allocation.choice import Widths, whole_heads
+from ..allocation.surveying import looked_at_again, take_survey
+from ..blocks import Block, some_of
 from ..config import PruneConfig
-from ..data.reading import prepare
+from ..data.reading import read
 from ..discovery.discover import called
-from ..evaluation.costs import circumstances, count
 from ..evaluation.drift import drift, model_outputs
-from ..models.forms import apart, put_together
-from ..models.linears import weight_matrix
+from ..models.forms import apart
 from ..models.running import undisturbed
-from ..report.records import BlockReport, Change
+from ..report.records import BlockReport
 from ..report.report import PruneReport
-from ..runs.memory import peak_memory
-from ..solver.moments import restrict
-from ..solver.solve import solve_block
-from ..solver.tied import Problem, choose_together
-from ..storage.layout import choose_layout
-from ..surgery.edits import Edit, kept_columns, shrink, taken_back, undo_all
-from ..surgery.masking import Mask, MaskEdit
-from ..surgery.verification import verify
+from ..runs.workspace import Workspace
+from ..solving.loop import Solved, solve
+from ..solving.outcome import outcome
+from ..surgery.edits import kept_columns, shrink, undo_all
+from ..surgery.masking import Mask, mask
 
 logger = logging.get_logger(__name__)
 
@@ -67,7 +57,7 @@ class GradualPruning:
     ) -> None:
         self.model, self.config = model, config
         with undisturbed(model):
-            self.calibration = prepare(model, data, config, processing_class)
+            self.samples = read(model, data, config, processing_class)
         self._calibrate()
         self.kept = {b.name: torch.arange(b.units) for b in self.blocks}
         self.drift: dict[str, float] = {}
@@ -81,9 +71,10 @@ class GradualPruning:
     def _calibrate(self) -> None:
         """Find the blocks, and the widths that they are to reach, of the model as it is now."""
         with undisturbed(self.model), apart(self.model):
-            self._calibrated = Calibrated(self.model, self.calibration, [self.config])
-            self._calibrated.stored = None  # training makes these moments out of date
-            self.blocks, self.targets = self._calibrated.blocks, self._calibrated.widths(self.config)
+            survey = take_survey(self.model, self.samples, [self.config], None, Workspace(quiet=True))
+            self.blocks, self.targets = survey.blocks, whole_heads(survey, self.config)
+        # Training makes moments out of date, and what was predicted of the model before it.
+        self._survey = replace(survey, stored=None, curves={}, losses={}, query_losses={})
 
     @property
     def kept_fraction(self) -> float:
@@ -93,13 +84,13 @@ class GradualPruning:
 
     def mask(self) -> None:
         """Set the removed units' parameters to zero again, after something has changed parameters."""
-        for mask in self._masks:
-            mask.apply()
+        for one in self._masks:
+            one.apply()
 
     def clear(self, state: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
         """Set the removed units' entries in the optimizer's statistics to zero."""
-        for mask in self._masks:
-            mask.clear(state)
+        for one in self._masks:
+            one.clear(state)
 
     def step(self, removed: float) -> bool:
         """Mask further units and compute new weights for the consumers on the others.
@@ -118,28 +109,14 @@ class GradualPruning:
         shrinking = self._reached([b for b in self.blocks if widths[b.name] < len(self.kept[b.name])])
         if not shrinking:
             return False
-        edits: dict[str, MaskEdit] = {}
-        solutions: dict[str, dict[str, Any]] = {}
-        with undisturbed(self.model), apart(self.model), ExitStack() as on_failure:
-            on_failure.callback(undo_all, edits)
-            reference = model_outputs(self.model, self.calibration.held_out)
-            self._calibrated.look_again()
-            for tie in by_tie(b for b in shrinking if b.tie):
-                with taken_back(edits):
-                    moments = list(self._moments(tie, "layer", {}))
-                width = widths[tie[0].name]
-                chosen = choose_together([self._problem(*pair) for pair in moments], width, **self._selection())
-                for block, own in moments:
-                    edits[block.name], solutions[block.name] = self._prune(block, own, width, chosen)
-            alone = [b for b in shrinking if b.tie is None]
-            with taken_back(edits) if self.config.streams() == "layer" else nullcontext():
-                for block, own in self._moments(alone, self.config.streams(), edits):
-                    edits[block.name], solutions[block.name] = self._prune(block, own, widths[block.name])
-            change = drift(self.model, self.calibration.held_out, reference)
-            on_failure.pop_all()
-        self.kept.update({name: edit.kept for name, edit in edits.items()})
-        self._solutions.update(solutions)
-        self.drift = change.to_dict()
+        work, held_out = Workspace(quiet=True), self.samples.own_held_out
+        with undisturbed(self.model), apart(self.model), work.undone_on_failure():
+            reference = model_outputs(self.model, held_out)
+            survey = replace(looked_at_again(self._survey), present=dict(self.kept))
+            solved = solve(survey, Widths(self.config, shrinking, widths), work, install=mask)
+            self.drift = drift(self.model, held_out, reference, shared=True).to_dict()
+        self.kept.update({name: edit.kept for name, edit in solved.edits.items()})
+        self._solutions.update({name: _solution(report) for name, report in solved.reports.items()})
         self._masks = self._make_masks()
         self._seconds += time.perf_counter() - start
         return True
@@ -147,7 +124,7 @@ class GradualPruning:
     def _reached(self, blocks: Sequence[Block]) -> list[Block]:
         """Those of the blocks that the probe batch runs: a router may learn to send an expert none of its tokens."""
         with apart(self.model):
-            readers = called(self.model, self._calibrated.probe)
+            readers = called(self.model, self._survey.probe)
         if silent := [b.name for b in blocks if b.consumer not in readers]:
             logger.warning(
                 f"The probe batch, the first samples of the calibration data, no longer reaches {some_of(silent)}: "
@@ -170,40 +147,15 @@ class GradualPruning:
         self.mask()
         pruned = [b for b in self.blocks if len(self.kept[b.name]) < b.units]
         start = time.perf_counter()
-        with undisturbed(self.model), apart(self.model), ExitStack() as on_failure:
-            verify(self.model, pruned, self.kept, self._calibrated.probe)
-            edits: dict[str, Edit] = {}
-            on_failure.callback(undo_all, edits)
+        work, solved = Workspace(quiet=True), Solved(reports={b.name: self._report(b) for b in pruned})
+        with undisturbed(self.model), apart(self.model), work.undone_on_failure():
+            work.undo.callback(undo_all, solved.edits)
             for block in pruned:
-                edits[block.name] = shrink(self.model, block, self.kept[block.name])
-            latency = self._calibrated.latency(edits)  # the masked model takes as long as the original
-            on_failure.callback(put_together(self.model.modules()))
-            layout = choose_layout(self.model, self.config.layout, inputs=self._calibrated.probe)
-            on_failure.callback(layout.undo)
-            after = count(self.model, self.calibration.held_out[0])
-            on_failure.pop_all()
-        before = self._calibrated.before
-        reached = self._calibrated.reached(self.config, pruned, self.targets, latency)
-        allocation = self._calibrated.allocation(self.config, self.blocks, self.targets, reached)
-        return PruneReport(
-            model=getattr(self.model, "name_or_path", "") or "",
-            architecture=type(self.model).__name__,
-            config=self.config.to_dict(),
-            blocks=tuple(map(self._report, self.blocks)),
-            refusals=self._calibrated.found.refusals,
-            layout=layout.kind,
-            layout_reason=layout.reason,
-            parameters=Change(before.parameters, after.parameters),
-            macs=Change(before.macs, after.macs),
-            latency=latency,
-            measured_on=circumstances(self.model, self.calibration.held_out[0]),
-            drift=self.drift,
-            data=self.calibration.description,
-            seconds={"pruning steps": self._seconds, "surgery": time.perf_counter() - start},
-            peak_memory=peak_memory(),
-            versions={name: version(name) for name in ("hf_subprune", "torch", "transformers")},
-            allocation=replace(allocation, predicted_drift=None),  # it was predicted for the model before training
-        )
+                solved.edits[block.name] = shrink(self.model, block, self.kept[block.name])
+            widths = Widths(self.config, pruned, self.targets)
+            report = outcome(self._survey, widths, solved, work, drifted=self.drift)
+        seconds = {"pruning steps": self._seconds, "surgery": time.perf_counter() - start}
+        return replace(report, seconds=seconds)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been done so far, as plain JSON types."""
@@ -235,74 +187,7 @@ class GradualPruning:
         target = self.targets[block.name]
         return target + round((block.units - target) * (1 - removed))
 
-    def _moments(
-        self, blocks: Sequence[Block], variant: str, edits: Mapping[str, MaskEdit]
-    ) -> Iterator[tuple[Block, BlockMoments]]:
-        return collect(self.model, plan(self.model, blocks, self._calibrated.probe), self.calibration, variant, edits)
-
-    def _selection(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "shrinkage": config.shrinkage,
-            "importance": config.importance,
-            "method": config.method,
-            "swaps": None if config.swaps < 0 else config.swaps,
-            "generator": torch.Generator().manual_seed(config.seed),
-        }
-
-    def _problem(self, block: Block, moments: BlockMoments) -> Problem:
-        """What there is to choose from: the block's units that are not masked."""
-        W = weight_matrix(self.model.get_submodule(block.consumer))
-        columns = kept_columns(block, self.kept[block.name])
-        gradient = self._calibrated.gradients.get(block.name)
-        position = torch.full((len(W),), -1)
-        position[columns] = torch.arange(len(columns))
-        return Problem(
-            [restrict(fold, columns) for fold in moments.of_folds(W)],
-            W[columns.to(W.device)],
-            position[block.columns[self.kept[block.name]]].to(W.device),
-            self._calibrated.metrics.get(block.name),
-            gradient=None if gradient is None else gradient[columns],
-        )
-
-    def _prune(
-        self, block: Block, moments: BlockMoments, width: int, chosen: tuple[torch.Tensor, str] | None = None
-    ) -> tuple[MaskEdit, dict[str, Any]]:
-        """Choose `width` of the block's present units, unless its tie has, and write the weights that read them."""
-        start = time.perf_counter()
-        consumer: Any = self.model.get_submodule(block.consumer)
-        W, present = weight_matrix(consumer), self.kept[block.name]
-        problem = self._problem(block, moments)
-        solution = solve_block(
-            problem.folds,
-            None,
-            problem.W,
-            problem.groups,
-            width,
-            reweight_kept=self.config.reweight,
-            output_metric=problem.output_metric,
-            gradient=problem.gradient,
-            chosen=chosen,
-            **self._selection(),
-        )
-        columns = kept_columns(block, present)[solution.kept_columns.cpu()]
-        held_out = moments.held_out_error(W, columns, solution.V, solution.bias_shift)
-        # Every process trains the same units, although sums over the same data may differ in the last bit.
-        units, V, shift = broadcast((solution.kept_units.to(W.device), solution.V, solution.bias_shift))
-        bias = None if consumer.bias is None else consumer.bias.detach() + shift.to(consumer.bias)
-        edit = MaskEdit(self.model, block, present[units.cpu()], V, bias)
-        return edit, {
-            "fitted_error": solution.fitted_error,
-            "held_out_error": solution.fitted_error if held_out is None else held_out,
-            "shrinkage": solution.shrinkage if self.config.reweight else None,
-            "method": f"gradual, {solution.method}",
-            "guarantee": None,
-            "seconds": time.perf_counter() - start,
-        }
-
     def _report(self, block: Block) -> BlockReport:
-        if block.name not in self._solutions:
-            return BlockReport.whole(block)
         kept = self.kept[block.name]
         return BlockReport(
             name=block.name,
@@ -315,3 +200,15 @@ class GradualPruning:
             kept_columns=tuple(kept_columns(block, kept).tolist()),
             **self._solutions[block.name],
         )
+
+
+def _solution(report: BlockReport) -> dict[str, Any]:
+    """What a step says of a block, as plain JSON types, besides the units that it keeps."""
+    return {
+        "fitted_error": report.fitted_error,
+        "held_out_error": report.held_out_error,
+        "shrinkage": report.shrinkage,
+        "method": f"gradual, {report.method}",
+        "guarantee": None,  # steps together are no choice that one bound speaks of
+        "seconds": report.seconds,
+    }

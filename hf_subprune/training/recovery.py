@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers.utils import logging
 
 from ..config import PruneConfig
-from ..data.batches import CalibrationSet
+from ..data.batches import Samples
 from ..data.padding import token_mask
-from ..data.reading import prepare
+from ..data.reading import read
 from ..evaluation.drift import Drift, drift, model_outputs
 from ..models.running import Batch, undisturbed
-from ..pruning import check_prunable
+from ..models.session import check_prunable
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +98,7 @@ def recover(
         raise ValueError("No parameter of `model` requires a gradient: unfreeze some, or pass `lora`.")
     if lora and not find_spec("peft"):
         raise ImportError("`lora` needs PEFT: pip install 'hf_subprune[lora]'")
-    calibration = prepare(teacher, data, config, processing_class)
+    calibration = read(teacher, data, config, processing_class)
     reference = model_outputs(teacher, calibration.held_out)
     before = drift(model, calibration.held_out, reference)
     with undisturbed(teacher), undisturbed(model), _put_back_unless_kept(model) as keep, torch.enable_grad():
@@ -121,7 +121,7 @@ def _distance(change: Drift) -> float:
 def _train(
     student: nn.Module,
     teacher: PreTrainedModel,
-    calibration: CalibrationSet,
+    calibration: Samples,
     steps: int,
     learning_rate: float,
     seed: int,

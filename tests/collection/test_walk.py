@@ -8,7 +8,7 @@ from tiny import tiny
 from hf_subprune.collection.planning import plan
 from hf_subprune.collection.walk import collect
 from hf_subprune.config import PruneConfig
-from hf_subprune.data.reading import prepare
+from hf_subprune.data.reading import read
 from hf_subprune.discovery.discover import discover
 from hf_subprune.models.linears import weight_matrix
 from hf_subprune.solver.moments import combine
@@ -19,7 +19,7 @@ CONFIG = PruneConfig(samples=20, held_out=4, batch_size=4)
 
 def prepared(family, **overrides):
     model = tiny(family, **overrides)
-    calibration = prepare(model, ready_batches(model), CONFIG)
+    calibration = read(model, ready_batches(model), CONFIG)
     blocks = discover(model, calibration.probe).blocks
     return model, calibration, blocks, plan(model, blocks, calibration.probe)
 
@@ -152,7 +152,7 @@ def test_activations_that_are_not_finite_name_the_block_and_the_sample(variant):
     model = tiny("vit")
     batches = ready_batches(model)
     batches[1]["pixel_values"][2] = float("nan")
-    calibration = prepare(model, batches, CONFIG)
+    calibration = read(model, batches, CONFIG)
     blocks = discover(model).blocks
     segments = plan(model, blocks, ready_batches(model, count=1)[0])
     with pytest.raises(ValueError, match=rf"{blocks[0].name}.*NaN or inf.*samples? .*2"):

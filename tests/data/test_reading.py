@@ -49,7 +49,7 @@ from hf_subprune.data import decoding
 from hf_subprune.data import reading as calibration
 from hf_subprune.data.datafiles import load_data
 from hf_subprune.data.padding import token_mask
-from hf_subprune.data.reading import batch_all, batch_some, prepare
+from hf_subprune.data.reading import batch_all, batch_some, read
 from hf_subprune.evaluation.comparison import compare
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -93,7 +93,7 @@ def texts_of(batches, tokenizer):
 
 def test_strings_become_batches_of_like_length_padded_on_the_right(bert):
     tokenizer = make_tokenizer(side="left")
-    prepared = prepare(bert, TEXTS, PruneConfig(**SMALL), tokenizer)
+    prepared = read(bert, TEXTS, PruneConfig(**SMALL), tokenizer)
 
     assert (prepared.fit_samples, prepared.held_out_samples) == (8, 4)
     assert [len(b["input_ids"]) for b in prepared.fit] == [2, 2, 2, 2]  # an even number of batches: two equal folds
@@ -123,7 +123,7 @@ def test_samples_are_drawn_by_the_seed_and_none_twice(bert, tokenizer):
     texts = [f"{a} {b}" for a in WORDS[:8] for b in WORDS[:8]]
 
     def drawn(seed):
-        prepared = prepare(bert, texts, PruneConfig(**SMALL, seed=seed), tokenizer)
+        prepared = read(bert, texts, PruneConfig(**SMALL, seed=seed), tokenizer)
         return texts_of(prepared.fit + prepared.held_out, tokenizer)
 
     assert drawn(1) == drawn(1)
@@ -136,14 +136,14 @@ def test_samples_are_drawn_by_the_seed_and_none_twice(bert, tokenizer):
 def test_datasets_find_their_text_column(bert, tokenizer, columns, streaming):
     data = Dataset.from_dict({name: ["label"] * 30 if name != columns[0] else TEXTS for name in columns})
     data = data.to_iterable_dataset() if streaming else data
-    prepared = prepare(bert, data, PruneConfig(**SMALL), tokenizer)
+    prepared = read(bert, data, PruneConfig(**SMALL), tokenizer)
     assert set(texts_of(prepared.fit, tokenizer)) <= set(TEXTS)
     assert prepared.source.startswith("IterableDataset" if streaming else "Dataset")
 
 
 def test_data_frames_are_read_by_their_rows(bert, tokenizer):
     frame = pd.DataFrame({"text": [None, *TEXTS], "label": range(31)}, index=[0] * 31)
-    prepared = prepare(bert, frame, PruneConfig(**SMALL), tokenizer)
+    prepared = read(bert, frame, PruneConfig(**SMALL), tokenizer)
     assert (prepared.fit_samples, prepared.source) == (8, "DataFrame")
     assert set(texts_of(prepared.fit + prepared.held_out, tokenizer)) <= set(TEXTS)
 
@@ -151,26 +151,26 @@ def test_data_frames_are_read_by_their_rows(bert, tokenizer):
 def test_a_null_in_the_first_row_does_not_hide_the_column(bert, tokenizer):
     features = Features({"body": Value("string"), "id": Value("int64")})
     data = Dataset.from_dict({"body": [None, *TEXTS], "id": list(range(31))}, features=features)
-    prepared = prepare(bert, data.to_iterable_dataset(), PruneConfig(**SMALL), tokenizer)
+    prepared = read(bert, data.to_iterable_dataset(), PruneConfig(**SMALL), tokenizer)
     assert prepared.fit_samples == 8
 
 
 def test_blank_texts_are_passed_over(bert, tokenizer):
-    prepared = prepare(bert, ["", " \n", *TEXTS[:5], ""], PruneConfig(**SMALL), tokenizer)
+    prepared = read(bert, ["", " \n", *TEXTS[:5], ""], PruneConfig(**SMALL), tokenizer)
     assert (prepared.fit_samples, prepared.held_out_samples) == (4, 1)
 
 
 def test_a_tokenized_dataset_needs_no_tokenizer(bert, tokenizer):
     data = Dataset.from_dict({"text": TEXTS, "labels": [[1]] * 30}).map(lambda row: tokenizer(row["text"]))
     for rows in (data, data.with_format("torch"), data.to_iterable_dataset()):
-        prepared = prepare(bert, rows, PruneConfig(**SMALL, max_length=5))
+        prepared = read(bert, rows, PruneConfig(**SMALL, max_length=5))
         assert set(prepared.fit[0]) == {"input_ids", "attention_mask"}
         assert max(b["input_ids"].shape[1] for b in prepared.fit) == 5
 
 
 def test_token_ids_without_a_mask_get_one(bert):
     data = Dataset.from_dict({"input_ids": [[3] * (2 + i) for i in range(6)]})
-    prepared = prepare(bert, data, PruneConfig(**SMALL))
+    prepared = read(bert, data, PruneConfig(**SMALL))
     for batch in prepared.fit:
         assert torch.equal(batch["attention_mask"], (batch["input_ids"] == 3).long())
 
@@ -178,7 +178,7 @@ def test_token_ids_without_a_mask_get_one(bert):
 def test_a_tokenizer_without_a_pad_token_is_left_without():
     bare = make_tokenizer(pad=None)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=43, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
-    prepared = prepare(model, TEXTS, PruneConfig(**SMALL), bare)
+    prepared = read(model, TEXTS, PruneConfig(**SMALL), bare)
     batch = prepared.fit[-1]
     assert (batch["input_ids"][batch["attention_mask"] == 0] == bare.eos_token_id).all()
     assert bare.pad_token is None
@@ -188,7 +188,7 @@ def test_lengths_obey_config_tokenizer_and_positions(tokenizer):
     text = [" ".join(WORDS)] * 5
 
     def length(model, tokenizer, **kwargs):
-        return prepare(model, text, PruneConfig(**kwargs), tokenizer).fit[0]["input_ids"].shape[1]
+        return read(model, text, PruneConfig(**kwargs), tokenizer).fit[0]["input_ids"].shape[1]
 
     assert length(make_bert(), tokenizer) == 41
     assert length(make_bert(), tokenizer, max_length=10) == 10
@@ -199,7 +199,7 @@ def test_lengths_obey_config_tokenizer_and_positions(tokenizer):
         RobertaConfig(vocab_size=43, max_position_embeddings=18, pad_token_id=1, **TEXT_MODEL)
     ).eval()
     assert length(roberta, tokenizer) == 16
-    roberta(**prepare(roberta, text, PruneConfig(), tokenizer).fit[0])
+    roberta(**read(roberta, text, PruneConfig(), tokenizer).fit[0])
 
 
 @pytest.mark.parametrize("labels", ["labels", "label", "idx"])
@@ -222,19 +222,19 @@ def test_rows_of_tensors_are_samples(bert, tokenizer, wav2vec2, whisper_config, 
         (WhisperModel(whisper_config), "input_features", (8, 3000)),
     ):
         rows = [{name: torch.randn(shape), labels: torch.tensor(i)} for i in range(8)]
-        prepared = prepare(model, rows, PruneConfig(**SMALL))
+        prepared = read(model, rows, PruneConfig(**SMALL))
         assert (prepared.fit_samples, prepared.held_out_samples) == (7, 1), model
         assert prepared.fit[0][name].shape[1:] == shape
-        ready = prepare(model, [{name: torch.randn(8, *shape)}], PruneConfig(**SMALL))
+        ready = read(model, [{name: torch.randn(8, *shape)}], PruneConfig(**SMALL))
         assert (ready.fit_samples, ready.fit[0][name].shape[1:]) == (7, shape)
 
 
 def test_tensors_beside_a_text_or_image_make_no_batch(bert, tokenizer):
     texts = Dataset.from_dict({"text": TEXTS, "label": list(range(30))}).with_format("torch")
-    assert prepare(bert, texts, PruneConfig(**SMALL), tokenizer).fit_samples == 8
+    assert read(bert, texts, PruneConfig(**SMALL), tokenizer).fit_samples == 8
     model = ViTModel(ViTConfig(image_size=16, patch_size=8, **TEXT_MODEL)).eval()
     images = [{"image": torch.randint(0, 255, (3, 20, 20), dtype=torch.uint8)} for _ in range(6)]
-    prepared = prepare(model, images, PruneConfig(), ViTImageProcessor(size={"height": 16, "width": 16}))
+    prepared = read(model, images, PruneConfig(), ViTImageProcessor(size={"height": 16, "width": 16}))
     assert prepared.fit[0]["pixel_values"].shape[1:] == (3, 16, 16)
 
 
@@ -249,7 +249,7 @@ def test_images(kind):
         images = Dataset.from_dict({"picture": images, "label": list(range(8)), "file": ["a"] * 8})
         images = images.to_iterable_dataset() if kind == "stream" else images
     model = ViTModel(ViTConfig(image_size=16, patch_size=8, **TEXT_MODEL)).eval()
-    prepared = prepare(model, images, PruneConfig(), ViTImageProcessor(size={"height": 16, "width": 16}))
+    prepared = read(model, images, PruneConfig(), ViTImageProcessor(size={"height": 16, "width": 16}))
     assert (prepared.fit_samples, prepared.held_out_samples) == (7, 1)
     assert set(prepared.fit[0]) == {"pixel_values"}
     assert prepared.fit[0]["pixel_values"].shape == (4, 3, 16, 16) or prepared.fit[0]["pixel_values"].shape == (
@@ -266,7 +266,7 @@ def test_processed_images_in_a_file_are_of_the_precision_that_models_take(tmp_pa
     file = tmp_path / "images.parquet"
     Dataset.from_dict({"pixel_values": pixels.tolist(), "labels": list(range(8))}).to_parquet(file)
     model = ViTModel(ViTConfig(image_size=16, patch_size=8, **TEXT_MODEL)).eval()
-    batch = prepare(model, load_data(str(file)), PruneConfig()).fit[0]
+    batch = read(model, load_data(str(file)), PruneConfig()).fit[0]
     assert set(batch) == {"pixel_values"} and batch["pixel_values"].dtype == torch.float32
     assert any(torch.equal(batch["pixel_values"][0], image) for image in pixels)
     model(**batch)
@@ -284,7 +284,7 @@ def test_text_and_images_together(tokenizer):
         CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), tokenizer
     )
     data = Dataset.from_dict({"caption": TEXTS[:6], "image": [Image.new("RGB", (16, 16))] * 6})
-    batch = prepare(model, data, PruneConfig(max_length=5), processor).fit[-1]
+    batch = read(model, data, PruneConfig(max_length=5), processor).fit[-1]
     assert {"input_ids", "attention_mask", "pixel_values"} <= set(batch)
     model(**batch)
 
@@ -302,7 +302,7 @@ def test_ready_batches_lose_their_labels_and_are_cut(tokenizer):
     model = make_bert(BertForSequenceClassification)
     rows = [{**tokenizer(text, padding="max_length", max_length=9), "labels": i % 2} for i, text in enumerate(TEXTS)]
     loader = DataLoader(Dataset.from_list(rows).with_format("torch"), batch_size=10)
-    prepared = prepare(model, loader, PruneConfig(samples=12, held_out=4, batch_size=8))
+    prepared = read(model, loader, PruneConfig(samples=12, held_out=4, batch_size=8))
     assert [len(b["input_ids"]) for b in prepared.fit] == [6, 4, 2]
     assert [len(b["input_ids"]) for b in prepared.held_out] == [4]
     for batch in prepared.fit + prepared.held_out:
@@ -312,14 +312,14 @@ def test_ready_batches_lose_their_labels_and_are_cut(tokenizer):
 
 
 def test_one_ready_batch_is_enough(bert, tokenizer):
-    prepared = prepare(bert, tokenizer(TEXTS[:10], padding=True, return_tensors="pt"), PruneConfig())
+    prepared = read(bert, tokenizer(TEXTS[:10], padding=True, return_tensors="pt"), PruneConfig())
     assert [len(b["input_ids"]) for b in prepared.fit] == [4, 4]
     assert [len(b["input_ids"]) for b in prepared.held_out] == [2]
 
 
 def test_ready_batches_that_cannot_be_cut_stay_whole(bert):
     batches = [{"input_ids": torch.full((2, 4), 3), "position_ids": torch.arange(4)[None]} for _ in range(6)]
-    prepared = prepare(bert, iter(batches), PruneConfig(batch_size=1))
+    prepared = read(bert, iter(batches), PruneConfig(batch_size=1))
     assert [len(b["input_ids"]) for b in prepared.fit] == [2] * 5
     assert (prepared.fit_samples, prepared.held_out_samples) == (10, 2)
     assert prepared.probe is prepared.fit[0]
@@ -329,33 +329,33 @@ def test_batches_of_patches_are_counted_by_their_images(bert):
     batches = [
         {"pixel_values": torch.randn(32, 6), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)} for _ in range(99)
     ]
-    prepared = prepare(bert, iter(batches), PruneConfig(samples=8, held_out=2))
+    prepared = read(bert, iter(batches), PruneConfig(samples=8, held_out=2))
     assert (prepared.fit_samples, prepared.held_out_samples) == (8, 2)
     assert (len(prepared.fit), len(prepared.held_out)) == (4, 1)
-    fewest = prepare(bert, iter(batches), PruneConfig(samples=1, held_out=1))
+    fewest = read(bert, iter(batches), PruneConfig(samples=1, held_out=1))
     assert (len(fewest.fit), len(fewest.held_out)) == (2, 1)
     with pytest.raises(
         ValueError, match=r"at least 3 batches whose tensors do not share a first dimension .* Found 2"
     ):
-        prepare(bert, batches[:2], PruneConfig())
+        read(bert, batches[:2], PruneConfig())
 
 
 def test_no_more_batches_are_read_than_needed(bert):
-    read = []
+    given = []
 
     def source():
         for i in range(1000):
-            read.append(i)
+            given.append(i)
             yield {"input_ids": torch.full((4, 5), 3)}
 
-    prepare(bert, source(), PruneConfig(**SMALL))
-    assert len(read) == 3
+    read(bert, source(), PruneConfig(**SMALL))
+    assert len(given) == 3
 
 
 def test_answer_positions_are_labels():
     model = make_bert(BertForQuestionAnswering)
     batch = {"input_ids": torch.full((6, 5), 3), "start_positions": torch.zeros(6), "end_positions": torch.ones(6)}
-    assert set(prepare(model, [batch], PruneConfig()).fit[0]) == {"input_ids"}
+    assert set(read(model, [batch], PruneConfig()).fit[0]) == {"input_ids"}
 
 
 # Encoder-decoder models
@@ -369,7 +369,7 @@ def test_text_models_decode_their_own_input_shifted(tokenizer):
         (TEXTS, tokenizer),
         ([{**tokenizer(TEXTS, padding=True, return_tensors="pt"), "labels": torch.zeros(30, 4)}], None),
     ):
-        batch = prepare(model, data, PruneConfig(**SMALL), processing_class).fit[-1]
+        batch = read(model, data, PruneConfig(**SMALL), processing_class).fit[-1]
         assert (batch["decoder_input_ids"][:, 0] == 0).all()
         assert torch.equal(batch["decoder_input_ids"][:, 1:], batch["input_ids"][:, :-1])
         assert torch.equal(batch["decoder_attention_mask"][:, 1:], batch["attention_mask"][:, :-1])
@@ -384,11 +384,11 @@ def test_a_decoder_with_its_own_vocabulary_generates(tokenizer, monkeypatch, dec
     config.decoder_start_token_id = config.pad_token_id = 1
     model = EncoderDecoderModel(config).eval()
     monkeypatch.setattr(model, "generate", lambda **inputs: torch.full((len(inputs["input_ids"]), 3), 49))
-    batch = prepare(model, TEXTS, PruneConfig(**SMALL), tokenizer).fit[0]
+    batch = read(model, TEXTS, PruneConfig(**SMALL), tokenizer).fit[0]
     assert (batch["decoder_input_ids"][:, 0] == 1).all() == shifted
     assert (batch["decoder_input_ids"] == 49).all() != shifted
     with pytest.raises(ValueError, match="token id 49, but EncoderDecoderModel embeds 43"):
-        prepare(model, [{"input_ids": torch.full((4, 4), 49)}], PruneConfig())
+        read(model, [{"input_ids": torch.full((4, 4), 49)}], PruneConfig())
 
 
 def test_given_decoder_inputs_are_kept():
@@ -403,7 +403,7 @@ def test_given_decoder_inputs_are_kept():
         )
     ).eval()
     batch = {"input_ids": torch.full((6, 5), 3), "decoder_input_ids": torch.full((6, 2), 4)}
-    assert prepare(model, [batch], PruneConfig()).fit[0]["decoder_input_ids"].shape == (3, 2)
+    assert read(model, [batch], PruneConfig()).fit[0]["decoder_input_ids"].shape == (3, 2)
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +435,7 @@ def test_speech_models_decode_what_they_generate(whisper_config, monkeypatch):
     clips = list(np.random.default_rng(0).normal(size=(4, 4000)).astype(np.float32))
     data = Dataset.from_dict({"audio": [{"array": clip, "sampling_rate": 16000} for clip in clips], "text": TEXTS[:4]})
     for source in (clips, data):
-        prepared = prepare(model, source, PruneConfig(), WhisperFeatureExtractor(feature_size=8))
+        prepared = read(model, source, PruneConfig(), WhisperFeatureExtractor(feature_size=8))
         batch = prepared.fit[0]
         assert batch["input_features"].shape[1:] == (8, 3000)
         assert 1 <= batch["decoder_input_ids"].shape[1] <= 8
@@ -449,7 +449,7 @@ def test_generation_stays_within_the_decoder_s_positions(whisper_config):
     config = WhisperConfig.from_dict({**whisper_config.to_dict(), "max_target_positions": 5})
     clips = list(np.random.default_rng(0).normal(size=(4, 4000)).astype(np.float32))
     model = WhisperForConditionalGeneration(config).eval()
-    batch = prepare(model, clips, PruneConfig(), WhisperFeatureExtractor(feature_size=8)).fit[0]
+    batch = read(model, clips, PruneConfig(), WhisperFeatureExtractor(feature_size=8)).fit[0]
     assert batch["decoder_input_ids"].shape[1] <= 5
     assert model(**batch).logits.isfinite().all()
 
@@ -458,14 +458,14 @@ def test_generated_tokens_behind_the_end_are_padding(whisper_config, monkeypatch
     model = WhisperForConditionalGeneration(whisper_config).eval()
     generated = torch.tensor([[1, 5, 2, 0, 0], [1, 5, 6, 7, 8]])
     monkeypatch.setattr(model, "generate", lambda **_: generated)
-    batch = prepare(model, [{"input_features": torch.zeros(4, 8, 3000)}], PruneConfig()).fit[0]
+    batch = read(model, [{"input_features": torch.zeros(4, 8, 3000)}], PruneConfig()).fit[0]
     assert torch.equal(batch["decoder_input_ids"], generated)
     assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
 
 
 def test_a_decoder_that_cannot_generate_gets_its_start_token(whisper_config):
     model = WhisperModel(whisper_config).eval()
-    batch = prepare(model, [{"input_features": torch.zeros(4, 8, 3000)}], PruneConfig()).fit[0]
+    batch = read(model, [{"input_features": torch.zeros(4, 8, 3000)}], PruneConfig()).fit[0]
     assert batch["decoder_input_ids"].tolist() == [[1], [1]]
 
 
@@ -484,7 +484,7 @@ def wav2vec2():
 
 def test_waveforms_are_cut_to_the_shortest_so_that_nothing_is_padding(wav2vec2):
     clips = [np.ones(400 + 100 * i, dtype=np.float32) for i in range(6)]
-    prepared = prepare(wav2vec2, clips, PruneConfig(), Wav2Vec2FeatureExtractor())
+    prepared = read(wav2vec2, clips, PruneConfig(), Wav2Vec2FeatureExtractor())
     assert all(set(batch) == {"input_values"} for batch in prepared.fit)
     assert min(batch["input_values"].shape[1] for batch in prepared.fit) in (400, 500)
 
@@ -504,7 +504,7 @@ def test_masks_of_waveforms_are_reduced_to_frames(wav2vec2):
 def test_a_wrong_sampling_rate_is_refused(wav2vec2):
     data = [{"audio": {"array": np.zeros(800), "sampling_rate": 8000}}] * 4
     with pytest.raises(ValueError, match=r"8000 samples a second and the model takes 16000.*cast_column"):
-        prepare(wav2vec2, data, PruneConfig(), Wav2Vec2FeatureExtractor())
+        read(wav2vec2, data, PruneConfig(), Wav2Vec2FeatureExtractor())
 
 
 # Real tokens
@@ -538,7 +538,7 @@ def test_decoders_have_their_own_mask(tokenizer):
 
 
 def test_rows_leave_padding_out_and_count_held_out_batches_last(bert, tokenizer):
-    prepared = prepare(bert, TEXTS, PruneConfig(**SMALL), tokenizer)
+    prepared = read(bert, TEXTS, PruneConfig(**SMALL), tokenizer)
     for index, batch in enumerate(prepared.fit + prepared.held_out):
         x = torch.randn(*batch["input_ids"].shape, 24)
         rows = prepared.rows(x, index, "encoder.layer.0.output.dense")
@@ -565,8 +565,8 @@ def flaky_stream(failures, after=3):
 def test_a_flaky_source_is_tried_again(bert, tokenizer, monkeypatch):
     waits = []
     monkeypatch.setattr(calibration.time, "sleep", waits.append)
-    steady = prepare(bert, flaky_stream(0), PruneConfig(**SMALL), tokenizer)
-    prepared = prepare(bert, flaky_stream(2), PruneConfig(**SMALL), tokenizer)
+    steady = read(bert, flaky_stream(0), PruneConfig(**SMALL), tokenizer)
+    prepared = read(bert, flaky_stream(2), PruneConfig(**SMALL), tokenizer)
     assert waits == [1.0, 2.0]
     for a, b in zip(steady.fit + steady.held_out, prepared.fit + prepared.held_out, strict=True):
         assert torch.equal(a["input_ids"], b["input_ids"])
@@ -575,19 +575,19 @@ def test_a_flaky_source_is_tried_again(bert, tokenizer, monkeypatch):
 def test_a_dead_source_is_given_up(bert, tokenizer, monkeypatch):
     monkeypatch.setattr(calibration.time, "sleep", lambda seconds: None)
     with pytest.raises(ConnectionError, match="the line is down"):
-        prepare(bert, flaky_stream(100), PruneConfig(**SMALL), tokenizer)
+        read(bert, flaky_stream(100), PruneConfig(**SMALL), tokenizer)
 
 
 def test_streams_stop_after_the_samples(bert, tokenizer):
-    read = []
+    given = []
 
     def rows():
         for i in range(10_000):
-            read.append(i)
+            given.append(i)
             yield {"text": TEXTS[i % 30]}
 
-    prepare(bert, IterableDataset.from_generator(rows), PruneConfig(**SMALL), tokenizer)
-    assert len(read) <= 3 * 12
+    read(bert, IterableDataset.from_generator(rows), PruneConfig(**SMALL), tokenizer)
+    assert len(given) <= 3 * 12
 
 
 # All of the data, in order
@@ -658,30 +658,30 @@ def test_blank_texts_cannot_be_compared_on(bert, tokenizer):
 )
 def test_bad_data_is_refused_with_what_was_found(bert, tokenizer, data, error, said):
     with pytest.raises(error, match=said):
-        prepare(bert, data, PruneConfig(), tokenizer)
+        read(bert, data, PruneConfig(), tokenizer)
 
 
 def test_a_fixed_shrinkage_needs_fewer_samples(bert, tokenizer):
-    prepared = prepare(bert, TEXTS[:2], PruneConfig(shrinkage=0.1), tokenizer)
+    prepared = read(bert, TEXTS[:2], PruneConfig(shrinkage=0.1), tokenizer)
     assert (prepared.fit_samples, prepared.held_out_samples) == (1, 1)
 
 
 def test_raw_text_needs_a_tokenizer(bert, tokenizer):
     with pytest.raises(ValueError, match="Raw text needs processing_class: pass the model's tokenizer"):
-        prepare(bert, TEXTS, PruneConfig())
+        read(bert, TEXTS, PruneConfig())
     with pytest.raises(ValueError, match="The data holds text but processing_class is ViTImageProcessor"):
-        prepare(bert, TEXTS, PruneConfig(), ViTImageProcessor())
+        read(bert, TEXTS, PruneConfig(), ViTImageProcessor())
 
 
 def test_raw_images_need_an_image_processor(tokenizer):
     model = ViTModel(ViTConfig(image_size=16, patch_size=8, **TEXT_MODEL)).eval()
     with pytest.raises(ValueError, match="The data holds image but processing_class is"):
-        prepare(model, [Image.new("RGB", (16, 16))] * 4, PruneConfig(), tokenizer)
+        read(model, [Image.new("RGB", (16, 16))] * 4, PruneConfig(), tokenizer)
     said = r"no image column for ViTModel.*file names.*datasets\.Image\(\).*"
     with pytest.raises(ValueError, match=said + r"Its items are of type str\."):
-        prepare(model, ["a.png"] * 4, PruneConfig(), ViTImageProcessor())
+        read(model, ["a.png"] * 4, PruneConfig(), ViTImageProcessor())
     with pytest.raises(ValueError, match=said + "Columns found: 'image' of type str"):
-        prepare(model, [{"image": "a.png"}] * 4, PruneConfig(), ViTImageProcessor())
+        read(model, [{"image": "a.png"}] * 4, PruneConfig(), ViTImageProcessor())
 
 
 def test_a_forward_without_named_inputs_takes_ready_batches_only(bert, tokenizer):
@@ -691,8 +691,8 @@ def test_a_forward_without_named_inputs_takes_ready_batches_only(bert, tokenizer
 
     model = Wrapped(bert.config)
     with pytest.raises(ValueError, match=r"Wrapped\.forward names no input .* only args, kwargs: .*ready batches"):
-        prepare(model, TEXTS, PruneConfig(), tokenizer)
-    assert prepare(model, [{"input_ids": torch.full((6, 4), 3)}], PruneConfig()).fit_samples == 5
+        read(model, TEXTS, PruneConfig(), tokenizer)
+    assert read(model, [{"input_ids": torch.full((6, 4), 3)}], PruneConfig()).fit_samples == 5
 
 
 def test_images_inside_the_text_must_come_ready(tokenizer):
@@ -705,11 +705,11 @@ def test_images_inside_the_text_must_come_ready(tokenizer):
     processor = CLIPProcessor(CLIPImageProcessor(), tokenizer)
     processor.image_token = "<image>"
     with pytest.raises(ValueError, match="CLIPProcessor places images inside the text: pass ready batches"):
-        prepare(model, [{"text": "w1", "image": Image.new("RGB", (16, 16))}] * 4, PruneConfig(), processor)
+        read(model, [{"text": "w1", "image": Image.new("RGB", (16, 16))}] * 4, PruneConfig(), processor)
 
 
 def test_images_of_different_sizes_are_refused():
     model = ViTModel(ViTConfig(image_size=16, patch_size=8, **TEXT_MODEL)).eval()
     images = [Image.new("RGB", (16, 16 + i)) for i in range(6)]
     with pytest.raises(ValueError, match=r"pixel_values of one batch must have one shape.*resize to one size"):
-        prepare(model, images, PruneConfig(), ViTImageProcessor(do_resize=False))
+        read(model, images, PruneConfig(), ViTImageProcessor(do_resize=False))

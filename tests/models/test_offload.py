@@ -31,7 +31,7 @@ def layers_on_disk(model, folder):
 
 def same_outputs(model, other, batches):
     with torch.no_grad():
-        return all(torch.equal(model(**batch).logits, other(**batch).logits) for batch in batches)
+        return all(torch.allclose(model(**batch).logits, other(**batch).logits, atol=1e-5) for batch in batches)
 
 
 @pytest.mark.parametrize("variant", ["layer", "asym"])
@@ -45,8 +45,8 @@ def test_offloaded_models_are_pruned_as_those_in_memory(tmp_path, family, dispat
     model = dispatch(model, tmp_path / "offloaded")
     report = prune(model, batches, config)
     assert [b.kept_units for b in report.blocks] == [b.kept_units for b in expected.blocks]
-    assert [b.held_out_error for b in report.blocks] == [b.held_out_error for b in expected.blocks]
-    assert report.drift == expected.drift
+    assert [b.held_out_error for b in report.blocks] == pytest.approx([b.held_out_error for b in expected.blocks])
+    assert report.drift == pytest.approx(expected.drift, rel=1e-5)
     assert (report.layout, report.layout_reason) == (expected.layout, expected.layout_reason)
     assert report.latency is None
     assert not is_offloaded(model)

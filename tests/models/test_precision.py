@@ -17,6 +17,7 @@ from hf_subprune.collection.stream import Stream
 from hf_subprune.data.reading import prepare
 from hf_subprune.models import precision as execution
 from hf_subprune.models.precision import as_deployed, fast_products, full_precision, is_slow
+from hf_subprune.models.running import evaluating
 from hf_subprune.runs.memory import release_memory
 
 OUT_OF_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -44,7 +45,7 @@ def test_batches_are_halved_until_they_fit(room_for, variant):
     model, other = tiny("llama"), tiny("llama")
     batches = ready_batches(model)
     calibration = prepare(other, batches, config).in_batches_of(1)
-    with pruning._eval_mode(other), pruning.ExitStack() as undo:
+    with evaluating(other), pruning.ExitStack() as undo:
         expected = pruning.prune_to(pruning.Calibrated(other, calibration, [config]), config, undo)
         undo.pop_all()
     room_for(1)
@@ -146,7 +147,7 @@ def test_linears_of_half_precision_run_in_float32_where_those_are_faster(slow_ha
     native = model(**batch)[0]
     slow_halves.clear()
     monkeypatch.setattr(execution, "_AT_ONCE", 100)  # a few rows
-    with fast_products(model):
+    with fast_products(model.parameters()):
         fast = model(**batch)[0]
         assert set(slow_halves) == {torch.float32}
         slow_halves.clear()
@@ -215,6 +216,7 @@ from contextlib import nullcontext
 import psutil
 import torch
 
+from hf_subprune.models.running import evaluating
 from hf_subprune.runs.memory import freed_at_once
 
 with freed_at_once() if sys.argv[1] == "at once" else nullcontext():

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from same import assert_same_weights
 
 from hf_subprune import PruneConfig, PruneReport, prune
 from hf_subprune.coverage.tiny import tiny_model
-from hf_subprune.data.reading import prepare
+from hf_subprune.data.reading import read
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.pruning import prune_sizes
 from hf_subprune.routing.choice import choose_experts, fit_experts
@@ -44,7 +45,7 @@ def batches(model, count=8, rows=8, length=16):
 
 def first_tokens(model, config=CONFIG):
     layers, _ = routed_layers(model, probe_inputs(model))
-    return next(tokens_of(model, layers, prepare(model, batches(model), config)))
+    return next(tokens_of(model, layers, read(model, batches(model), config)))
 
 
 def routed_output(model, batch):
@@ -169,9 +170,10 @@ def test_neurons_go_from_the_experts_that_stay(tmp_path):
 def assert_reloads(model, folder):
     model.save_pretrained(folder)
     reloaded = type(model).from_pretrained(folder).eval()
+    assert_same_weights(reloaded, model)
     batch = batches(model)[0]
     with torch.no_grad():
-        assert torch.equal(reloaded(**batch)[0], model(**batch)[0])
+        torch.testing.assert_close(reloaded(**batch)[0], model(**batch)[0])
 
 
 def test_fewer_experts_than_a_token_is_sent_to_are_refused():

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from batches import ready_batches
+from same import assert_same_weights
 from tiny import tiny
 from torch import nn
 from transformers import T5Config, T5Model
@@ -185,7 +186,8 @@ def test_what_was_pruned_loads_again(tmp_path, family, layout):
     assert report.layout == layout
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
-    assert all(torch.equal(one, other) for one, other in zip(outputs(model), outputs(again), strict=True))
+    assert_same_weights(again, model)
+    torch.testing.assert_close(outputs(again), outputs(model))
     if layout == "stock":
         assert again.config.num_heads == 2 and not hasattr(again.config, "quantization_config")
 
@@ -196,7 +198,8 @@ def test_encoder_and_decoder_may_keep_different_numbers_of_heads(tmp_path):
     assert prune(model, ready_batches(model), config).layout == "ragged"
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
-    assert all(torch.equal(one, other) for one, other in zip(outputs(model), outputs(again), strict=True))
+    assert_same_weights(again, model)
+    torch.testing.assert_close(outputs(again), outputs(model))
     assert model.encoder.block[2].layer[0].SelfAttention.n_heads == 2
     assert model.decoder.block[2].layer[0].SelfAttention.n_heads == 4
 
@@ -222,12 +225,12 @@ def test_a_size_is_taken_back_exactly(family):
     assert all(torch.equal(one, other) for one, other in zip(outputs(model), expected, strict=True))
 
 
-@pytest.mark.parametrize("stage", ["choose_together", "solve_block", "verify", "drift"])
+@pytest.mark.parametrize("stage", ["choose_together", "solve", "verify", "drift"])
 @pytest.mark.parametrize("variant", ["layer", "asym"])
 def test_a_failure_restores_the_model(monkeypatch, stage, variant):
     model = tiny("mpnet")
     before, calls = dict(model.named_parameters()), []
-    passes = {"solve_block": 4}.get(stage, 0)  # the fourth solution is that of the first block without a tie
+    passes = {"solve": 4}.get(stage, 0)  # the fourth solution is that of the first block without a tie
     run = getattr(pruning, stage)
 
     def fail(*args, **kwargs):

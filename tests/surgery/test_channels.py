@@ -7,7 +7,7 @@ from tiny import tiny
 
 from hf_subprune.collection.planning import plan
 from hf_subprune.config import PruneConfig
-from hf_subprune.data.reading import prepare
+from hf_subprune.data.reading import read
 from hf_subprune.discovery.discover import discover
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.models.linears import weight_matrix
@@ -84,7 +84,7 @@ def test_weights_are_the_least_squares_ones_on_unfolded_inputs(family, variant):
     model, reference = tiny(family), tiny(family)
     batches = ready_batches(model, count=16)
     config = PruneConfig(**{**CONFIG, "samples": 56}, keep=0.5, variant=variant, shrinkage=0.0)
-    calibration = prepare(reference, batches, config)
+    calibration = read(reference, batches, config)
     first, *others = prune(model, batches, config).blocks
     # The next block's units are rows of this consumer.
     outputs = list(others[0].kept_units) if others else slice(None)

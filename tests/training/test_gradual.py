@@ -9,7 +9,7 @@ from tiny import tiny
 
 from hf_subprune.blocks import by_tie
 from hf_subprune.config import PruneConfig
-from hf_subprune.data.reading import prepare
+from hf_subprune.data.reading import read
 from hf_subprune.discovery.discover import discover
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.models.running import floating_tensors
@@ -135,7 +135,7 @@ def test_tied_blocks_keep_the_same_units_all_along():
         for first, *others in tied:
             assert len(gradual.kept[first.name]) < first.units
             assert all(torch.equal(gradual.kept[first.name], gradual.kept[b.name]) for b in others)
-    batch = prepare(model, batches(model), CONFIG).fit[0]
+    batch = read(model, batches(model), CONFIG).fit[0]
     masked = outputs(model, batch)
     gradual.finish()
     assert torch.allclose(outputs(model, batch), masked, atol=1e-5 * float(masked.abs().max()))

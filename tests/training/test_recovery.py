@@ -85,7 +85,7 @@ def test_weights_are_put_back_when_it_does_not_help(lora):
     before = values(model)
     recovery = recover(model, teacher, data, steps=3, learning_rate=0.1, lora=lora, config=CONFIG)
     assert not recovery.kept
-    assert recovery.before.relative_error == 0
+    assert recovery.before.relative_error < 1e-5
     assert recovery.after.relative_error >= 0
     assert same(model, before)
 

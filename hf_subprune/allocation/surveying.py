@@ -1,0 +1,200 @@
+"""Take the survey of a model: find its blocks, cost the targets, measure what its output is sensitive to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from accelerate.utils import send_to_device
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..blocks import Block, Discovery, choose_blocks, groups_of, some_of
+from ..collection.block_moments import FOLDS
+from ..collection.planning import plan
+from ..collection.segments import Plan
+from ..collection.sensitivity import Means, activation_gradients, output_metrics
+from ..config import TWO_STREAMS, PruneConfig
+from ..data.batches import Samples
+from ..discovery.discover import discover
+from ..evaluation.original import Original
+from ..models.forms import together
+from ..models.linears import matrix_shape
+from ..models.offload import input_device, is_offloaded
+from ..models.running import Batch
+from ..runs.memory import release_memory
+from ..runs.processes import from_process, processes
+from ..runs.workspace import Workspace
+from ..storage.layout import choose_layout
+from .losses import with_losses
+from .survey import Survey
+from .targets import Target, narrowed, resolve
+from .widths import check_target
+
+logger = logging.get_logger(__name__)
+
+
+def take_survey(
+    model: PreTrainedModel,
+    samples: Samples,
+    configs: Sequence[PruneConfig],
+    evaluation: Callable[[PreTrainedModel], float] | None,
+    work: Workspace,
+) -> Survey:
+    """All that is known of a model before units are removed from it.
+
+    Args:
+        model: In a `session`; left as it is.
+        samples: The batches.
+        configs: The sizes; they differ in size only.
+        evaluation: As for `prune`.
+        work: What is found is kept there, and read again when a run that was stopped is started again with the same
+            model, data and config.
+
+    Raises:
+        ValueError: no block can be pruned, or a target cannot be reached; whole experts are asked for; `evaluation`
+            is read by no budget.
+    """
+    first = configs[0]
+    if "experts" in first.units:
+        raise ValueError("Whole experts are removed by `prune`, to one size, not in training: leave them out.")
+    probe = send_to_device(samples.probe, input_device(model))
+    found, blocks, targets, candidates, segments = work.once(  # in one file: a block is one object everywhere
+        "blocks", lambda: _find(model, samples, configs, probe, work)
+    )
+    targets = from_process(0, targets)  # latencies differ from process to process
+    needs_curves = needs_losses(configs) and bool(candidates)
+    needs_metrics = first.loss_aware and bool(candidates) and (needs_curves or first.importance == "greedy")
+    if evaluation is not None and not any(c.allocation() == "equal_loss" for c in configs):
+        raise ValueError("`evaluation` is read by budget='equal_loss' only: choose that budget, or leave it out.")
+    needed = _scratch_bytes(model, samples, candidates, first) if needs_metrics else 0
+    work.check_space(needed, "what the run keeps of each layer")
+    with work.clock("evaluation"):
+        original = work.once("original", lambda: Original.of(samples))
+    survey = Survey(
+        model=model,
+        samples=samples,
+        configs=list(configs),
+        probe=probe,
+        found=found,
+        blocks=blocks,
+        candidates=candidates,
+        targets=targets,
+        plan=segments,
+        owners=_owners(blocks, needs_curves),
+        original=original,
+    )
+    with work.clock("sensitivity"):
+        survey = _with_sensitivities(survey, needs_metrics, first.importance == "activation_gradient", work)
+    grouped = any(b.queries is not None for b in candidates)  # these are looked at before they are pruned
+    shared = first.streams() == "layer" and (needs_curves or len(configs) > 1 or grouped)
+    keep = shared and work.holds(sum(_moment_bytes(model, block) for block in candidates))
+    if needs_curves or keep:
+        survey = with_losses(survey, evaluation, work, curves=needs_curves, keep=keep)
+    release_memory()
+    return survey
+
+
+def needs_losses(configs: Sequence[PruneConfig]) -> bool:
+    """Whether a budget shares out by what blocks lose."""
+    return any(config.allocation() != "uniform" for config in configs)
+
+
+def looked_at_again(survey: Survey) -> Survey:
+    """The survey with sensitivities of the model as it is now."""
+    return replace(
+        survey,
+        metrics=_sensitivities(survey, None) if survey.metrics else {},
+        gradients=_activation_gradients(survey) if survey.gradients else {},
+    )
+
+
+def _find(
+    model: PreTrainedModel, samples: Samples, configs: Sequence[PruneConfig], probe: Batch, work: Workspace
+) -> tuple[Discovery, list[Block], list[Target], list[Block], Plan]:
+    with work.clock("discovery"):
+        found = discover(model, probe)
+        blocks = choose_blocks(found.blocks, found.refusals, configs[0])
+    with work.clock("targets"):
+        targets = resolve(model, blocks, configs, samples.held_out[0])
+        for config, target in zip(configs, targets, strict=True):
+            widths = check_target(blocks, target, config)
+            if config.layout == "stock":  # refused now rather than after the work
+                with narrowed(model, blocks, widths), together(model):
+                    choose_layout(model, "stock", inputs=probe).undo()
+    candidates = [b for b in blocks if any(_may_shrink(b, target) for target in targets)]
+    with work.clock("discovery"):
+        segments = plan(model, candidates, probe)
+    return found, blocks, targets, candidates, segments
+
+
+def _may_shrink(block: Block, target: Target) -> bool:
+    """Whether a target can take units from a block."""
+    return any(
+        block.name in part.blocks and part.limit < sum(target.costs[name][-1] for name in part.blocks)
+        for part in target.parts
+    )
+
+
+def _owners(blocks: Sequence[Block], curves: bool) -> dict[str, int]:
+    """Processes take turns; what a curve or a selection needs of several blocks goes to one of them."""
+    shared = ("units", "width") if curves else ("units",)
+    turns: list[list[Block]] = []
+    for group in groups_of(blocks):
+        turns += [list(group.blocks)] if group.share in shared else [[block] for block in group.blocks]
+    return {block.name: turn % processes() for turn, group in enumerate(turns) for block in group}
+
+
+def _scratch_bytes(model: PreTrainedModel, samples: Samples, candidates: Sequence[Block], config: PruneConfig) -> int:
+    """At most: what is kept of the calibration samples (twice, while a layer runs), sensitivities, new weights."""
+    shapes = [matrix_shape(model.get_submodule(block.consumer)) for block in candidates]
+    itemsize = model.dtype.itemsize
+    rows = sum(next(iter(batch.values())).numel() for batch in (*samples.fit, *samples.held_out))
+    streams = 2 if config.streams() in TWO_STREAMS else 1
+    states = 2 * rows * max(m for _, m in shapes) * itemsize * streams
+    return states + sum(8 * m * m + 2 * n * m * itemsize for n, m in shapes)
+
+
+def _moment_bytes(model: PreTrainedModel, block: Block) -> int:
+    n, _ = matrix_shape(model.get_submodule(block.consumer))
+    return (FOLDS + 1) * n * n * 8
+
+
+def _with_sensitivities(survey: Survey, metrics: bool, gradients: bool, work: Workspace) -> Survey:
+    changes: dict[str, Any] = {}
+    if metrics:
+        changes["metrics"] = work.once("sensitivities", lambda: _sensitivities(survey, work))
+    if gradients:
+        changes["gradients"] = work.once("gradients", lambda: _activation_gradients(survey))
+    return replace(survey, **changes)
+
+
+def _sensitivities(survey: Survey, work: Workspace | None) -> Means:
+    metrics = output_metrics(
+        survey.model,
+        survey.candidates,
+        survey.samples.fit,
+        seed=survey.configs[0].seed,
+        recomputed=_recomputed(survey),
+        folder=None if work is None else work.place("sensitivities"),
+    )
+    silent = [name for name, M in metrics.items() if not float(M.diagonal().sum()) > 0]
+    if silent:
+        logger.warning(f"The model's output does not depend on {some_of(silent)}: all errors count alike there.")
+    return metrics.without(silent)
+
+
+def _activation_gradients(survey: Survey) -> Mapping[str, Any]:
+    return activation_gradients(
+        survey.model,
+        survey.candidates,
+        survey.samples.fit,
+        seed=survey.configs[0].seed,
+        recomputed=_recomputed(survey),
+    )
+
+
+def _recomputed(survey: Survey) -> list[str]:
+    """Modules that a backward runs once more, so that it need not hold weights that are offloaded."""
+    return [segment.path for segment in survey.plan.segments] if is_offloaded(survey.model) else []

@@ -1,0 +1,90 @@
+"""A model that is worked on: what cannot be, and the one place that sets it up and puts it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..blocks import some_of
+from .forms import apart
+from .offload import taken_over, without_values
+from .precision import precise_products
+from .running import evaluating
+
+
+@contextmanager
+def session(
+    model: PreTrainedModel, *, folder: Path | None = None, precise: bool = True, whole: bool = False
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Within the context a model can be observed and shrunk; what then comes back is as it was set up before.
+
+    Products are those of `precise_products`, weights that accelerate offloaded are placeholders (`taken_over`), every
+    module is in evaluation mode, and what `forms` understands is apart.
+
+    Args:
+        model: One that `check_prunable` lets pass.
+        folder: Where new weights of offloaded layers are written; they stay in memory without one.
+        precise: Without, products are the caller's: a generator that hands the model over in between sets up
+            `precise_products` around its own work only.
+        whole: Leave stacked experts and the like as the model stores them.
+
+    Yields:
+        What makes a context within which the model is as somebody else knows it: offloaded weights are accelerate's.
+
+    Raises:
+        ValueError: on exit, experts of one layer have different widths.
+    """
+    with (
+        precise_products(model.parameters()) if precise else nullcontext(),
+        taken_over(model, folder) as handed_over,
+        evaluating(model),
+        nullcontext() if whole else apart(model),
+    ):
+        yield handed_over
+
+
+def check_prunable(model: Any, offloaded: bool = False) -> None:
+    """Refuse what cannot be pruned, before any work.
+
+    Args:
+        model: Anything.
+        offloaded: Whether accelerate may read weights from elsewhere when they are needed.
+
+    Raises:
+        TypeError: not a `PreTrainedModel`.
+        ValueError: quantized, PEFT-wrapped, compiled, on the meta device, made in inference mode or given within it;
+            the message says what to do instead.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{type(model).__name__} carries PEFT adapters: merge them first (`model = model.merge_and_unload()`), "
+            "then prune the merged model."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}. A wrapper such as a "
+            "SentenceTransformer holds one: pass that."
+        )
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"{type(model).__name__} is quantized ({getattr(model, 'quantization_method', 'unknown method')}): prune "
+            "the full-precision checkpoint, then quantize the pruned one."
+        )
+    if compiled := [
+        name or type(model).__name__ for name, module in model.named_modules() if module._compiled_call_impl
+    ]:
+        raise ValueError(f"{some_of(compiled)} is compiled: load the model anew, prune it, and call `compile` then.")
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            "Pruning takes gradients, which torch.inference_mode() rules out: load and prune the model outside of it."
+        )
+    if missing := without_values(model):
+        raise ValueError(f"Parameter {missing[0]} is on the meta device and has no values: load the weights first.")
+    on_meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if on_meta is not None and not offloaded:
+        raise ValueError(f"Parameter {on_meta} is offloaded: load the whole model into memory for this.")

@@ -1,0 +1,74 @@
+"""How blocks are solved, the same for all blocks of a model."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+# What selection uses before cross-fitting has chosen, and what is used when there are no two folds to cross-fit on.
+PRIOR_SHRINKAGE = 0.1
+
+
+class Configured(Protocol):
+    """What `Settings.of` reads of a config."""
+
+    @property
+    def shrinkage(self) -> float | str: ...
+    @property
+    def importance(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def swaps(self) -> int: ...
+    @property
+    def reweight(self) -> bool: ...
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How units are chosen and new weights are made.
+
+    Args:
+        shrinkage: lambda >= 0 of the pull towards the original weights, in multiples of `mean(diag H)`, or `"auto"` to
+            cross-fit it for each block.
+        importance: `"greedy"` for selection by the objective, or a baseline of `importance.IMPORTANCES`.
+        method: One of `selection.METHODS`: how importance `"greedy"` searches.
+        swaps: Largest number of exchanges in swap refinement; `None` goes on until none improves, 0 does none.
+        reweight: Whether weights on the kept units are solved for; `False` keeps them, bias included.
+        seed: Of random choices, the same for each block.
+    """
+
+    shrinkage: float | str = "auto"
+    importance: str = "greedy"
+    method: str = "auto"
+    swaps: int | None = None
+    reweight: bool = True
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: Configured) -> "Settings":
+        """The settings that a `PruneConfig` says, whose negative `swaps` mean no limit."""
+        return cls(
+            shrinkage=config.shrinkage,
+            importance=config.importance,
+            method=config.method,
+            swaps=None if config.swaps < 0 else config.swaps,
+            reweight=config.reweight,
+            seed=config.seed,
+        )
+
+    @property
+    def fixed_shrinkage(self) -> float:
+        """lambda of fits where it is not cross-fitted."""
+        return PRIOR_SHRINKAGE if self.shrinkage == "auto" else float(self.shrinkage)
+
+    @property
+    def selection_shrinkage(self) -> float:
+        """lambda that selection uses, which is finite."""
+        return min(self.fixed_shrinkage, 1e6)
+
+    def generator(self) -> torch.Generator:
+        """A new generator of random choices, at its seed."""
+        return torch.Generator().manual_seed(self.seed)
