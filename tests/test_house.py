@@ -21,21 +21,24 @@ FLOORS = [
 ]
 PUBLIC = {(getattr(hf_subprune, name).__module__, name) for name in hf_subprune.__all__}
 
-HOOKED = "a framework calls it with arguments of its own"
-REPLACED = "stands in for a forward, and passes on what that is given"
+REPLACED = "stands in for a forward, which is called with whatever the model around it passes"
+READ = "Transformers passes what else stands in the config"
 ANY_KEYWORDS = {
-    "cli.options:config_options.wrapped": "typer calls it with the options that its signature lists",
+    "cli.options:config_options.wrapped": "typer passes the options of the signature that it is given",
+    "collection.stream:_ended_at_call.forward": REPLACED,
     "collection.stream:_made": REPLACED,
     "collection.stream:_return": REPLACED,
-    "collection.stream:_skipping.forward": REPLACED,
-    "data.datafiles:_open": "passes on what `load_dataset` takes for a kind of file",
-    "evaluation.costs:_attention_flops": HOOKED,
-    "loading:SubpruneConfig.from_dict": HOOKED,
-    "loading:SubpruneQuantizer.__init__": HOOKED,
-    "models.experts:X": REPLACED,
-    "models.forwards:X": REPLACED,
-    "models.listed:X": REPLACED,
-    "routing.tokens:X": REPLACED,
+    "evaluation.costs:_attention_flops": "torch's counter passes the arguments of the operation that it counts",
+    "loading:SubpruneConfig.from_dict": READ,
+    "loading:SubpruneQuantizer.__new__": READ,
+    "loading:SubpruneQuantizer._process_model_after_weight_loading": READ,
+    "loading:_PrunedFirst.__init__": READ,
+    "loading:_PrunedFirst._process_model_before_weight_loading": READ,
+    "loading:_PrunedThenQuantized._process_model_after_weight_loading": READ,
+    "models.experts:Apart.__call__": REPLACED,
+    "models.forwards:_cutting.cutting": REPLACED,
+    "models.listed:Listed.__call__": REPLACED,
+    "routing.tokens:RoutedTokens.route.record": REPLACED,
 }
 """Functions that take any keywords, and why; public ones and commands apart."""
 
@@ -146,6 +149,12 @@ def test_every_entry_has_a_floor_and_there_are_few():
     assert entries - {"py"} == set(FLOORS)
     assert len(entries) <= 27
     assert len(pairs(PACKAGE)) <= 160
+
+
+def test_every_folder_says_what_it_takes_and_gives():
+    for folder in (path.parent for path in PACKAGE.glob("*/__init__.py")):
+        said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        assert "\n\nTakes " in said and " gives " in said.replace("\n", " "), folder.name
 
 
 def test_imports_go_down():
