@@ -9,7 +9,6 @@ from itertools import takewhile
 from typing import Literal
 
 import torch
-from torch import nn
 
 from .config import PruneConfig
 
@@ -184,9 +183,16 @@ def by_width(blocks: Iterable[Block]) -> list[list[Block]]:
     return list(together.values())
 
 
-def parameters_per_unit(model: nn.Module, slices: Iterable[Slice], blocks: Mapping[str, int] | None = None) -> int:
-    """Parameters that removing one unit frees, over the slices; `blocks` says in how many blocks a tensor counts."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+def parameters_per_unit(
+    parameters: Mapping[str, torch.Tensor], slices: Iterable[Slice], blocks: Mapping[str, int] | None = None
+) -> int:
+    """Parameters that removing one unit frees.
+
+    Args:
+        parameters: Of the model, under each of their dotted paths; what else is sliced are buffers.
+        slices: Of the block.
+        blocks: In how many blocks a tensor counts; once if it is left out.
+    """
     tensors = [(parameters[piece.tensor], piece) for piece in slices if piece.tensor in parameters]
     return sum(
         tensor.numel() // tensor.shape[piece.dim] * piece.index.shape[1] // (blocks or {}).get(piece.tensor, 1)
@@ -194,14 +200,21 @@ def parameters_per_unit(model: nn.Module, slices: Iterable[Slice], blocks: Mappi
     )
 
 
-def counted_once(model: nn.Module, blocks: Iterable[Block]) -> tuple[Block, ...]:
-    """The blocks, with the parameters of a tensor that several of them slice counted in equal parts."""
+def counted_once(parameters: Mapping[str, torch.Tensor], blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """The blocks, with the entries of a tensor that several of them slice counted in equal parts.
+
+    Args:
+        parameters: Of the model, under each of their dotted paths.
+        blocks: All that were found.
+    """
     blocks = tuple(blocks)
     times = Counter(tensor for block in blocks for tensor in {piece.tensor for piece in block.slices})
 
     def counted(block: Block) -> Block:
         queries = None if block.queries is None else counted(block.queries)
-        return replace(block, parameters_per_unit=parameters_per_unit(model, block.slices, times), queries=queries)
+        return replace(
+            block, parameters_per_unit=parameters_per_unit(parameters, block.slices, times), queries=queries
+        )
 
     return tuple(
         counted(block) if any(times[piece.tensor] > 1 for piece in block.slices) else block for block in blocks

@@ -42,8 +42,7 @@ class Survey:
     """A model with all that pruning it to any of several sizes needs.
 
     Args:
-        model: As it was when it was surveyed, and as it is to be when a size is chosen.
-        samples: The batches.
+        samples: The batches, and their model, as it was when it was surveyed and is to be when a size is chosen.
         configs: The sizes; they differ in size only.
         probe: A small batch, on the model's device.
         found: All blocks and refusals.
@@ -62,7 +61,6 @@ class Survey:
         present: By block name, `(k,)` int64, sorted: the units that are left of a block that is masked in part.
     """
 
-    model: PreTrainedModel
     samples: Samples
     configs: Sequence[PruneConfig]
     probe: Batch
@@ -80,6 +78,11 @@ class Survey:
     query_losses: Mapping[str, Points] = field(default_factory=dict)
     stored: Mapping[str, BlockMoments] | None = None
     present: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """That of the samples."""
+        return self.samples.model
 
     @property
     def settings(self) -> Settings:

@@ -1,6 +1,6 @@
 """Where a consumer's output is added to the residual stream."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..blocks import Block
+from ..data.batches import Samples
 from ..models.experts import is_expert
 from ..models.linears import feature_axis
-from ..models.running import Batch, placed, undisturbed
+from ..models.running import placed, undisturbed
 from .segments import Plan
 
 # Relative size below which a gain, what else is added, or a difference between rows, is taken for zero.
@@ -40,7 +41,7 @@ class Addition:
         return torch.where(live, (value - gain * output) / torch.where(live, gain, 1), 0)
 
 
-def find_additions(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, Addition]:
+def find_additions(samples: Samples, plan: Plan) -> dict[str, Addition]:
     """By block name, the first tensor behind the consumer that is its output with something added.
 
     One forward and some short backwards show it: there, and only there, the derivative by the consumer's output is the
@@ -49,22 +50,24 @@ def find_additions(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, Addi
     Pegasus-X, or they are experts, which see some of the tokens.
 
     Args:
-        model: In eval mode.
-        plan: Its segments; the addition lies in the block's segment.
-        batch: A small one.
+        samples: Their probe is run, in their model, in eval mode.
+        plan: The segments; the addition lies in the block's segment.
     """
     found: dict[str, Addition] = {}
+    model = samples.model
     with undisturbed(model), torch.enable_grad(), ExitStack() as stack:
         model.requires_grad_(False)
         for segment in plan.segments:
             layer = model.get_submodule(segment.path)
-            watch = _Watch(model, [block for block in segment.blocks if not is_expert(model, block.consumer)], found)
+            inside = [block for block in segment.blocks if not is_expert(model, block.consumer)]
+            axes = {block.consumer: feature_axis(model.get_submodule(block.consumer)) for block in inside}
+            watch = _Watch(inside, axes, found)
             # Hooks run in the order in which they are registered: the layer's output is looked at, then cut off.
             for path, module in layer.named_modules(prefix=segment.path):
                 stack.callback(module.register_forward_pre_hook(watch.at_input(path), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(watch.at_output(path)).remove)
             stack.callback(layer.register_forward_hook(watch.cut).remove)
-        model(**placed(model, batch))
+        model(**placed(model, samples.probe))
     return found
 
 
@@ -76,10 +79,9 @@ def first_tensor(values: Any) -> torch.Tensor | None:
 class _Watch:
     """Looks at every tensor in one segment, for those blocks whose consumer has been called."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], found: dict[str, Addition]):
+    def __init__(self, blocks: Sequence[Block], axes: Mapping[str, int], found: dict[str, Addition]):
         self.consumers = {block.consumer: block.name for block in blocks}
-        self.axes = {block.consumer: feature_axis(model.get_submodule(block.consumer)) for block in blocks}
-        self.found = found
+        self.axes, self.found = axes, found
         self._outputs: dict[str, torch.Tensor] = {}
         self._seen: dict[str, set[tuple[str, bool]]] = {}
         self._ambiguous: set[str] = set()

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
 
 from ..blocks import Block, some_of
+from ..data.batches import Samples
 from ..models.paths import ancestors_of, is_inside
 from ..models.running import Batch, call
 from .segments import Plan, Segment
@@ -18,7 +20,7 @@ from .stream import Stream
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
-def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
+def plan(model: PreTrainedModel, blocks: Sequence[Block], batch: Batch) -> Plan:
     """Split a model into segments by watching one forward on `batch` (a small one will do).
 
     The split is checked on the spot: replayed segment by segment, each must see exactly the inputs that it saw in the
@@ -117,7 +119,7 @@ class _Seen:
 
 
 @contextmanager
-def _watched(model: nn.Module, paths: Sequence[str], seen: _Seen) -> Iterator[None]:
+def _watched(model: PreTrainedModel, paths: Sequence[str], seen: _Seen) -> Iterator[None]:
     def note_inputs(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
             seen.inputs[path] = [x.clone() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -138,7 +140,7 @@ def _watched(model: nn.Module, paths: Sequence[str], seen: _Seen) -> Iterator[No
         yield
 
 
-def _leads(model: nn.Module, segments: Sequence[Segment], batch: Batch) -> dict[str, int]:
+def _leads(model: PreTrainedModel, segments: Sequence[Segment], batch: Batch) -> dict[str, int]:
     """Modules with weights, called once and outside of all segments, and the position of the segment called next."""
     paths = {segment.path for segment in segments}
     above = {ancestor for path in paths for ancestor in ancestors_of(path)[:-1]}
@@ -171,13 +173,13 @@ def _leads(model: nn.Module, segments: Sequence[Segment], batch: Batch) -> dict[
     return {path: at for path, at in once.items() if not any(is_inside(path, p) for p in once if p != path)}
 
 
-def _replays_exactly(model: nn.Module, plan: Plan, batch: Batch) -> bool:
+def _replays_exactly(model: PreTrainedModel, plan: Plan, batch: Batch) -> bool:
     """Whether each segment sees, when it is run alone, the inputs that it sees in the plain forward."""
     plain = _Seen()
     paths = [segment.path for segment in plan.segments]
     with _watched(model, paths, plain):
         call(model, batch)
-    stream = Stream(model, plan, [batch])
+    stream = Stream(Samples.of(model, [batch]), plan)
     for path in paths:
         alone = _Seen()
         with _watched(model, [path], alone):

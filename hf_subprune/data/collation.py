@@ -2,26 +2,21 @@
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..config import PruneConfig
 from ..models.running import Batch
 from .batches import cut_batches, is_divisible, samples_in
-from .features import Features, is_label, is_ready
+from .features import Accepts, Features
 
 # Ready batches that are read, however many samples they hold, where they cannot be cut: for two folds and to hold out.
 _FEWEST_UNCUT = 3
-
-
-def is_batch(item: Any, model: PreTrainedModel) -> bool:
-    """Whether an item is a ready batch rather than one example."""
-    return isinstance(item, Mapping) and is_ready(item, model)
 
 
 def _fewest_to_fit(found: int, config: PruneConfig, kind: str) -> int:
@@ -73,14 +68,14 @@ def collate(samples: list[Features], pad_id: int) -> Batch:
     return batch
 
 
-def read_ready(items: Iterable[Any], model: PreTrainedModel, wanted: int) -> list[Batch]:
+def read_ready(items: Iterable[Any], accepts: Accepts, wanted: int) -> list[Batch]:
     """Ready batches, labels dropped, until they hold the wanted number of samples, in three at least if uncut."""
     batches: list[Batch] = []
     found = 0
     for item in items:
-        if not is_batch(item, model):
+        if not accepts.is_batch(item):
             raise TypeError(f"Ready batches must all be dicts of tensors, found {type(item).__name__}.")
-        batch = {name: value for name, value in item.items() if value is not None and not is_label(name, model)}
+        batch = {name: value for name, value in item.items() if value is not None and not accepts.is_label(name)}
         batches.append(batch)
         found += samples_in(batch)
         if found >= wanted and (len(batches) >= _FEWEST_UNCUT or all(map(is_divisible, batches))):
@@ -88,18 +83,68 @@ def read_ready(items: Iterable[Any], model: PreTrainedModel, wanted: int) -> lis
     return batches
 
 
-def split_ready(batches: list[Batch], config: PruneConfig) -> tuple[list[Batch], list[Batch], tuple[int, int]]:
-    """Fit and held-out batches; cut along the first dimension where every tensor shares it, else whole."""
-    if all(map(is_divisible, batches)):
-        fit, held_out = counts_of(sum(map(samples_in, batches)), config)
-        largest = min(config.batch_size, -(-fit // 2))
+Split = tuple[list[Batch], list[Batch], tuple[int, int]]
+"""Batches to fit on, those to hold out, and how many samples there are in each of the two."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Ready batches: cut along the first dimension where every tensor of them shares it, else whole."""
+
+    batches: list[Batch]
+
+    def together(self, config: PruneConfig) -> list[Batch]:
+        """Batches of at most `config.samples` samples in all, none set aside."""
+        if all(map(is_divisible, self.batches)):
+            return cut_batches(self.batches, 0, config.samples, config.batch_size)
+        return self.batches
+
+    def split(self, config: PruneConfig) -> Split:
+        """Batches to fit on, and to hold out.
+
+        Raises:
+            ValueError: there are too few.
+        """
+        batches = self.batches
+        if all(map(is_divisible, batches)):
+            fit, held_out = counts_of(sum(map(samples_in, batches)), config)
+            largest = min(config.batch_size, -(-fit // 2))
+            return (
+                cut_batches(batches, 0, fit, largest),
+                cut_batches(batches, fit, fit + held_out, config.batch_size),
+                (fit, held_out),
+            )
+        found = len(batches)
+        fewest = _fewest_to_fit(found, config, "batches whose tensors do not share a first dimension")
+        samples = list(itertools.accumulate(map(samples_in, batches)))
+        fit = max(fewest, min(bisect_left(samples, config.samples) + 1, found - max(1, found // 5)))
+        return batches[:fit], batches[fit:], (samples[fit - 1], samples[-1] - samples[fit - 1])
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Samples that were encoded one by one, padded in batches with the token `pad_id`."""
+
+    samples: list[Features]
+    pad_id: int
+
+    def together(self, config: PruneConfig) -> list[Batch]:
+        """Batches of all samples, none set aside."""
+        return self._batches(self.samples, config)
+
+    def split(self, config: PruneConfig) -> Split:
+        """Batches to fit on, and to hold out.
+
+        Raises:
+            ValueError: there are too few samples.
+        """
+        fit, held_out = counts_of(len(self.samples), config)
+        last = fit + held_out
         return (
-            cut_batches(batches, 0, fit, largest),
-            cut_batches(batches, fit, fit + held_out, config.batch_size),
+            self._batches(self.samples[:fit], config, folds=2),
+            self._batches(self.samples[fit:last], config),
             (fit, held_out),
         )
-    found = len(batches)
-    fewest = _fewest_to_fit(found, config, "batches whose tensors do not share a first dimension")
-    samples = list(itertools.accumulate(map(samples_in, batches)))
-    fit = max(fewest, min(bisect_left(samples, config.samples) + 1, found - max(1, found // 5)))
-    return batches[:fit], batches[fit:], (samples[fit - 1], samples[-1] - samples[fit - 1])
+
+    def _batches(self, samples: list[Features], config: PruneConfig, folds: int = 1) -> list[Batch]:
+        return [collate(group, self.pad_id) for group in group_by_length(samples, config.batch_size, folds)]

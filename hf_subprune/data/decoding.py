@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .features import forward_arguments, text_config
+from .features import text_config
 
 logger = logging.get_logger(__name__)
 
@@ -17,10 +17,8 @@ _GENERATED = 64
 
 
 def add_decoder_inputs(model: PreTrainedModel, batch: Batch) -> None:
-    """Give an encoder-decoder model decoder inputs where the batch has none."""
-    if not model.config.is_encoder_decoder or {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch):
-        return
-    if "decoder_input_ids" not in forward_arguments(model):
+    """Give an encoder-decoder model, whose forward takes `decoder_input_ids`, those where the batch has none."""
+    if {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch):
         return
     decoder_config = model.config.get_text_config(decoder=True)
     start = next(
@@ -35,7 +33,7 @@ def add_decoder_inputs(model: PreTrainedModel, batch: Batch) -> None:
         if token is not None
     )
     ids = batch.get("input_ids")
-    if ids is not None and text_config(model).vocab_size == decoder_config.vocab_size:
+    if ids is not None and text_config(model.config).vocab_size == decoder_config.vocab_size:
         batch["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
         if "attention_mask" in batch:
             mask = batch["attention_mask"]

@@ -1,15 +1,14 @@
 """One raw example (text, image, audio or token ids) to the tensors that a model takes, without labels."""
 
-import inspect
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import is_pil_image
-from transformers.utils.generic import find_labels
 
 from ..models.sizes import Sizes
 
@@ -22,14 +21,8 @@ _PARTS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_ext
 _PATCH_PLACES = ("grid_thw", "spatial_shapes", "pixel_position_ids", "image_position_ids")
 
 
-def forward_arguments(model: PreTrainedModel) -> set[str]:
-    """Names that the model's forward takes."""
-    return set(inspect.signature(model.forward).parameters)
-
-
-def text_config(model: PreTrainedModel) -> Any:
-    """The part of the model's config that describes its token inputs: the encoder's, where both sides have one."""
-    config: Any = model.config
+def text_config(config: Any) -> Any:
+    """The part of a model's config that describes its token inputs: the encoder's, where both sides have one."""
     if not config.is_encoder_decoder:
         return config.get_text_config()
     sides = (
@@ -40,39 +33,56 @@ def text_config(model: PreTrainedModel) -> Any:
     return next((side for side in sides if getattr(side, "vocab_size", None) is not None), config)
 
 
-def is_ready(item: Mapping[str, Any], model: PreTrainedModel) -> bool:
-    """Whether columns are a ready batch rather than one sample, as far as the main input's dimensions tell.
+@dataclass(frozen=True)
+class Accepts:
+    """What a model's forward accepts, as far as it decides how data are read.
 
-    Without a tensor that a model could take, they are a sample; where the dimensions tell nothing, a batch.
+    Args:
+        architecture: Name of the model's class, for messages.
+        arguments: Names of the forward's arguments.
+        main: The argument that holds the model's main input, e.g. `"input_ids"`.
+        targets: Arguments that the forward would compute a loss from.
+        sizes: Of inputs, as the model's config states them.
     """
-    tensors = {name: value for name, value in item.items() if isinstance(value, torch.Tensor)}
-    usual = list(itertools.chain(*_INPUTS.values()))
-    if not any(name in (*usual, *forward_arguments(model)) and not is_label(name, model) for name in tensors):
-        return False
-    main = next((name for name in ("input_ids", model.main_input_name, *usual) if name in tensors), None)
-    return main is None or not _is_one(main, tensors[main], model)
 
+    architecture: str
+    arguments: frozenset[str]
+    main: str
+    targets: frozenset[str]
+    sizes: Sizes
 
-def _is_one(name: str, value: torch.Tensor, model: PreTrainedModel) -> bool:
-    """Whether an input certainly holds a single sample."""
-    sizes = Sizes(model.config)
-    if name == "input_ids":
-        return value.ndim != 2
-    if name == "input_values":
-        spectrogram = (sizes.get("max_length"), sizes.get("num_mel_bins"))
-        return value.ndim == 1 or tuple(value.shape) == spectrogram
-    if name == "input_features":
-        return value.ndim == 2 and sizes.bins in value.shape
-    if name == "pixel_values" and sizes.get("tubelet_size") is None:
-        # Towers that take a row of patches for an image have arguments that say where each patch lies.
-        in_patches = any(argument.endswith(_PATCH_PLACES) for argument in forward_arguments(model))
-        return value.ndim == 3 and len(value) == sizes.channels and not in_patches
-    return name == model.main_input_name and name.startswith("pixel_values") and value.ndim == 4
+    def is_label(self, name: str) -> bool:
+        """Whether a column holds labels: named so, or one that the forward would compute a loss from."""
+        return "label" in name or name in self.targets
 
+    def is_batch(self, item: Any) -> bool:
+        """Whether an item is a ready batch rather than one sample, as far as the main input's dimensions tell.
 
-def is_label(name: str, model: PreTrainedModel) -> bool:
-    """Whether a column holds labels: named so, or one that the model's forward would compute a loss from."""
-    return "label" in name or name in find_labels(type(model))
+        Without a tensor that a model could take, it is a sample; where the dimensions tell nothing, a batch.
+        """
+        if not isinstance(item, Mapping):
+            return False
+        tensors = {name: value for name, value in item.items() if isinstance(value, torch.Tensor)}
+        usual = list(itertools.chain(*_INPUTS.values()))
+        if not any(name in (*usual, *self.arguments) and not self.is_label(name) for name in tensors):
+            return False
+        main = next((name for name in ("input_ids", self.main, *usual) if name in tensors), None)
+        return main is None or not self._is_one(main, tensors[main])
+
+    def _is_one(self, name: str, value: torch.Tensor) -> bool:
+        """Whether an input certainly holds a single sample."""
+        if name == "input_ids":
+            return value.ndim != 2
+        if name == "input_values":
+            spectrogram = (self.sizes.get("max_length"), self.sizes.get("num_mel_bins"))
+            return value.ndim == 1 or tuple(value.shape) == spectrogram
+        if name == "input_features":
+            return value.ndim == 2 and self.sizes.bins in value.shape
+        if name == "pixel_values" and self.sizes.get("tubelet_size") is None:
+            # Towers that take a row of patches for an image have arguments that say where each patch lies.
+            in_patches = any(argument.endswith(_PATCH_PLACES) for argument in self.arguments)
+            return value.ndim == 3 and len(value) == self.sizes.channels and not in_patches
+        return name == self.main and name.startswith("pixel_values") and value.ndim == 4
 
 
 def example_columns(item: Any) -> Mapping[str, Any]:
@@ -98,7 +108,7 @@ def example_columns(item: Any) -> Mapping[str, Any]:
 
 
 def make_encoder(
-    model: PreTrainedModel, item: Any, processing_class: Any, max_length: int
+    accepts: Accepts, item: Any, processing_class: Any, max_length: int
 ) -> Callable[[Mapping[str, Any]], Features | None]:
     """The function that turns an example's columns into features; what it reads is decided by one item of the data.
 
@@ -109,22 +119,22 @@ def make_encoder(
         TypeError: the item is of no known kind.
     """
     first = example_columns(item)
-    arguments = forward_arguments(model)
-    inputs = {model.main_input_name, *itertools.chain(*_INPUTS.values())}
+    arguments = accepts.arguments
+    inputs = {accepts.main, *itertools.chain(*_INPUTS.values())}
     if any(name in first for name in inputs & arguments):
-        return lambda example: _encoded(model, example, arguments, max_length)
+        return lambda example: _encoded(accepts, example, max_length)
 
     modalities = [kind for kind, names in _INPUTS.items() if arguments.intersection(names)]
-    main = next((kind for kind in modalities if model.main_input_name in _INPUTS[kind]), "text")
-    columns = {kind: column for kind in modalities if (column := _column(kind, first, model)) is not None}
+    main = next((kind for kind in modalities if accepts.main in _INPUTS[kind]), "text")
+    columns = {kind: column for kind in modalities if (column := _column(kind, first, accepts)) is not None}
     if not modalities:
         raise ValueError(
-            f"{type(model).__name__}.forward names no input for text, images or audio, only "
+            f"{accepts.architecture}.forward names no input for text, images or audio, only "
             f"{', '.join(sorted(arguments))}: write its arguments out, or pass ready batches (dicts of tensors)."
         )
     if not columns:
         raise ValueError(
-            f"The calibration data has no {main} column for {type(model).__name__}. {_NEEDED[main]} {_found(item)}"
+            f"The calibration data has no {main} column for {accepts.architecture}. {_NEEDED[main]} {_found(item)}"
         )
     if {"text", "image"} <= set(columns) and getattr(processing_class, "image_token", None):
         raise ValueError(
@@ -161,8 +171,8 @@ def _found(item: Any) -> str:
     return f"Columns found: {', '.join(columns) or 'none'}."
 
 
-def _column(kind: str, example: Mapping[str, Any], model: PreTrainedModel) -> str | None:
-    candidates = [name for name, value in example.items() if _IS_KIND[kind](value) and not is_label(name, model)]
+def _column(kind: str, example: Mapping[str, Any], accepts: Accepts) -> str | None:
+    candidates = [name for name, value in example.items() if _IS_KIND[kind](value) and not accepts.is_label(name)]
     if kind in candidates:
         return kind
     if kind == "text" and len(candidates) != 1:
@@ -244,21 +254,19 @@ _ENCODERS: dict[str, Callable[[Any, int], Callable[[Any], Features | None]]] = {
 }
 
 
-def _encoded(
-    model: PreTrainedModel, example: Mapping[str, Any], arguments: set[str], max_length: int
-) -> Features | None:
+def _encoded(accepts: Accepts, example: Mapping[str, Any], max_length: int) -> Features | None:
     """An example that is already tokenized (or otherwise processed), truncated; columns of no use are dropped."""
     features = {
         name: _tensor(value)
         for name, value in example.items()
-        if name in arguments and value is not None and not is_label(name, model)
+        if name in accepts.arguments and value is not None and not accepts.is_label(name)
     }
     ids = features.get("input_ids")
     if ids is None:
         return features
     if len(ids) == 0:
         return None
-    if "attention_mask" in arguments and "attention_mask" not in features:
+    if "attention_mask" in accepts.arguments and "attention_mask" not in features:
         features["attention_mask"] = torch.ones_like(ids)
     return {
         name: value[:max_length] if value.ndim == 1 and len(value) == len(ids) else value

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from huggingface_hub.utils import httpx
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
+from transformers.utils.generic import find_labels
 
 from ..config import PruneConfig
 from ..models.running import Batch
-from .batches import Samples, cut_batches, is_divisible
-from .collation import collate, counts_of, group_by_length, is_batch, read_ready, split_ready
+from ..models.sizes import Sizes
+from .batches import Samples
+from .collation import Encoded, Ready, collate, read_ready
 from .decoding import add_decoder_inputs
-from .features import Features, example_columns, make_encoder, text_config
+from .features import Accepts, Features, example_columns, make_encoder, text_config
 
 logger = logging.get_logger(__name__)
 
@@ -54,18 +57,8 @@ def read(model: PreTrainedModel, data: Any, config: PruneConfig, processing_clas
             ids that the model has no embedding for.
         TypeError: the data is of a kind not listed above.
     """
-    items, ready = _opened(model, data, config)
-    wanted = config.samples + config.held_out
-    if ready:
-        fit, held_out, counts = split_ready(read_ready(items, model, wanted), config)
-    else:
-        samples = _read_samples(model, items, processing_class, config, wanted)
-        counts = counts_of(len(samples), config)
-        pad_id = _pad_id(model, processing_class)
-        fit = [collate(group, pad_id) for group in group_by_length(samples[: counts[0]], config.batch_size, folds=2)]
-        held_out = [
-            collate(group, pad_id) for group in group_by_length(samples[counts[0] : sum(counts)], config.batch_size)
-        ]
+    found = _found(model, data, config, processing_class, wanted=config.samples + config.held_out)
+    fit, held_out, counts = found.split(config)
     for batch in fit + held_out:
         _complete(model, batch)
     return Samples(fit, held_out, *counts, source=_describe(data), model=model)
@@ -83,17 +76,9 @@ def batch_some(model: PreTrainedModel, data: Any, config: PruneConfig, processin
     Raises:
         ValueError, TypeError: as in `read`, but one sample is enough.
     """
-    items, ready = _opened(model, data, config)
-    if ready:
-        batches = read_ready(items, model, config.samples)
-        if all(map(is_divisible, batches)):
-            batches = cut_batches(batches, 0, config.samples, config.batch_size)
-    else:
-        samples = _read_samples(model, items, processing_class, config, config.samples)
-        if not samples:
-            raise ValueError(f"The data ({_describe(data)}) holds no sample that is not blank.")
-        pad_id = _pad_id(model, processing_class)
-        batches = [collate(group, pad_id) for group in group_by_length(samples, config.batch_size)]
+    batches = _found(model, data, config, processing_class, wanted=config.samples).together(config)
+    if not batches:
+        raise ValueError(f"The data ({_describe(data)}) holds no sample that is not blank.")
     for batch in batches:
         _complete(model, batch)
     return batches
@@ -114,9 +99,9 @@ def batch_all(
     Raises:
         ValueError, TypeError: as in `read`; also a blank text, which would shift the samples against their labels.
     """
-    items = iter(data)
     pad_id = _pad_id(model, processing_class)
-    encoded = _encoded(model, items, processing_class, max_length)
+    longest = _max_length(model, processing_class, max_length)
+    encoded = _encoded(_accepts(model), iter(data), processing_class, longest)
     while group := list(itertools.islice(encoded, batch_size)):
         if None in group:
             raise ValueError("A text to evaluate on is blank: filter it out, together with its label.")
@@ -125,16 +110,34 @@ def batch_all(
         yield batch
 
 
-def _opened(model: PreTrainedModel, data: Any, config: PruneConfig) -> tuple[Iterator[Any], bool]:
-    """The items of the data, and whether they are ready batches."""
-    items = _items(model, data, config)
+def _accepts(model: PreTrainedModel) -> Accepts:
+    return Accepts(
+        architecture=type(model).__name__,
+        arguments=frozenset(signature(model.forward).parameters),
+        main=model.main_input_name,
+        targets=frozenset(find_labels(type(model))),
+        sizes=Sizes(model.config),
+    )
+
+
+def _found(
+    model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any, wanted: int
+) -> Ready | Encoded:
+    """What the data holds, until as many samples are read as are wanted."""
+    accepts = _accepts(model)
+    items = _items(data, config, accepts)
     first = next(items, None)
     if first is None:
         raise ValueError(f"The calibration data ({_describe(data)}) is empty.")
-    return itertools.chain([first], items), is_batch(first, model)
+    items = itertools.chain([first], items)
+    if accepts.is_batch(first):
+        return Ready(read_ready(items, accepts, wanted))
+    longest = _max_length(model, processing_class, config.max_length)
+    encoded = _encoded(accepts, items, processing_class, longest)
+    return Encoded(list(itertools.islice(filter(None, encoded), wanted)), _pad_id(model, processing_class))
 
 
-def _items(model: PreTrainedModel, data: Any, config: PruneConfig) -> Iterator[Any]:
+def _items(data: Any, config: PruneConfig, accepts: Accepts) -> Iterator[Any]:
     """The items of the data in the order in which they are used."""
     if isinstance(data, (DatasetDict, IterableDatasetDict)):
         raise TypeError(f"Calibration data must be one split, choose one of {', '.join(map(repr, data))}.")
@@ -156,7 +159,7 @@ def _items(model: PreTrainedModel, data: Any, config: PruneConfig) -> Iterator[A
         and hasattr(data, "__len__")
     ):
         order: Iterable[int] = range(len(data))
-        if len(data) and not is_batch(data[0], model):
+        if len(data) and not accepts.is_batch(data[0]):
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).tolist()
         yield from (data[i] for i in order)
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, Path)):
@@ -196,22 +199,13 @@ def _describe(data: Any) -> str:
     return kind
 
 
-def _read_samples(
-    model: PreTrainedModel, items: Iterator[Any], processing_class: Any, config: PruneConfig, wanted: int
-) -> list[Features]:
-    encoded = _encoded(model, items, processing_class, config.max_length)
-    return list(itertools.islice(filter(None, encoded), wanted))
-
-
 def _encoded(
-    model: PreTrainedModel, items: Iterator[Any], processing_class: Any, max_length: int
+    accepts: Accepts, items: Iterator[Any], processing_class: Any, max_length: int
 ) -> Iterator[Features | None]:
     """Features of each item, `None` for blank texts."""
     head = list(itertools.islice(items, _HEAD))
     whole = (item for item in head if all(value is not None for value in example_columns(item).values()))
-    encode = make_encoder(
-        model, next(whole, head[0]), processing_class, _max_length(model, processing_class, max_length)
-    )
+    encode = make_encoder(accepts, next(whole, head[0]), processing_class, max_length)
     yield from (encode(example_columns(item)) for item in itertools.chain(head, items))
 
 
@@ -221,7 +215,7 @@ def _max_length(model: PreTrainedModel, processing_class: Any, asked: int) -> in
     limits = [
         asked,
         getattr(tokenizer, "model_max_length", None),
-        getattr(text_config(model), "max_position_embeddings", None),
+        getattr(text_config(model.config), "max_position_embeddings", None),
     ]
     for name, module in model.named_modules():
         # RoBERTa numbers positions from the padding index on: so many rows of the table are never reached.
@@ -235,7 +229,7 @@ def _pad_id(model: PreTrainedModel, processing_class: Any) -> int:
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     candidates = (
         getattr(tokenizer, "pad_token_id", None),
-        getattr(text_config(model), "pad_token_id", None),
+        getattr(text_config(model.config), "pad_token_id", None),
         getattr(tokenizer, "eos_token_id", None),
     )
     return next((candidate for candidate in candidates if candidate is not None and candidate >= 0), 0)
@@ -245,7 +239,8 @@ def _complete(model: PreTrainedModel, batch: Batch) -> None:
     """Check a batch against the model, and add the decoder inputs that it lacks."""
     _check_ids(batch)
     _check_vocabulary(model, batch)
-    add_decoder_inputs(model, batch)
+    if model.config.is_encoder_decoder and "decoder_input_ids" in signature(model.forward).parameters:
+        add_decoder_inputs(model, batch)
 
 
 def _check_ids(batch: Batch) -> None:
@@ -262,7 +257,7 @@ def _check_ids(batch: Batch) -> None:
 
 def _check_vocabulary(model: PreTrainedModel, batch: Batch) -> None:
     ids = batch.get("input_ids")
-    known = getattr(text_config(model), "vocab_size", None)
+    known = getattr(text_config(model.config), "vocab_size", None)
     if ids is None or known is None:
         return
     try:

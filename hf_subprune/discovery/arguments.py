@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations, islice, product
 from typing import Any
 
@@ -12,17 +12,19 @@ from torch import nn
 
 from ..blocks import Argument, Block
 from ..models.forwards import CUT_ARGUMENTS
-from ..models.running import undisturbed
 
 MOST = 24
 """Sets of arguments that are tried."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of one call of a module."""
 
 Place = tuple[str, str, int, int]
 """Path of a module, name of an argument, dimension, entries along it with all units and before any cut."""
 
 
 def argument_sets(
-    model: nn.Module, block: Block, paths: list[str], inputs: Mapping[str, Any]
+    modules: Mapping[str, nn.Module], block: Block, paths: list[str], calls: Callable[[str], list[Call]]
 ) -> Iterator[list[Place]]:
     """Sets of arguments to cut with the units of a block, smallest first.
 
@@ -30,15 +32,15 @@ def argument_sets(
     of that times the batch.
 
     Args:
-        model: The model.
+        modules: Of the model, by dotted path.
         block: The block.
         paths: Modules that hold the block, outermost first.
-        inputs: Keyword arguments of the forward.
+        calls: Of the module at a path, in one forward of the model.
     """
     for path in paths:
         places: dict[str, list[Place]] = {}
-        for name, value in _given(model, path, inputs).items():
-            found = list(_places(model, block, path, name, value))
+        for name, value in _given(modules[path], calls(path)).items():
+            found = list(_places(modules[path], block, path, name, value))
             if found:
                 places[name] = found
         sets = (
@@ -50,42 +52,33 @@ def argument_sets(
         yield from islice(sets, MOST)
 
 
-def argument(model: nn.Module, block: Block, place: Place) -> Argument:
-    """The argument at a place, with the entries that each unit of this block reads.
+def argument(module: nn.Module, block: Block, place: Place) -> Argument:
+    """The argument at a place in a module, with the entries that each unit of this block reads.
 
     A unit's columns lie in order of its heads, so that equal parts of all columns are those of the entries.
     """
     path, name, dim, entries = place
-    present = _present(model, path, name, entries)
+    present = _present(module, name, entries)
     per_entry = block.columns.numel() // present
     index = torch.stack([(columns // per_entry).unique() for columns in block.columns])
     return Argument(path, name, dim, entries, index)
 
 
-def _given(model: nn.Module, path: str, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Tensors that the forward of a module is given in its first call, by name."""
-    module = model.get_submodule(path)
+def _given(module: nn.Module, calls: list[Call]) -> dict[str, torch.Tensor]:
+    """The first tensors that the forward of a module is given, by name."""
     parameters = inspect.signature(type(module).forward).parameters.values()
     names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
     given: dict[str, torch.Tensor] = {}
-
-    def record(_: nn.Module, args: tuple, kwargs: dict) -> None:
+    for args, kwargs in calls:
         for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
             if isinstance(value, torch.Tensor) and name in names:
                 given.setdefault(name, value)
-
-    handle = module.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        with undisturbed(model), torch.no_grad():
-            model(**inputs)
-    finally:
-        handle.remove()
     return given
 
 
-def _places(model: nn.Module, block: Block, path: str, name: str, value: torch.Tensor) -> Iterator[Place]:
+def _places(module: nn.Module, block: Block, path: str, name: str, value: torch.Tensor) -> Iterator[Place]:
     units, width = block.columns.shape
-    known = vars(model.get_submodule(path)).get(CUT_ARGUMENTS, {})
+    known = vars(module).get(CUT_ARGUMENTS, {})
     if name in known:
         yield path, name, *known[name]
         return
@@ -97,7 +90,7 @@ def _places(model: nn.Module, block: Block, path: str, name: str, value: torch.T
             yield path, name, 0, entries
 
 
-def _present(model: nn.Module, path: str, name: str, entries: int) -> int:
+def _present(module: nn.Module, name: str, entries: int) -> int:
     """Entries that are left of an argument by now."""
-    kept = model.get_submodule(path)._buffers.get(f"kept_{name}")
+    kept = module._buffers.get(f"kept_{name}")
     return entries if kept is None else kept.numel()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +13,12 @@ from torch import nn
 from ..blocks import Block, Discovery, Refusal, counted_once, parameters_per_unit, some_of
 from ..models.experts import all_running
 from ..models.forms import apart
-from ..models.linears import is_linear
+from ..models.hooks import hooked
 from ..models.offload import device_of
 from ..models.paths import layer_of
 from ..models.running import first_line, undisturbed
-from .attributes import settle
+from ..surgery.verification import EquivalenceError, verify
+from .arguments import Call
 from .probe_inputs import probe_inputs
 from .refusals import (
     LEFT_WHOLE,
@@ -31,8 +31,9 @@ from .refusals import (
     whole_stacks,
 )
 from .seeker import Seeker
+from .settling import Trials, settle
 from .ties import tie_shared
-from .tracing import OUTPUT, traced
+from .tracing import OUTPUT, linears_in, traced
 
 
 def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Discovery:
@@ -68,9 +69,12 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     found: list[Block] = []
     candidate: Block | Refusal | None
     refusals: list[Refusal] = []
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trials = _trials(model, modules, inputs)
     ran = called(model, inputs)
     with traced(model, inputs) as trace:
-        seek = Seeker(model, trace)
+        seek = Seeker(modules, parameters, trace)
         for consumer in dict.fromkeys(read.reader for read in trace.reads):
             if consumer in ran:  # a router may choose others by the outputs that a trace puts in
                 try:
@@ -83,15 +87,15 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
                 elif candidate is not None:
                     refusals.append(candidate)
     readers = {source.name: source.readers for sources in trace.sources for source in sources}
-    found, unequal = tie_shared(model, _named(model, found), readers)
+    found, unequal = tie_shared(parameters, _named(modules, found), readers)
     found, clashes = _without_clashes(found)
-    found = _with_exact_queries(model, found, inputs)
-    blocks, inexact = settle(model, found, inputs)
+    found = _with_exact_queries(trials, found)
+    blocks, inexact = settle(trials, found)
     failed = {block.name for block, _ in inexact if block.tie is not None}
     if failed:
         # What all layers share stays whole, and each cuts what it is given of it.
-        found = [_without_shared(model, block) if block.name in failed else block for block in found]
-        blocks, inexact = settle(model, found, inputs)
+        found = [_without_shared(parameters, block) if block.name in failed else block for block in found]
+        blocks, inexact = settle(trials, found)
     for block, reason in inexact:
         if seek.shared[block.consumer]:
             reason = f"its units share rows of {some_of(seek.shared[block.consumer])}, and {reason}"
@@ -99,14 +103,15 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
             reason = f"{seek.outside[block.consumer]}, and {reason}"
         refusals.append(Refusal(block.name, seek.presumed[block.consumer], reason, NO_ATTRIBUTE))
     refusals += [Refusal(block.name, block.kind, reason, LEFT_WHOLE) for block, reason in unequal]
-    refusals += functional_products(model, readers, blocks)
-    refusals += grouped_convolutions(model, blocks)
-    refusals += unread_modules(model, {read.reader for read in trace.reads} - {OUTPUT} - readers.keys(), blocks)
-    refusals += unreached_modules(model, ran, {read.reader for read in trace.reads}, blocks)
-    layers = {layer for name, _ in model.named_modules() if name and (layer := layer_of(model, name)) is not None}
-    refusals += refuse_stacks(model, blocks, layers)
-    blocks, parts = whole_stacks(model, blocks)
-    return Discovery(counted_once(model, blocks), (*refusals, *clashes, *parts))
+    reading = {read.reader for read in trace.reads}
+    layers = {path: layer for path in modules if path and (layer := layer_of(modules, path)) is not None}
+    refusals += functional_products(modules, layers, readers, blocks)
+    refusals += grouped_convolutions(modules, layers, blocks)
+    refusals += unread_modules(layers, reading - {OUTPUT} - readers.keys(), blocks)
+    refusals += unreached_modules(modules, ran, reading, blocks)
+    refusals += refuse_stacks(modules, layers, blocks)
+    blocks, parts = whole_stacks(modules, blocks)
+    return Discovery(counted_once(parameters, blocks), (*refusals, *clashes, *parts))
 
 
 def _own_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -126,21 +131,38 @@ def _own_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
 def called(model: nn.Module, inputs: Mapping[str, Any]) -> set[str]:
     """Paths of the linears that a forward calls."""
     paths: set[str] = set()
-    with undisturbed(model), torch.no_grad(), ExitStack() as stack:
-        for name, module in model.named_modules():
-            if is_linear(module):
-                hook = module.register_forward_pre_hook(lambda *_, name=name: paths.add(name))
-                stack.callback(hook.remove)
+    calls = [(path, lambda _, path=path: paths.add(path)) for path in linears_in(model)]
+    with undisturbed(model), torch.no_grad(), hooked(model, inputs=calls):
         model(**inputs)
     return paths
 
 
-def _named(model: nn.Module, blocks: list[Block]) -> list[Block]:
+def _trials(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> Trials:
+    def failure(
+        blocks: Sequence[Block], kept: Mapping[str, torch.Tensor], to_consumer: bool = False
+    ) -> EquivalenceError | None:
+        try:
+            verify(model, blocks, kept, inputs, to_consumer=to_consumer)
+        except EquivalenceError as error:
+            return error
+        return None
+
+    def calls(path: str) -> list[Call]:
+        found: list[Call] = []
+        record = [(path, lambda args, kwargs: found.append((args, kwargs)))]
+        with undisturbed(model), torch.no_grad(), hooked(model, arguments=record):
+            model(**inputs)
+        return found
+
+    return Trials(modules, failure, calls)
+
+
+def _named(modules: Mapping[str, nn.Module], blocks: list[Block]) -> list[Block]:
     """Name each block after the module that holds it, with its kind where that module holds more than the block."""
     paths = [block.owner for block in blocks]
     names = []
     for block, path in zip(blocks, paths, strict=True):
-        above = model.get_submodule(path.rpartition(".")[0])
+        above = modules[path.rpartition(".")[0]]
         alone = not any(other is not block and other.consumer.startswith(f"{path}.") for other in blocks)
         layer = isinstance(above, (nn.ModuleList, nn.Sequential))
         names.append(path if path and alone and not layer else f"{path}.{block.kind}".lstrip("."))
@@ -151,16 +173,16 @@ def _named(model: nn.Module, blocks: list[Block]) -> list[Block]:
     ]
 
 
-def _with_exact_queries(model: nn.Module, blocks: list[Block], inputs: Mapping[str, Any]) -> list[Block]:
+def _with_exact_queries(trials: Trials, blocks: list[Block]) -> list[Block]:
     """The blocks, with query heads as units where it is exact to remove these; their attributes are settled."""
     offered = [replace(block.queries, name=block.name) for block in blocks if block.queries and not block.tie]
-    exact = {block.name: block for block in settle(model, offered, inputs)[0] if block.tie is None}
+    exact = {block.name: block for block in settle(trials, offered)[0] if block.tie is None}
     return [replace(block, queries=exact.get(block.name)) for block in blocks]
 
 
-def _without_shared(model: nn.Module, block: Block) -> Block:
+def _without_shared(parameters: Mapping[str, torch.Tensor], block: Block) -> Block:
     slices = [piece for piece in block.slices if not piece.shared]
-    return replace(block, tie=None, slices=tuple(slices), parameters_per_unit=parameters_per_unit(model, slices))
+    return replace(block, tie=None, slices=tuple(slices), parameters_per_unit=parameters_per_unit(parameters, slices))
 
 
 def _without_clashes(blocks: list[Block]) -> tuple[list[Block], list[Refusal]]:

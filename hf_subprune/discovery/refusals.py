@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
-from ..blocks import Block, Refusal, by_stack
+from ..blocks import Block, Refusal
 from ..models.experts import SECOND, Expert
 from ..models.linears import is_convolution, is_linear
-from ..models.paths import layer_of
+
+Modules = Mapping[str, nn.Module]
+"""The modules of a model by dotted path, itself under `""`."""
 
 LEFT_WHOLE = "Nothing is needed: it is left whole and the other blocks can be pruned."
 NO_ATTRIBUTE = (
@@ -20,20 +23,23 @@ NO_ATTRIBUTE = (
 )
 
 
-def functional_products(model: nn.Module, readers: Mapping[str, set[str]], blocks: Sequence[Block]) -> list[Refusal]:
+def functional_products(
+    modules: Modules, layers: Mapping[str, str], readers: Iterable[str], blocks: Sequence[Block]
+) -> list[Refusal]:
     """Refuse what multiplies by matrices otherwise than through linears, such as a function given their weights.
 
     Args:
-        model: The model.
-        readers: By source, what depends on it: the weight of a linear that is called is no source.
+        modules: Of the model, by dotted path.
+        layers: By path of a module, the repeated layer that it is in.
+        readers: Sources that something depends on: the weight of a linear that is called is no source.
         blocks: That were found; a router beside them is not worth a refusal.
     """
     found = {piece.tensor for block in blocks for piece in block.slices}
     refusals = {}
     for name in readers:
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path) if leaf.endswith("weight") else None
-        if module is None or isinstance(module, nn.Embedding) or layer_of(model, path) is None:
+        module = modules[path] if leaf.endswith("weight") else None
+        if module is None or isinstance(module, nn.Embedding) or path not in layers:
             continue
         parameter = module._parameters.get(leaf)
         if parameter is not None and parameter.ndim == 2:
@@ -46,32 +52,44 @@ def functional_products(model: nn.Module, readers: Mapping[str, set[str]], block
     return list(refusals.values())
 
 
-def grouped_convolutions(model: nn.Module, blocks: Sequence[Block]) -> list[Refusal]:
-    """Refuse the convolutions in groups that no block slices: they are no linears, and end what is followed."""
+def grouped_convolutions(modules: Modules, layers: Iterable[str], blocks: Sequence[Block]) -> list[Refusal]:
+    """Refuse the convolutions in groups that no block slices: they are no linears, and end what is followed.
+
+    Args:
+        modules: Of the model, by dotted path.
+        layers: Modules in repeated layers.
+        blocks: That were found.
+    """
     found = {piece.tensor for block in blocks for piece in block.slices}
     refusals = []
-    for path, module in model.named_modules():
+    for path in layers:
+        module: Any = modules[path]
         depthwise = is_convolution(module) and module.weight.shape[1] == 1
         if is_convolution(module) and module.groups > 1 and not depthwise and f"{path}.weight" not in found:
             reason = f"it is a convolution in {module.groups} groups, each of which reads channels of its own"
-            if layer_of(model, path) is not None:
-                refusals.append(Refusal(path, "unknown", reason, LEFT_WHOLE))
+            refusals.append(Refusal(path, "unknown", reason, LEFT_WHOLE))
     return refusals
 
 
-def unread_modules(model: nn.Module, names: set[str], blocks: Sequence[Block]) -> list[Refusal]:
-    """Refuse the modules with several linears that run, but that nothing depends on: their reader may need a GPU."""
+def unread_modules(layers: Container[str], names: set[str], blocks: Sequence[Block]) -> list[Refusal]:
+    """Refuse the modules with several linears that run, but that nothing depends on: their reader may need a GPU.
+
+    Args:
+        layers: Modules in repeated layers.
+        names: Of the linears that run and that nothing depends on.
+        blocks: That were found.
+    """
     found = {piece.tensor.rpartition(".")[0] for block in blocks for piece in block.slices}
-    paths = Counter(name.rpartition(".")[0] for name in names - found if layer_of(model, name) is not None)
+    paths = Counter(name.rpartition(".")[0] for name in names - found if name in layers)
     reason = "nothing in this forward depends on what its linears put out, or by a choice alone, such as a top-k"
     return [Refusal(path, "unknown", reason, LEFT_WHOLE) for path in sorted(paths) if paths[path] > 1]
 
 
-def unreached_modules(model: nn.Module, ran: set[str], readers: set[str], blocks: Sequence[Block]) -> list[Refusal]:
+def unreached_modules(modules: Modules, ran: set[str], readers: set[str], blocks: Sequence[Block]) -> list[Refusal]:
     """Refuse the modules with linears that the batch did not run while it ran others like them: experts.
 
     Args:
-        model: The model.
+        modules: Of the model, by dotted path.
         ran: Linears that a forward calls.
         readers: Those that a trace calls, in which routers may choose others.
         blocks: That were found.
@@ -80,9 +98,9 @@ def unreached_modules(model: nn.Module, ran: set[str], readers: set[str], blocks
     like = {_numberless(name): "whole" for name in ran | readers} | {_numberless(name): found[name] for name in found}
     silent = {
         name.rpartition(".")[0]: like[_numberless(name)]
-        for name, module in model.named_modules()
-        if is_linear(module) and not is_convolution(module)
+        for name, module in modules.items()
         if name not in found and name not in ran & readers and _numberless(name) in like
+        if is_linear(module) and not is_convolution(module)
     }
     reason = "the probe batch does not reach it, as it reaches others like it"
     advice = "It is left whole. Pass `inputs` of more tokens to look for it."
@@ -93,38 +111,35 @@ def _numberless(path: str) -> str:
     return re.sub(r"(?<![a-zA-Z])\d+", "*", path)  # "layers.0", "expert_0", and not "fc1"
 
 
-def whole_stacks(model: nn.Module, blocks: Iterable[Block]) -> tuple[list[Block], list[Refusal]]:
+def whole_stacks(modules: Modules, blocks: Sequence[Block]) -> tuple[list[Block], list[Refusal]]:
     """Leave out experts that can be shrunk while others, stored in the same tensors, cannot."""
     kept: list[Block] = []
     refusals = []
-    for group in by_stack(blocks):
-        stack = group[0].stack
-        if stack is None or len(group) == sum(
-            isinstance(part, Expert) for part in model.get_submodule(stack).children()
-        ):
-            kept += group
+    found = Counter(block.stack for block in blocks)
+    for block in blocks:
+        stack = block.stack
+        if stack is None or found[stack] == sum(isinstance(part, Expert) for part in modules[stack].children()):
+            kept.append(block)
         else:
             reason = f"other experts of {stack!r}, which must keep equally many units, cannot be shrunk"
-            refusals += [
-                Refusal(block.name, block.kind, reason, "Nothing is needed: it is left whole.") for block in group
-            ]
+            refusals.append(Refusal(block.name, block.kind, reason, "Nothing is needed: it is left whole."))
     return kept, refusals
 
 
-def refuse_stacks(model: nn.Module, blocks: Iterable[Block], layers: Iterable[str]) -> list[Refusal]:
+def refuse_stacks(modules: Modules, layers: Mapping[str, str], blocks: Iterable[Block]) -> list[Refusal]:
     """Refuse the modules in repeated layers that stack weights in a way that is not understood.
 
     Args:
-        model: The model, its experts taken apart.
-        blocks: Found in it; what they slice is understood.
-        layers: Dotted paths of the repeated layers.
+        modules: Of the model, its experts taken apart, by dotted path.
+        layers: By path of a module, the repeated layer that it is in.
+        blocks: That were found; what they slice is understood.
     """
     known = {piece.tensor for block in blocks for piece in block.slices}
-    inside = tuple(f"{layer}." for layer in layers)
     refusals = []
-    for path, module in model.named_modules():
+    for path, layer in layers.items():
+        module = modules[path]
         stacks = [name for name, parameter in module._parameters.items() if _is_stack(module, parameter)]
-        if not stacks or not path.startswith(inside) or any(f"{path}.{name}" in known for name in stacks):
+        if not stacks or path == layer or any(f"{path}.{name}" in known for name in stacks):
             continue
         shapes = ", ".join(f"{name} {tuple(module.get_parameter(name).shape)}" for name in stacks)
         if "forward" in module.__dict__:

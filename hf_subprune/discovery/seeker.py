@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..blocks import Block, Refusal, Slice, parameters_per_unit, some_of
-from ..models.experts import stack_of
+from ..models.experts import Expert
 from ..models.linears import input_dim, is_convolution, is_linear, taps
 from ..models.paths import layer_of
 from .refusals import LEFT_WHOLE
@@ -35,10 +35,17 @@ class _RefusedError(Exception):
 
 
 class Seeker:
-    """Looks for blocks in one trace; maps found in one layer are checked, not decoded again, in the next."""
+    """Looks for blocks in one trace; maps found in one layer are checked, not decoded again, in the next.
 
-    def __init__(self, model: nn.Module, trace: Trace) -> None:
-        self.model = model
+    Args:
+        modules: Of the model that was traced, by dotted path.
+        parameters: Of it, under each of their dotted paths.
+        trace: What reads what.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], parameters: Mapping[str, torch.Tensor], trace: Trace) -> None:
+        self.modules = modules
+        self.parameters = parameters
         self.trace = trace
         self.calls: dict[str, list[tuple[Read, list[Source]]]] = {}
         for read, sources in zip(trace.reads, trace.sources, strict=True):
@@ -52,7 +59,6 @@ class Seeker:
 
     def candidate(self, consumer: str) -> Block | Refusal | None:
         """The block of a consumer, a refusal, or `None` for a linear that is no consumer of a block."""
-        model = self.model
         read, sources = self.calls[consumer][0]
         own = [source for source in sources if source.axis is not None and _few_readers(source)]
         if read.tensor.ndim < 2:
@@ -64,17 +70,16 @@ class Seeker:
         decoded = self._decoded(jacobian)
         if decoded is None or not _owns_rows(jacobian, decoded.owner):
             elsewhere = any(source.readers != {consumer} for source in sources if source.axis is not None)
-            if elsewhere or layer_of(model, consumer) is None:
+            if elsewhere or layer_of(self.modules, consumer) is None:
                 return None
             names = ", ".join(repr(source.name) for source in own)
             reason = f"every input column depends on all rows of {names}: something between them spans the width"
             return Refusal(consumer, "unknown", reason, LEFT_WHOLE)
         features, owner = decoded.columns, decoded.owner
-        module = model.get_submodule(consumer)
-        kind = _kind(model, module, jacobian, features, owner)
+        kind = _kind(is_convolution(self.modules[consumer]), jacobian, features, owner)
         self.shared[consumer] = _shared(jacobian, owner)
         try:
-            if _is_outside(model, consumer) and kind != "channels":
+            if self._is_outside(consumer) and kind != "channels":
                 kind = "whole"
             mixer = kind == "mlp" and (bool(self.shared[consumer]) or jacobian.mixes_positions())
             self.presumed[consumer] = "unknown" if mixer else kind
@@ -89,7 +94,7 @@ class Seeker:
                 )
             if kind != "channels":
                 block = self._inside(block)
-            _check_untied(model, block.slices)
+            _check_untied(self.parameters, block.slices)
         except _RefusedError as refused:
             return Refusal(consumer, refused.kind or self.presumed[consumer], str(refused), LEFT_WHOLE)
         if kind == "attention" and decoded.heads is not None:
@@ -100,29 +105,29 @@ class Seeker:
 
     def _block(self, read: Read, jacobian: Jacobian, units: Units, kind: str) -> Block:
         """The block of these units, named after its consumer, without attributes."""
-        model, consumer = self.model, read.reader
-        module = model.get_submodule(consumer)
+        consumer = read.reader
+        module = self.modules[consumer]
         lines = _owned_lines(jacobian, units.owner)
         shared = _shared_parameters(self.trace, read, lines)
         slices = [Slice(f"{consumer}.weight", input_dim(module), units.columns)]
         for line, owners in lines:
-            pieces = _slices(model, line, owners, len(units.columns))
+            pieces = _slices(self.modules, line, owners, len(units.columns))
             slices.extend(replace(piece, shared=piece.tensor in shared) for piece in pieces)
         slices = _without_repeats(slices)
         return Block(
-            stack=stack_of(model, consumer),
+            stack=self._stack_of(consumer),
             name=consumer,
             kind=kind,
             consumer=consumer,
             columns=(units.columns.unsqueeze(2) * taps(module) + torch.arange(taps(module))).flatten(1),
             slices=tuple(slices),
             attributes=(),
-            parameters_per_unit=parameters_per_unit(model, slices),
+            parameters_per_unit=parameters_per_unit(self.parameters, slices),
         )
 
     def _inside(self, block: Block) -> Block:
         """The block within its layer: what producers outside of it make is an argument there, that can be cut."""
-        layer = layer_of(self.model, block.consumer)
+        layer = layer_of(self.modules, block.consumer)
         if layer is None:
             raise _RefusedError(
                 "it is not in a repeated layer: heads and projectors are small, and other code reads their widths"
@@ -132,26 +137,36 @@ class Seeker:
         if not outside:
             return block
         reason = f"its producer {outside[0]!r} lies outside of its layer {layer!r}"
-        if not any(_is_row_of_linear(self.model, piece) for piece in inside):
+        if not any(_is_row_of_linear(self.modules, piece) for piece in inside):
             raise _RefusedError(reason)
         self.outside[block.consumer] = reason
-        return replace(block, slices=inside, parameters_per_unit=parameters_per_unit(self.model, inside))
+        return replace(block, slices=inside, parameters_per_unit=parameters_per_unit(self.parameters, inside))
 
     def _residual(self, consumer: str, sources: list[Source]) -> Refusal | None:
         """A refusal for a convolution whose channels are handed from layer to layer: several layers read them."""
-        model = self.model
-        if not is_convolution(model.get_submodule(consumer)):
+        modules = self.modules
+        if not is_convolution(modules[consumer]):
             return None
-        made = [one for one in sources if one.axis is not None and is_convolution(model.get_submodule(one.name))]
+        made = [one for one in sources if one.axis is not None and is_convolution(modules[one.name])]
         readers = set().union(*(source.readers for source in made)) - {consumer}
-        layers = {None if name == OUTPUT else layer_of(model, name) for name in {one.name for one in made} | readers}
-        if not readers or layers == {layer_of(model, consumer)}:
+        layers = {None if name == OUTPUT else layer_of(modules, name) for name in {one.name for one in made} | readers}
+        if not readers or layers == {layer_of(modules, consumer)}:
             return None
         reason = (
             f"its channels are those of a residual stream: they come from {some_of([one.name for one in made])} and "
             f"also feed {some_of(readers)}"
         )
         return Refusal(consumer, "whole", reason, LEFT_WHOLE)
+
+    def _is_outside(self, consumer: str) -> bool:
+        """Whether a consumer is part of a head or a projector: in no list of layers, or in one of single linears."""
+        layer = layer_of(self.modules, consumer)
+        return layer is None or sum(map(is_linear, self.modules[layer].modules())) == 1
+
+    def _stack_of(self, consumer: str) -> str | None:
+        """Dotted path of the module that stacks the expert that a consumer is part of, if one does."""
+        expert = consumer.rpartition(".")[0]
+        return expert.rpartition(".")[0] or None if isinstance(self.modules[expert], Expert) else None
 
     def _decoded(self, jacobian: Jacobian) -> Units | None:
         key = (jacobian.columns, *((line.axis, line.length, line.source.axis) for line in jacobian.lines))
@@ -180,18 +195,18 @@ class Seeker:
         return True
 
 
-def _kind(model: nn.Module, module: nn.Module, jacobian: Jacobian, features: torch.Tensor, owner: torch.Tensor) -> str:
+def _kind(convolution: bool, jacobian: Jacobian, features: torch.Tensor, owner: torch.Tensor) -> str:
     """What the units are: heads own several rows of a producer, and with one head all units share queries and keys."""
     shared = bool(_shared(jacobian, owner))
     if features.shape[1] > 1:
         owners = zip(jacobian.lines, jacobian.split(owner), strict=True)
         rows = [int((own == 0).sum()) for line, own in owners if line.source.axis is not None]
         # A group of a grouped convolution owns fewer rows than the queries, keys and values of a head make together.
-        group = is_convolution(module) and sum(rows) < 3 * features.shape[1]
+        group = convolution and sum(rows) < 3 * features.shape[1]
         return "channels" if group or max(rows) == 1 else "attention"
     if shared and jacobian.mixes_positions():
         return "attention"
-    return "channels" if is_convolution(module) else "mlp"
+    return "channels" if convolution else "mlp"
 
 
 def _local_jacobian(read: Read, sources: list[Source]) -> Jacobian:
@@ -279,7 +294,7 @@ def _is_rearrangement(tensor: torch.Tensor) -> bool:
     return leaves == 1
 
 
-def _slices(model: nn.Module, line: Line, owners: torch.Tensor, units: int) -> list[Slice]:
+def _slices(modules: Mapping[str, nn.Module], line: Line, owners: torch.Tensor, units: int) -> list[Slice]:
     """Slices of the tensors behind one line: a producer's weight and bias, or the parameter itself."""
     owners = _filled(owners, units)
     counts = owners[owners >= 0].bincount(minlength=units)
@@ -289,11 +304,11 @@ def _slices(model: nn.Module, line: Line, owners: torch.Tensor, units: int) -> l
     index = owners.sort(stable=True).indices[-int(counts.sum()) :].view(units, -1)
     if line.source.axis is None:
         owner, _, name = line.source.name.rpartition(".")
-        module = model.get_submodule(owner)
+        module = modules[owner]
         running = isinstance(module, nn.modules.batchnorm._BatchNorm) and name == "weight"
         names = [name, *(("running_mean", "running_var") if running and module.track_running_stats else ())]
         return [Slice(f"{owner}.{name}".lstrip("."), line.axis, index) for name in names]
-    module = model.get_submodule(line.source.name)
+    module = modules[line.source.name]
     slices = [Slice(f"{line.source.name}.weight", 1 - input_dim(module), index)]
     if module.bias is not None:
         slices.append(Slice(f"{line.source.name}.bias", 0, index))
@@ -321,23 +336,16 @@ def _without_repeats(slices: list[Slice]) -> list[Slice]:
     return list(first.values())
 
 
-def _is_outside(model: nn.Module, consumer: str) -> bool:
-    """Whether a consumer is part of a head or a projector: in no list of layers, or in one of single linears."""
-    layer = layer_of(model, consumer)
-    return layer is None or sum(map(is_linear, model.get_submodule(layer).modules())) == 1
+def _is_row_of_linear(modules: Mapping[str, nn.Module], piece: Slice) -> bool:
+    module = modules[piece.tensor.rpartition(".")[0]]
+    return piece.tensor.endswith(".weight") and is_linear(module) and piece.dim != input_dim(module)
 
 
-def _is_row_of_linear(model: nn.Module, piece: Slice) -> bool:
-    module = model.get_submodule(piece.tensor.rpartition(".")[0])
-    return is_linear(module) and piece.tensor.endswith(".weight") and piece.dim != input_dim(module)
-
-
-def _check_untied(model: nn.Module, slices: Sequence[Slice]) -> None:
+def _check_untied(parameters: Mapping[str, torch.Tensor], slices: Sequence[Slice]) -> None:
     paths: dict[int, list[str]] = {}
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in named.items():
+    for name, parameter in parameters.items():
         paths.setdefault(id(parameter), []).append(name)
     for piece in slices:
-        others = set(paths[id(named[piece.tensor])]) - {piece.tensor} if piece.tensor in named else set()
+        others = set(paths[id(parameters[piece.tensor])]) - {piece.tensor} if piece.tensor in parameters else set()
         if others:
             raise _RefusedError(f"{piece.tensor!r} is tied to {some_of(others)}")

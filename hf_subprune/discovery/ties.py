@@ -1,22 +1,21 @@
 """Find the blocks that can only keep the same units, as they read something that is made once for all of them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 
-from ..blocks import Block, Slice, parameters_per_unit
+from ..blocks import Block, Slice, groups_of, parameters_per_unit
 
 
 def tie_shared(
-    model: nn.Module, blocks: Sequence[Block], readers: Mapping[str, set[str]]
+    parameters: Mapping[str, torch.Tensor], blocks: Sequence[Block], readers: Mapping[str, set[str]]
 ) -> tuple[list[Block], list[tuple[Block, str]]]:
     """Tie blocks whose units own the same entries of the same parameter; it shrinks with the first of them.
 
     Args:
-        model: The model.
+        parameters: Of the model, by dotted path.
         blocks: Named, in the order of the forward; slices of parameters that have other readers are marked as shared.
         readers: By parameter, the consumers that depend on it.
 
@@ -31,21 +30,28 @@ def tie_shared(
     apart: list[tuple[Block, str]] = []
     for group in groups.values():
         first = group[0]
-        parameters = [piece.tensor for piece in _shared(first)]
+        shared = [piece.tensor for piece in _shared(first)]
         consumers = {block.consumer for block in group}
-        outside = {reader for name in parameters for reader in readers[name]} - consumers
-        if not parameters:
+        outside = {reader for name in shared for reader in readers[name]} - consumers
+        if not shared:
             found[first.name] = first
         elif outside or not all(_same_entries(block, first) for block in group):
             for block in group:
                 other = min(outside or consumers - {block.consumer})
-                apart.append((block, f"rows of {parameters[0]!r} that its units own also feed {other!r}"))
+                apart.append((block, f"rows of {shared[0]!r} that its units own also feed {other!r}"))
         else:
             found |= {block.name: block for block in tied_together(group)}
             for name in (block.name for block in group[1:]):
                 own = tuple(piece for piece in found[name].slices if not piece.shared)
-                found[name] = replace(found[name], slices=own, parameters_per_unit=parameters_per_unit(model, own))
+                found[name] = replace(
+                    found[name], slices=own, parameters_per_unit=parameters_per_unit(parameters, own)
+                )
     return [found[block.name] for block in blocks if block.name in found], apart
+
+
+def by_choice(blocks: Iterable[Block]) -> list[tuple[Block, ...]]:
+    """Blocks of one tie together, and any other alone: in the order of their first."""
+    return [together for group in groups_of(blocks) for together in group.choices]
 
 
 def tied_together(blocks: Sequence[Block]) -> list[Block]:

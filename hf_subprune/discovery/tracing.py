@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from ..models.hooks import hooked
 from ..models.linears import feature_axis, input_dim, is_linear
 from ..models.running import floating_tensors, undisturbed
 
@@ -63,6 +65,11 @@ class Trace:
     sources: list[list[Source]]
 
 
+def linears_in(model: nn.Module) -> dict[str, nn.Module]:
+    """The linears that are part of a model, by dotted path."""
+    return {path: module for path, module in model.named_modules() if module is not model and is_linear(module)}
+
+
 @contextmanager
 def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
     """Run the model once with every linear's output replaced by a fresh random leaf that requires a gradient.
@@ -77,15 +84,16 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
     # Tensors made in inference mode cannot be part of a graph; clones of them can.
     with torch.inference_mode(False):
         inputs = tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, dict(inputs))
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linears = linears_in(model)
     reads: list[Read] = []
     leaves: list[Source] = []
     random = torch.Generator().manual_seed(0)
 
-    def cut(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def record(name: str, module: nn.Module, given: torch.Tensor) -> None:
         # A clone, as a later in-place operation on the input would change what its graph says.
-        given = (args[0] if args else next(iter(kwargs.values()))).clone()
-        reads.append(Read(name, given.movedim(feature_axis(module), -1)))
+        reads.append(Read(name, given.clone().movedim(feature_axis(module), -1)))
+
+    def cut(name: str, module: nn.Module, output: Any) -> Any:
         if not isinstance(output, torch.Tensor):
             return output  # a subclass that does more, such as a router
         leaf = _fresh(output, random).requires_grad_()
@@ -93,7 +101,8 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
         # A clone again: an in-place operation on a leaf is an error.
         return leaf.clone()
 
-    handles = []
+    inputs_of = [(name, partial(record, name, module)) for name, module in linears.items()]
+    outputs_of = [(name, partial(cut, name, module)) for name, module in linears.items()]
     with undisturbed(model), torch.enable_grad():
         parameters = []
         for name, parameter in model.named_parameters():
@@ -101,19 +110,8 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
                 parameter.requires_grad_(True)
                 parameters.append(Source(name, parameter, None))
         parameters += _factors(model)
-        try:
-            for name, module in linears.items():
-                handles.append(
-                    module.register_forward_hook(
-                        lambda module, args, kwargs, output, name=name: cut(name, module, args, kwargs, output),
-                        with_kwargs=True,
-                    )
-                )
-            with _Connected():
-                output = model(**inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(model, inputs=inputs_of, outputs=outputs_of), _Connected():
+            output = model(**inputs)
         reads.extend(Read(OUTPUT, tensor) for tensor in floating_tensors(output))
         yield _connected(reads, [*leaves, *parameters])
 

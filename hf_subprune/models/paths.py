@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
+
 from torch import nn
 
 
@@ -15,12 +18,14 @@ def is_inside(path: str, outer: str) -> bool:
     return outer == "" or path.startswith(outer + ".")
 
 
-def layer_of(model: nn.Module, path: str) -> str | None:
-    """Dotted path of the outermost element of a `ModuleList` or `Sequential` that holds `path`, if one does."""
-    module: nn.Module = model
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            return ".".join(parts[: i + 1])
-        module = getattr(module, part)
+def layer_of(modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """Dotted path of the outermost element of a `ModuleList` or `Sequential` that holds `path`, if one does.
+
+    Args:
+        modules: Of a model by dotted path, itself under `""`.
+        path: Of a module.
+    """
+    for outer, inner in pairwise(ancestors_of(path)):
+        if isinstance(modules[outer], (nn.ModuleList, nn.Sequential)):
+            return inner
     return None

@@ -145,7 +145,7 @@ def _block(model: nn.Module, path: str, layer: str, experts: int) -> Block:
         columns=index,
         slices=tuple(slices),
         attributes=tuple(attributes),
-        parameters_per_unit=parameters_per_unit(model, [one for one in slices if one.tensor in parameters]),
+        parameters_per_unit=parameters_per_unit(parameters, slices),
     )
 
 

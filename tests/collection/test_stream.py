@@ -6,6 +6,7 @@ from torch import nn
 from hf_subprune.blocks import Block
 from hf_subprune.collection.planning import plan
 from hf_subprune.collection.stream import Stream
+from hf_subprune.data.batches import Samples
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.models.running import call
 
@@ -109,7 +110,7 @@ def test_every_consumer_sees_what_it_sees_in_a_plain_forward(family):
     for hook in hooks:
         hook.remove()
 
-    stream = Stream(model, plan(model, blocks, batch), [batch])
+    stream = Stream(Samples.of(model, [batch]), plan(model, blocks, batch))
     for segment in stream.plan.segments:
         seen = {b.consumer: [] for b in segment.blocks}
         stream.run(0, inputs=[(path, lambda x, into=into: into.append(x.clone())) for path, into in seen.items()])
@@ -123,7 +124,7 @@ def test_each_layer_runs_once_and_stops_before_the_consumer_that_it_is_told():
     model = tiny("llama")
     batch = probe_inputs(model)
     blocks = consumers(model, "down_proj")
-    stream = Stream(model, plan(model, blocks, batch), [batch])
+    stream = Stream(Samples.of(model, [batch]), plan(model, blocks, batch))
     ran, hooked = [], []
     for name, module in model.named_modules():
         if name.endswith(("o_proj", "down_proj")):
@@ -160,7 +161,7 @@ def test_what_only_leads_to_a_finished_segment_is_not_run_again(read_again):
     model.layers[2].register_forward_hook(lambda _m, args, _y: expected.append(args[0].clone()))
     call(model, batch)
     ran.clear()
-    stream = Stream(model, found, [batch])
+    stream = Stream(Samples.of(model, [batch]), found)
     stream.run(0)
     stream.step()
     for _ in range(2):
@@ -198,9 +199,9 @@ def test_a_layer_that_is_called_twice_is_advanced_with_all_around_it():
     assert segment.path == ""
     assert segment.calls == (2,)
     seen = []
-    Stream(model, plan(model, [block("layers.0")], {"x": torch.ones(2, 4)}), [{"x": torch.ones(2, 4)}]).run(
-        0, inputs=[("layers.0", seen.append)]
-    )
+    batch = {"x": torch.ones(2, 4)}
+    stream = Stream(Samples.of(model, [batch]), plan(model, [block("layers.0")], batch))
+    stream.run(0, inputs=[("layers.0", seen.append)])
     assert len(seen) == 2
 
 
@@ -215,7 +216,7 @@ def test_nothing_stays_on_the_model():
     model = tiny("bert")
     batch = probe_inputs(model)
     before = call(model, batch).logits
-    stream = Stream(model, plan(model, consumers(model, "output.dense"), batch), [batch])
+    stream = Stream(Samples.of(model, [batch]), plan(model, consumers(model, "output.dense"), batch))
     stream.run(0)
     stream.step()
     stream.run(0)
