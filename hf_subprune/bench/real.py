@@ -13,10 +13,11 @@ from ..demo import demo_model_folder, docstrings
 from ..discovery.discover import discover
 from ..models.linears import weight_matrix
 from ..solver.moments import Moments, combine
+from ..solver.objective import objective_of
+from ..solver.problem import Problem
 from ..solver.reweighting import cross_fit, relative_error, reweight
 from ..solver.selection import select
-from ..solver.settings import PRIOR_SHRINKAGE
-from ..solver.solve import regularise
+from ..solver.settings import PRIOR_SHRINKAGE, Settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +77,8 @@ def bench_shrinkage(problem: RealProblem, *, keep: float = 0.5, fixed: tuple[flo
         `chosen`: the lambda; `errors`: by lambda, as text, with `"cross-fitted"` for the chosen one.
     """
     total = problem.total
-    H, C, _ = regularise(total, problem.W, PRIOR_SHRINKAGE)
-    kept = select(H, C, max(1, round(keep * len(H)))).kept
+    objective = objective_of(Problem(problem.folds, problem.W), PRIOR_SHRINKAGE)
+    kept = select(objective, max(1, round(keep * objective.units)), Settings()).kept
     chosen = cross_fit(problem.folds, problem.W, kept).shrinkage
 
     def error(shrinkage: float) -> float:
