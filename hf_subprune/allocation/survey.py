@@ -149,7 +149,7 @@ class Survey:
         """
         if self.stored is not None:
             return StoredWalk(self.stored, blocks)
-        parts = self.plan if list(blocks) == list(self.candidates) else plan(self.model, blocks, self.probe)
+        parts = self.plan if list(blocks) == list(self.candidates) else plan(self.samples, blocks)
         place = work.place(name) if name else None
         return walk(variant, self.samples, parts, self.owners, beforehand=beforehand, folder=place)
 

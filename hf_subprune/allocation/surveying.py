@@ -123,7 +123,7 @@ def _find(
                     choose_layout(model, "stock", inputs=probe).undo()
     candidates = [b for b in blocks if any(_may_shrink(b, target) for target in targets)]
     with work.clock("discovery"):
-        segments = plan(model, candidates, probe)
+        segments = plan(samples, candidates)
     return found, blocks, targets, candidates, segments
 
 

@@ -55,7 +55,7 @@ def demo_problems(samples: int = 128, held_out: int = 32, count: int = 3) -> dic
     blocks = [block for block in discover(model, batches.probe).blocks if block.kind == "mlp"]
     chosen = [blocks[round(i * (len(blocks) - 1) / max(count - 1, 1))] for i in range(count)]
     problems = {}
-    walk = Walk(batches, plan(model, chosen, batches.probe), dict.fromkeys((block.name for block in chosen), 0))
+    walk = Walk(batches, plan(batches, chosen), dict.fromkeys((block.name for block in chosen), 0))
     for segment in walk.left:
         walk.start(segment)
         for block in segment.blocks:

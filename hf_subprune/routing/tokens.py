@@ -93,7 +93,7 @@ def tokens_of(layers: Sequence[RoutedLayer], samples: Samples) -> Iterator[Route
     """The tokens that reach each layer of the original model, in forward order, by one forward of it in all."""
     by_name = {routed.block.name: routed for routed in layers}
     blocks = [routed.block for routed in layers]
-    stream = Stream(samples, plan(samples.model, blocks, samples.probe))
+    stream = Stream(samples, plan(samples, blocks))
     for segment in stream.plan.segments:
         inside = [RoutedTokens(by_name[block.name], samples) for block in segment.blocks]
         for index in range(len(stream.batches)):

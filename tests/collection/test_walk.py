@@ -9,6 +9,7 @@ from hf_subprune.blocks import groups_of
 from hf_subprune.collection.planning import plan
 from hf_subprune.collection.walk import walk
 from hf_subprune.config import PruneConfig
+from hf_subprune.data.batches import Samples
 from hf_subprune.data.reading import read
 from hf_subprune.discovery.discover import discover
 from hf_subprune.models.linears import weight_matrix
@@ -22,7 +23,7 @@ def prepared(family, **overrides):
     model = tiny(family, **overrides)
     calibration = read(model, ready_batches(model), CONFIG)
     blocks = discover(model, calibration.probe).blocks
-    return model, calibration, blocks, plan(model, blocks, calibration.probe)
+    return model, calibration, blocks, plan(calibration, blocks)
 
 
 def check(moments, model, block, B, Y=None):
@@ -63,7 +64,7 @@ def run(model, calibration, blocks, variant, inspect):
     if variant != "layer":
         edits = {block.name: changed(model, block) for block in blocks if block.tie}
         blocks = [block for block in blocks if not block.tie]
-    for block, moments in walked(calibration, plan(model, blocks, calibration.probe), variant, edits):
+    for block, moments in walked(calibration, plan(calibration, blocks), variant, edits):
         inspect(block, moments)
         edits[block.name] = changed(model, block)
     return edits
@@ -167,7 +168,7 @@ def test_activations_that_are_not_finite_name_the_block_and_the_sample(variant):
     batches[1]["pixel_values"][2] = float("nan")
     calibration = read(model, batches, CONFIG)
     blocks = discover(model).blocks
-    segments = plan(model, blocks, ready_batches(model, count=1)[0])
+    segments = plan(Samples.of(model, ready_batches(model, count=1)), blocks)
     with pytest.raises(ValueError, match=rf"{blocks[0].name}.*NaN or inf.*samples? .*2"):
         next(walked(calibration, segments, variant))
 
