@@ -1,19 +1,18 @@
 """Where a consumer's output is added to the residual stream."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..blocks import Block
 from ..data.batches import Samples
 from ..models.experts import is_expert
 from ..models.linears import feature_axis
-from ..models.running import modules_by_path, placed, undisturbed
+from ..models.running import Watch, hooked, modules_by_path, placed, undisturbed
 from .segments import Plan
 
 # Relative size below which a gain, what else is added, or a difference between rows, is taken for zero.
@@ -55,18 +54,18 @@ def find_additions(samples: Samples, plan: Plan) -> dict[str, Addition]:
     """
     found: dict[str, Addition] = {}
     model, modules = samples.model, modules_by_path(samples.model)
-    with undisturbed(model), torch.enable_grad(), ExitStack() as stack:
+    inputs: list[Watch] = []
+    outputs: list[Watch] = []
+    for segment in plan.segments:
+        inside = [block for block in segment.blocks if not is_expert(modules, block.consumer)]
+        axes = {block.consumer: feature_axis(modules[block.consumer]) for block in inside}
+        watch = _Watch(inside, axes, found)
+        for path, _ in modules[segment.path].named_modules(prefix=segment.path):
+            inputs.append((path, watch.at_input(path)))
+            outputs.append((path, watch.at_output(path)))
+        outputs.append((segment.path, watch.cut))  # the layer's output is looked at, then cut off
+    with undisturbed(model), torch.enable_grad(), hooked(model, inputs=inputs, outputs=outputs):
         model.requires_grad_(False)
-        for segment in plan.segments:
-            layer = model.get_submodule(segment.path)
-            inside = [block for block in segment.blocks if not is_expert(modules, block.consumer)]
-            axes = {block.consumer: feature_axis(modules[block.consumer]) for block in inside}
-            watch = _Watch(inside, axes, found)
-            # Hooks run in the order in which they are registered: the layer's output is looked at, then cut off.
-            for path, module in layer.named_modules(prefix=segment.path):
-                stack.callback(module.register_forward_pre_hook(watch.at_input(path), with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(watch.at_output(path)).remove)
-            stack.callback(layer.register_forward_hook(watch.cut).remove)
         model(**placed(model, samples.probe))
     return found
 
@@ -86,14 +85,11 @@ class _Watch:
         self._seen: dict[str, set[tuple[str, bool]]] = {}
         self._ambiguous: set[str] = set()
 
-    def at_input(self, path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._look(path, True, args[0] if args else next(iter(kwargs.values()), None))
+    def at_input(self, path: str) -> Callable[[Any], None]:
+        return partial(self._look, path, True)
 
-        return hook
-
-    def at_output(self, path: str) -> Callable[..., Any]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def at_output(self, path: str) -> Callable[[Any], Any]:
+        def watched(output: Any) -> Any:
             if path in self.consumers and isinstance(output, torch.Tensor):
                 leaf = output.detach().requires_grad_()
                 if path in self._outputs:  # called again before the first output is added: which one would be found?
@@ -106,9 +102,9 @@ class _Watch:
             self._look(path, False, output)
             return output
 
-        return hook
+        return watched
 
-    def cut(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def cut(self, output: Any) -> Any:
         """The graph ends with the segment."""
         self._outputs.clear()
         return tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, output)

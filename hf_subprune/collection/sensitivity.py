@@ -20,7 +20,7 @@ from ..models.experts import by_layer
 from ..models.linears import feature_axis, input_rows, matrix_shape, weight_matrix
 from ..models.offload import device_of
 from ..models.precision import fast_products
-from ..models.running import Batch, forward_replaced, input_device, modules_by_path, placed, undisturbed
+from ..models.running import Batch, forward_replaced, hooked, input_device, modules_by_path, placed, undisturbed
 from ..runs.processes import own_share, processes, summed
 
 # Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output.
@@ -110,12 +110,16 @@ def _run_backwards(
     """Show the sums the gradients of some or all samples, see `output_metrics`."""
     model, batches = samples.model, samples.fit
     generator = torch.Generator()
-    with undisturbed(model), fast_products(model.parameters()), torch.enable_grad(), ExitStack() as stack:
+    inputs = [(block.consumer, total.hold) for total in sums for block in total.blocks]
+    outputs = [(block.consumer, partial(total.watch, block.consumer)) for total in sums for block in total.blocks]
+    with (
+        undisturbed(model),
+        fast_products(model.parameters()),
+        torch.enable_grad(),
+        hooked(model, inputs=inputs, outputs=outputs),
+        ExitStack() as stack,
+    ):
         model.requires_grad_(False)
-        for total in sums:
-            for block in total.blocks:
-                hook = partial(total.watch, block.consumer)
-                stack.callback(model.get_submodule(block.consumer).register_forward_hook(hook).remove)
         for path in recomputed:
             module = model.get_submodule(path)
             # A backward is a call of its own, in which modes of the calls around it are off.
@@ -198,6 +202,7 @@ class _GradientSum:
         self.samples, self.blocks, self.rows, self.file = samples, blocks, 0, file
         self._axis = feature_axis(consumer)
         self.batch: Batch = {}
+        self.held: torch.Tensor | None = None
         self.device = device_of(consumer.weight)
         if file is None:
             self.total = self._zeros(consumer)
@@ -208,8 +213,11 @@ class _GradientSum:
     def _zeros(self, consumer: nn.Module) -> torch.Tensor:
         return torch.zeros(self.m, self.m, dtype=torch.float64, device=self.device)
 
-    def watch(self, consumer: str, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        """Forward hook: the graph starts at the first consumer, gradients are read at every one."""
+    def hold(self, inputs: torch.Tensor) -> None:
+        """Keep what of a consumer's input the backward needs, until its output comes."""
+
+    def watch(self, consumer: str, output: torch.Tensor) -> torch.Tensor:
+        """The graph starts at the first consumer, gradients are read at every one."""
         if not torch.is_grad_enabled():
             return output  # the model itself runs this call, of several, without gradients
         if not output.requires_grad:
@@ -223,13 +231,9 @@ class _GradientSum:
             self._add(g[real].float(), inputs, real)
             self.rows += len(g[real])
 
-        inputs = self._held(args)
+        inputs = self.held
         output.register_hook(add)
         return output
-
-    def _held(self, args: Any) -> Any:
-        """What of a consumer's arguments the backward needs."""
-        return None
 
     def _add(self, g: torch.Tensor, inputs: Any, real: Any) -> None:
         """Gradients `(rows, m)` at the real tokens."""
@@ -256,8 +260,8 @@ class _ActivationGradientSum(_GradientSum):
     def _zeros(self, consumer: nn.Module) -> torch.Tensor:
         return torch.zeros(matrix_shape(consumer)[0], dtype=torch.float64, device=self.device)
 
-    def _held(self, args: Any) -> torch.Tensor:
-        return args[0].detach()
+    def hold(self, inputs: torch.Tensor) -> None:
+        self.held = inputs.detach()
 
     def _add(self, g: torch.Tensor, inputs: torch.Tensor, real: Any) -> None:
         consumer = self.samples.model.get_submodule(self.blocks[0].consumer)

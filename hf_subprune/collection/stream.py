@@ -68,15 +68,15 @@ class Stream:
                 end of the segment (the segment's output is then not computed).
         """
         segment = self.segment
+
+        def finished(output: Any) -> None:
+            self._next[index] = self._stored(index, output)
+            stop()
+
+        if stop_at is None:
+            outputs = [*outputs, (segment.path, finished)]
         with hooked(self.model, inputs=inputs, outputs=outputs), ExitStack() as stack:
-
-            def finished(_module: nn.Module, _args: Any, output: Any) -> None:
-                self._next[index] = self._stored(index, output)
-                stop()
-
-            if stop_at is None:
-                stack.callback(self.model.get_submodule(segment.path).register_forward_hook(finished).remove)
-            else:
+            if stop_at is not None:
                 calls = dict(zip((b.consumer for b in segment.blocks), segment.calls, strict=True))[stop_at]
                 stack.enter_context(_ended_at_call(calls, self.model.get_submodule(stop_at)))
             before = {path: self._read(output) for path, output in self._outputs[index].items()}
@@ -99,19 +99,18 @@ class Stream:
     def _led(self, stand_ins: dict[str, Any]) -> Iterator[None]:
         """Leads of finished segments are not run; what stands in for their outputs is noted when they are."""
 
-        def note(path: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        def note(path: str) -> Callable[[Any], None]:
+            def noted(output: Any) -> None:
                 stand_ins[path] = tree_map(_stand_in, output)
 
-            return hook
+            return noted
 
-        with ExitStack() as stack:
-            for path, position in self.plan.leads.items():
+        unknown = [(path, note(path)) for path in self.plan.leads if path not in stand_ins]
+        known = [path for path, at in self.plan.leads.items() if path in stand_ins and at < self.position]
+        with hooked(self.model, outputs=unknown), ExitStack() as stack:
+            for path in known:
                 module = self.model.get_submodule(path)
-                if path not in stand_ins:
-                    stack.callback(module.register_forward_hook(note(path)).remove)
-                elif position < self.position:
-                    stack.enter_context(forward_replaced(module, partial(_made, stand_ins[path])))
+                stack.enter_context(forward_replaced(module, partial(_made, stand_ins[path])))
             yield
 
     def step(self) -> None:
