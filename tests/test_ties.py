@@ -1,3 +1,5 @@
+from pkgutil import resolve_name
+
 """Blocks that must all keep the same units: found, pruned and stored together."""
 
 import pytest
@@ -8,7 +10,6 @@ from tiny import tiny
 from torch import nn
 from transformers import T5Config, T5Model
 
-import hf_subprune.pruning as pruning
 from hf_subprune import PruneConfig, prune
 from hf_subprune.blocks import groups_of
 from hf_subprune.discovery.discover import discover
@@ -218,13 +219,16 @@ def test_a_size_is_taken_back_exactly(family):
     assert all(torch.equal(one, other) for one, other in zip(outputs(model), expected, strict=True))
 
 
-@pytest.mark.parametrize("stage", ["choose_together", "solve", "verify", "drift"])
+@pytest.mark.parametrize(
+    ("stage", "passes"),  # the fourth solution is that of the first block without a tie
+    [("block.choose_together", 0), ("block.solve_problem", 4), ("outcome.verify", 0), ("outcome.drift", 0)],
+)
 @pytest.mark.parametrize("variant", ["layer", "asym"])
-def test_a_failure_restores_the_model(monkeypatch, stage, variant):
+def test_a_failure_restores_the_model(monkeypatch, stage, passes, variant):
     model = tiny("mpnet")
     before, calls = dict(model.named_parameters()), []
-    passes = {"solve": 4}.get(stage, 0)  # the fourth solution is that of the first block without a tie
-    run = getattr(pruning, stage)
+    stage = f"hf_subprune.solving.{stage}"
+    run = resolve_name(stage)
 
     def fail(*args, **kwargs):
         calls.append(1)
@@ -232,7 +236,7 @@ def test_a_failure_restores_the_model(monkeypatch, stage, variant):
             raise RuntimeError("on purpose")
         return run(*args, **kwargs)
 
-    monkeypatch.setattr(pruning, stage, fail)
+    monkeypatch.setattr(stage, fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         prune(model, ready_batches(model), PruneConfig(**QUICK, variant=variant))
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
