@@ -1,16 +1,19 @@
 """Structured pruning of pretrained Hugging Face Transformers from a few hundred unlabeled samples.
 
-A floor imports only from the floors below it, from the top:
+A floor imports only from those that are named after it, which `tests/test_house.py` reads here and asserts:
 
-- Run from: `cli`, `bench`.
-- Joined: `training`, `checkpoint`, `demo`, `sizes` over `pruning`, the five stages in their order.
-- The stages: `solving`, `allocation`, `routing`, `collection`, `evaluation`, `discovery`; `coverage` surveys them.
+- Run from: `cli`; this `__init__`; `bench`.
+- Joined: `training`, `checkpoint`, `demo`, `sizes`, over `pruning`, the five stages in their order.
+- The stages: `solving`, `allocation`, `routing`, `collection`, `evaluation`, `coverage`, `discovery`.
 - Told and stored: `report`, `loading`, `storage`.
 - Read and cut: `data`, `surgery`.
 - Below: `models`, a torch model in itself; `blocks`; `runs`, what a run keeps; `config`; `solver`, tensors only.
+
+What each folder takes and gives stands in its `__init__`, the words in .github/CONTRIBUTING.md.
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from . import loading  # registers the layout that `from_pretrained` reads  # noqa: F401
@@ -32,6 +35,8 @@ _LAZY = {
     "save_pruned": "report.saving",
 }
 
+__version__ = importlib.metadata.version("hf_subprune")
+
 __all__ = [
     "PruneConfig",
     "PruneReport",
@@ -51,4 +56,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

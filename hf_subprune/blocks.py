@@ -159,30 +159,6 @@ def groups_of(blocks: Iterable[Block]) -> list[Group]:
     return [Group(tuple(members), share(members[0])) for members in together.values()]
 
 
-def by_tie(blocks: Iterable[Block]) -> list[list[Block]]:
-    """Blocks that must keep the same units, together; a block without a tie is alone. In the order of their first."""
-    together: dict[str | Block, list[Block]] = {}
-    for block in blocks:
-        together.setdefault(block.tie or block, []).append(block)
-    return list(together.values())
-
-
-def by_stack(blocks: Iterable[Block]) -> list[list[Block]]:
-    """Experts of one layer together; any other block is alone. In the order of their first."""
-    together: dict[str | Block, list[Block]] = {}
-    for block in blocks:
-        together.setdefault(block.stack or block, []).append(block)
-    return list(together.values())
-
-
-def by_width(blocks: Iterable[Block]) -> list[list[Block]]:
-    """Blocks that must keep equally many units, together: those of a tie or stack. In the order of their first."""
-    together: dict[str | Block, list[Block]] = {}
-    for block in blocks:
-        together.setdefault(block.tie or block.stack or block, []).append(block)
-    return list(together.values())
-
-
 def parameters_per_unit(
     parameters: Mapping[str, torch.Tensor], slices: Iterable[Slice], blocks: Mapping[str, int] | None = None
 ) -> int:

@@ -112,7 +112,7 @@ def prune_checkpoint(
         def attempt(some: Samples) -> PruneReport:
             folder = scratch / f"batches-of-{batches.size}"  # sums of other batches are others in the last bits
             own = Workspace(folder, work.again().clock)
-            return prune_to(take_survey(model, some, [config], None, own), config, own)
+            return prune_to(take_survey(some, [config], None, own), config, own)
 
         report = replace(batches.run(attempt), command=command)
     if state().is_main_process:

@@ -1,7 +1,7 @@
 """`prune` and `prune_sizes`: the five stages in their order.
 
 samples = read(model, data, config, processing_class)         # batches for the model
-survey = take_survey(model, samples, configs, ..., work)      # blocks, targets, what each block would lose
+survey = take_survey(samples, configs, ..., work)      # blocks, targets, what each block would lose
 widths = choose(survey, config, work)                         # who keeps how much
 solved = solve(survey, widths, work)                          # units and new weights, installed block by block
 report = outcome(survey, widths, solved, work)                # proved, made ready to be saved, measured
@@ -81,7 +81,7 @@ def prune(
             own = work.again()
             if whole:
                 return _without_experts(some, config, evaluation, own)
-            return prune_to(take_survey(model, some, [config], evaluation, own), config, own)
+            return prune_to(take_survey(some, [config], evaluation, own), config, own)
 
         return FittingBatches(samples).run(attempt)
 
@@ -125,14 +125,14 @@ def prune_sizes(
             with work.clock("data"):
                 samples = read(model, data, configs[0], processing_class)
             batches = FittingBatches(samples)
-            survey = batches.run(lambda some: take_survey(model, some, configs, evaluation, work))
+            survey = batches.run(lambda some: take_survey(some, configs, evaluation, work))
         for config in configs:
             own = work.again()
 
             def attempt(some: Samples, config: PruneConfig = config, own: Workspace = own) -> PruneReport:
                 nonlocal survey
                 if some is not survey.samples:  # they were halved
-                    survey = take_survey(model, some, configs, evaluation, own)
+                    survey = take_survey(some, configs, evaluation, own)
                 return prune_to(survey, config, own)
 
             with precise_products(parameters):
@@ -177,7 +177,7 @@ def _without_experts(
         else:
             with apart(inside(model)):
                 own = work.again()  # what is taken back of the rest is so while experts are apart
-                survey = replace(take_survey(model, samples, [rest], evaluation, own), original=original)
+                survey = replace(take_survey(samples, [rest], evaluation, own), original=original)
                 report = prune_to(survey, rest, own)
         after = _seconds(samples)
     report = replace(

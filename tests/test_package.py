@@ -1,7 +1,10 @@
 """What `import hf_subprune` brings in, and what it offers."""
 
+import importlib.resources
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +17,25 @@ def test_everything_that_is_offered_is_there():
     assert hf_subprune.SubpruneCallback is SubpruneCallback
     assert hf_subprune.recover is recover
     assert all(getattr(hf_subprune, name) is not None for name in hf_subprune.__all__)
-    assert set(hf_subprune.__all__) <= set(dir(hf_subprune))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = hf_subprune.nothing
+
+
+def test_only_what_is_offered_is_shown():
+    assert [name for name in dir(hf_subprune) if not name.startswith("__")] == sorted(hf_subprune.__all__)
+    assert {"__version__", "__all__", "__doc__", "__file__", "__name__", "__path__"} <= set(dir(hf_subprune))
+
+
+def test_the_version_is_that_of_the_project():
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    (version,) = re.findall(r'^version = "(.+)"$', project.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert hf_subprune.__version__ == version
+
+
+def test_types_and_the_template_of_the_card_are_shipped():
+    package = importlib.resources.files(hf_subprune)
+    assert package.joinpath("py.typed").is_file()
+    assert package.joinpath("report", "card_template.md").is_file()
 
 
 @pytest.mark.slow

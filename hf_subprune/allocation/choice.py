@@ -12,10 +12,10 @@ from ..evaluation.costs import times_in_turn
 from ..report.records import Allocation, Change
 from ..runs.processes import from_process
 from ..runs.workspace import Workspace
+from ..surgery.edits import narrowed
 from .budgets import interpolate
 from .query_heads import better_units
 from .survey import LATENCY_SECONDS, Survey
-from .targets import narrowed
 from .widths import choose_widths
 
 # A latency target is met when what is measured lies between this fraction of it and the target.

@@ -60,7 +60,7 @@ def with_losses(
         keep: Whether moments stay in memory.
     """
     stored: dict[str, BlockMoments] | None = {} if keep else None
-    trials = Propagation(survey.model, survey.samples, evaluation) if curves else None
+    trials = Propagation(survey.samples, evaluation) if curves else None
     found = work.once("curves", lambda: _pass_over(survey, trials, stored, work))
     factors = fill_in(survey.candidates, found.factors)
     losses = {name: tuple((w, factors[name] * e) for w, e in curve.points) for name, curve in found.curves.items()}

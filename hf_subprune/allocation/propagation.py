@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from transformers import PreTrainedModel
 
-from ..blocks import Block, by_width
+from ..blocks import Block, groups_of
 from ..collection.block_moments import FOLDS
 from ..data.batches import Samples
 from ..evaluation.drift import Drift, Outputs, drift, iter_outputs
@@ -33,24 +33,19 @@ class Propagation:
     goes through all others. The factor between measured and predicted drift corrects a block's whole curve.
 
     Args:
-        model: The original.
-        calibration: Batches of all but the first fold are run, the trials having been fitted on the first.
-        evaluation: Quality of a model, more is better; measured in place of the drift on `calibration`.
+        samples: Of the original; batches of all but the first fold are run, the trials having been fitted on that.
+        evaluation: Quality of a model, more is better; measured in place of the drift on `samples`.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        calibration: Samples,
-        evaluation: Callable[[PreTrainedModel], float] | None = None,
-    ):
-        self.model, self.evaluation = model, evaluation
+    def __init__(self, samples: Samples, evaluation: Callable[[PreTrainedModel], float] | None = None):
+        model = self.model = samples.model
+        self.evaluation = evaluation
         self.batches: list[Batch] = []
         self._reference: list[Outputs] = []
         if evaluation is not None:
             self._quality = float(evaluation(model))
             return
-        unseen = [batch for index, batch in enumerate(calibration.fit) if index % FOLDS]
+        unseen = [batch for index, batch in enumerate(samples.fit) if index % FOLDS]
         order = sorted(range(len(unseen)), key=lambda i: abs(i - len(unseen) // 2))  # of middling length first
         unseen = [unseen[index] for index in order]
         for batch, outputs in zip(unseen, iter_outputs(model, unseen), strict=True):
@@ -104,10 +99,10 @@ def measured_blocks(blocks: Sequence[Block]) -> set[str]:
     """Names of the blocks to prune alone (or with their tie or stack): of each kind a dozen, at equal distances."""
     chosen: set[str] = set()
     for kind in {b.kind for b in blocks}:
-        ties = by_width(b for b in blocks if b.kind == kind)
-        count = min(len(ties), _MEASURED_BLOCKS)
+        groups = groups_of(b for b in blocks if b.kind == kind)
+        count = min(len(groups), _MEASURED_BLOCKS)
         for i in range(count):
-            chosen |= {b.name for b in ties[round(i * (len(ties) - 1) / max(count - 1, 1))]}
+            chosen |= {b.name for b in groups[round(i * (len(groups) - 1) / max(count - 1, 1))].blocks}
     return chosen
 
 

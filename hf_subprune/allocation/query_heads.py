@@ -15,8 +15,9 @@ from ..solver.problem import Problem, columns_of
 from ..solver.settings import Settings
 from ..solver.solve import choose
 from ..storage.layout import choose_layout
+from ..surgery.edits import narrowed
 from .survey import Survey
-from .targets import Target, narrowed
+from .targets import Target
 from .widths import choose_units
 
 

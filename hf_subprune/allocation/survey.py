@@ -41,8 +41,7 @@ class Survey:
     """A model with all that pruning it to any of several sizes needs.
 
     Args:
-        model: As it was when it was surveyed, and as it is to be when a size is chosen.
-        samples: The batches.
+        samples: The batches, and their model, as it was when it was surveyed and is to be when a size is chosen.
         configs: The sizes; they differ in size only.
         probe: A small batch, on the model's device.
         found: All blocks and refusals.
@@ -61,7 +60,6 @@ class Survey:
         present: By block name, `(k,)` int64, sorted: the units that are left of a block that is masked in part.
     """
 
-    model: PreTrainedModel
     samples: Samples
     configs: Sequence[PruneConfig]
     probe: Batch
@@ -79,6 +77,11 @@ class Survey:
     query_losses: Mapping[str, Points] = field(default_factory=dict)
     stored: Mapping[str, BlockMoments] | None = None
     present: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """That of the samples."""
+        return self.samples.model
 
     @property
     def settings(self) -> Settings:
@@ -146,7 +149,7 @@ class Survey:
         """
         if self.stored is not None:
             return StoredWalk(self.stored, blocks)
-        parts = self.plan if list(blocks) == list(self.candidates) else plan(self.model, blocks, self.probe)
+        parts = self.plan if list(blocks) == list(self.candidates) else plan(self.samples, blocks)
         place = work.place(name) if name else None
         return walk(variant, self.samples, parts, self.owners, beforehand=beforehand, folder=place)
 

@@ -26,16 +26,16 @@ from ..runs.memory import release_memory
 from ..runs.processes import from_process, processes
 from ..runs.workspace import Workspace
 from ..storage.layout import choose_layout
+from ..surgery.edits import narrowed
 from .losses import with_losses
 from .survey import Survey
-from .targets import Target, narrowed, resolve
+from .targets import Target, resolve
 from .widths import check_target
 
 logger = logging.get_logger(__name__)
 
 
 def take_survey(
-    model: PreTrainedModel,
     samples: Samples,
     configs: Sequence[PruneConfig],
     evaluation: Callable[[PreTrainedModel], float] | None,
@@ -44,8 +44,7 @@ def take_survey(
     """All that is known of a model before units are removed from it.
 
     Args:
-        model: In a `session`; left as it is.
-        samples: The batches.
+        samples: The batches, and their model in a `session`, which is left as it is.
         configs: The sizes; they differ in size only.
         evaluation: As for `prune`.
         work: What is found is kept there, and read again when a run that was stopped is started again with the same
@@ -58,21 +57,20 @@ def take_survey(
     first = configs[0]
     if "experts" in first.units:
         raise ValueError("Whole experts are removed by `prune`, to one size, not in training: leave them out.")
-    probe = send_to_device(samples.probe, input_device(model))
+    probe = send_to_device(samples.probe, input_device(samples.model))
     found, blocks, targets, candidates, segments = work.once(  # in one file: a block is one object everywhere
-        "blocks", lambda: _find(model, samples, configs, probe, work)
+        "blocks", lambda: _find(samples, configs, probe, work)
     )
     targets = from_process(0, targets)  # latencies differ from process to process
     needs_curves = needs_losses(configs) and bool(candidates)
     needs_metrics = first.loss_aware and bool(candidates) and (needs_curves or first.importance == "greedy")
     if evaluation is not None and not any(c.allocation() == "equal_loss" for c in configs):
         raise ValueError("`evaluation` is read by budget='equal_loss' only: choose that budget, or leave it out.")
-    needed = _scratch_bytes(model, samples, candidates, first) if needs_metrics else 0
+    needed = _scratch_bytes(samples, candidates, first) if needs_metrics else 0
     work.check_space(needed, "what the run keeps of each layer")
     with work.clock("evaluation"):
         original = work.once("original", lambda: Original.of(samples))
     survey = Survey(
-        model=model,
         samples=samples,
         configs=list(configs),
         probe=probe,
@@ -88,7 +86,7 @@ def take_survey(
         survey = _with_sensitivities(survey, needs_metrics, first.importance == "activation_gradient", work)
     grouped = any(b.queries is not None for b in candidates)  # these are looked at before they are pruned
     shared = first.streams() == "layer" and (needs_curves or len(configs) > 1 or grouped)
-    keep = shared and work.holds(sum(_moment_bytes(model, block) for block in candidates))
+    keep = shared and work.holds(sum(_moment_bytes(samples, block) for block in candidates))
     if needs_curves or keep:
         survey = with_losses(survey, evaluation, work, curves=needs_curves, keep=keep)
     release_memory()
@@ -110,13 +108,14 @@ def looked_at_again(survey: Survey) -> Survey:
 
 
 def _find(
-    model: PreTrainedModel, samples: Samples, configs: Sequence[PruneConfig], probe: Batch, work: Workspace
+    samples: Samples, configs: Sequence[PruneConfig], probe: Batch, work: Workspace
 ) -> tuple[Discovery, list[Block], list[Target], list[Block], Plan]:
+    model = samples.model
     with work.clock("discovery"):
         found = discover(model, probe)
         blocks = choose_blocks(found.blocks, found.refusals, configs[0])
     with work.clock("targets"):
-        targets = resolve(model, blocks, configs, samples.held_out[0])
+        targets = resolve(samples, blocks, configs)
         for config, target in zip(configs, targets, strict=True):
             widths = check_target(blocks, target, config)
             if config.layout == "stock":  # refused now rather than after the work
@@ -124,7 +123,7 @@ def _find(
                     choose_layout(model, "stock", inputs=probe).undo()
     candidates = [b for b in blocks if any(_may_shrink(b, target) for target in targets)]
     with work.clock("discovery"):
-        segments = plan(model, candidates, probe)
+        segments = plan(samples, candidates)
     return found, blocks, targets, candidates, segments
 
 
@@ -145,18 +144,18 @@ def _owners(blocks: Sequence[Block], curves: bool) -> dict[str, int]:
     return {block.name: turn % processes() for turn, group in enumerate(turns) for block in group}
 
 
-def _scratch_bytes(model: PreTrainedModel, samples: Samples, candidates: Sequence[Block], config: PruneConfig) -> int:
+def _scratch_bytes(samples: Samples, candidates: Sequence[Block], config: PruneConfig) -> int:
     """At most: what is kept of the calibration samples (twice, while a layer runs), sensitivities, new weights."""
-    shapes = [matrix_shape(model.get_submodule(block.consumer)) for block in candidates]
-    itemsize = model.dtype.itemsize
+    shapes = [matrix_shape(samples.model.get_submodule(block.consumer)) for block in candidates]
+    itemsize = samples.model.dtype.itemsize
     rows = sum(next(iter(batch.values())).numel() for batch in (*samples.fit, *samples.held_out))
     streams = 2 if config.streams() in TWO_STREAMS else 1
     states = 2 * rows * max(m for _, m in shapes) * itemsize * streams
     return states + sum(8 * m * m + 2 * n * m * itemsize for n, m in shapes)
 
 
-def _moment_bytes(model: PreTrainedModel, block: Block) -> int:
-    n, _ = matrix_shape(model.get_submodule(block.consumer))
+def _moment_bytes(samples: Samples, block: Block) -> int:
+    n, _ = matrix_shape(samples.model.get_submodule(block.consumer))
     return (FOLDS + 1) * n * n * 8
 
 
@@ -171,9 +170,8 @@ def _with_sensitivities(survey: Survey, metrics: bool, gradients: bool, work: Wo
 
 def _sensitivities(survey: Survey, work: Workspace | None) -> Means:
     metrics = output_metrics(
-        survey.model,
+        survey.samples,
         survey.candidates,
-        survey.samples.fit,
         seed=survey.configs[0].seed,
         recomputed=_recomputed(survey),
         folder=None if work is None else work.place("sensitivities"),
@@ -186,11 +184,7 @@ def _sensitivities(survey: Survey, work: Workspace | None) -> Means:
 
 def _activation_gradients(survey: Survey) -> Mapping[str, Any]:
     return activation_gradients(
-        survey.model,
-        survey.candidates,
-        survey.samples.fit,
-        seed=survey.configs[0].seed,
-        recomputed=_recomputed(survey),
+        survey.samples, survey.candidates, seed=survey.configs[0].seed, recomputed=_recomputed(survey)
     )
 
 

@@ -1,19 +1,17 @@
 """The size that the user asks for, as a cost of every width of every block and a limit on their sum."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import pairwise
 
 import torch
-from transformers import PreTrainedModel
 
-from ..blocks import Block, by_width
+from ..blocks import Block, groups_of
 from ..config import PruneConfig, parse_size
+from ..data.batches import Samples
 from ..evaluation.costs import count_macs, count_parameters, measure_latency, times_in_turn
-from ..models.running import Batch
-from ..surgery.edits import shrink
+from ..surgery.edits import narrowed
 
 # Fractions of the units at which latency is measured, and seconds a measurement takes.
 _MEASURED = (0.125, 0.25, 0.5, 0.75)
@@ -81,35 +79,32 @@ class Target:
         return sum(cost[-1] - cost[widths[block.name]] for block, cost in zip(blocks, costs, strict=True))
 
 
-def resolve(
-    model: PreTrainedModel, blocks: Sequence[Block], configs: Sequence[PruneConfig], batch: Batch
-) -> list[Target]:
+def resolve(samples: Samples, blocks: Sequence[Block], configs: Sequence[PruneConfig]) -> list[Target]:
     """The target of each config on this model; widths are timed once for all of them.
 
     Args:
-        model: Unpruned.
+        samples: For the unpruned model; MACs and latency are counted on the first batch held out.
         blocks: That may be pruned.
         configs: Exactly one of `keep`, `params`, `macs`, `latency` and `size` is set in each.
-        batch: What MACs (its first sample) and latency are counted on.
     """
 
     @cache
     def timed() -> tuple[_Timed, _Costs]:
         of_queries = _queries(blocks)
-        return _latencies(model, blocks, batch), _latencies(model, of_queries, batch)[0] if of_queries else {}
+        return _latencies(samples, blocks), _latencies(samples, of_queries)[0] if of_queries else {}
 
-    return [_target(model, blocks, config, batch, timed) for config in configs]
+    return [_target(samples, blocks, config, timed) for config in configs]
 
 
 def _target(
-    model: PreTrainedModel,
+    samples: Samples,
     blocks: Sequence[Block],
     config: PruneConfig,
-    batch: Batch,
     timed: Callable[[], tuple[_Timed, _Costs]],
 ) -> Target:
     if config.keep is not None:
         return keep_target(blocks, config)
+    model, batch = samples.model, samples.held_out[0]
     names = tuple(b.name for b in blocks)
     of_queries = _queries(blocks)
     latencies: tuple[tuple[str, int, int, float], ...] = ()
@@ -119,16 +114,14 @@ def _target(
     elif config.size is not None:
         limit, stored_in = parse_size(config.size)
         dtype = None if stored_in is None else _DTYPES[stored_in]
-        name, unit, full = "size", "bytes", float(_bytes(model, dtype))
-        costs, queries = (
-            {b.name: _linear(_bytes_per_unit(model, b, dtype), b.units) for b in some} for some in (blocks, of_queries)
-        )
+        name, unit, full = "size", "bytes", float(_bytes(samples, dtype))
+        costs, queries = (_sizes(samples, some, dtype) for some in (blocks, of_queries))
     elif config.macs is not None:
         name, full = "macs", float(count_macs(model, batch))
         length = batch["input_ids"].shape[1] if "input_ids" in batch else None
         unit = "multiply-accumulates a sample" + (f" of {length} tokens" if length else "")
         limit = config.macs * full if config.macs <= 1 else float(config.macs)
-        costs, queries = (_macs(model, some, batch, full) for some in (blocks, of_queries))
+        costs, queries = (_macs(samples, some, full) for some in (blocks, of_queries))
     else:
         name, unit = "latency", "seconds"
         (costs, full, latencies), queries = timed()
@@ -173,9 +166,11 @@ def _parameters(blocks: Sequence[Block]) -> dict[str, tuple[float, ...]]:
     return {b.name: _linear(b.parameters_per_unit, b.units) for b in blocks}
 
 
-def _macs(model: PreTrainedModel, blocks: Sequence[Block], batch: Batch, full: float) -> dict[str, tuple[float, ...]]:
+def _macs(samples: Samples, blocks: Sequence[Block], full: float) -> dict[str, tuple[float, ...]]:
+    model, batch = samples.model, samples.held_out[0]
     costs: dict[str, tuple[float, ...]] = {}
-    for tie in by_width(blocks):
+    for group in groups_of(blocks):
+        tie = group.blocks
         units, least = tie[0].units, tie[0].sets
         with narrowed(model, tie, dict.fromkeys([b.name for b in tie], least)):
             fewest = count_macs(model, batch)
@@ -188,28 +183,33 @@ def _linear(per_unit: float, units: int) -> tuple[float, ...]:
     return tuple(per_unit * width for width in range(units + 1))
 
 
-def _bytes(model: PreTrainedModel, dtype: torch.dtype | None) -> int:
-    parameters = list(model.parameters())
+def _bytes(samples: Samples, dtype: torch.dtype | None) -> int:
+    parameters = list(samples.model.parameters())
     return sum(p.numel() * _itemsize(p, dtype) for p in parameters) + _HEADER * len(parameters)
 
 
-def _bytes_per_unit(model: PreTrainedModel, block: Block, dtype: torch.dtype | None) -> float:
-    weight = model.get_submodule(block.consumer).weight
-    return block.parameters_per_unit * _itemsize(weight, dtype)  # type: ignore[arg-type]
+def _sizes(samples: Samples, blocks: Sequence[Block], dtype: torch.dtype | None) -> _Costs:
+    weights = {block.name: samples.model.get_submodule(block.consumer).weight for block in blocks}
+    return {
+        b.name: _linear(b.parameters_per_unit * _itemsize(weights[b.name], dtype), b.units)  # type: ignore[arg-type]
+        for b in blocks
+    }
 
 
 def _itemsize(tensor: torch.Tensor, dtype: torch.dtype | None) -> int:
     return dtype.itemsize if dtype is not None and tensor.is_floating_point() else tensor.element_size()
 
 
-def _latencies(model: PreTrainedModel, blocks: Sequence[Block], batch: Batch) -> _Timed:
+def _latencies(samples: Samples, blocks: Sequence[Block]) -> _Timed:
     """Seconds by block and width, seconds of the whole model, and the table of what was measured.
 
     Blocks of one kind and size are narrowed together, which adds up what each saves above the noise, and share it.
     """
+    model, batch = samples.model, samples.held_out[0]
     full = measure_latency(model, batch, _SECONDS)
     families: dict[tuple[str, int, int], list[Block]] = {}
-    for tie in by_width(blocks):
+    for group in groups_of(blocks):
+        tie = group.blocks
         families.setdefault((tie[-1].kind, tie[-1].units, tie[-1].parameters_per_unit), []).extend(tie)
     costs: dict[str, tuple[float, ...]] = {}
     table: list[tuple[str, int, int, float]] = []
@@ -225,16 +225,6 @@ def _latencies(model: PreTrainedModel, blocks: Sequence[Block], batch: Batch) ->
         curve = _fit_costs(widths, [(full - s) / len(family) for s in seconds], units)
         costs |= {block.name: curve for block in family}
     return costs, full, tuple(table)
-
-
-@contextmanager
-def narrowed(model: PreTrainedModel, blocks: Sequence[Block], widths: Mapping[str, int]) -> Iterator[None]:
-    """The model with the first units of each block, not reweighted, for the time being."""
-    with ExitStack() as stack:
-        for block in blocks:
-            if widths[block.name] < block.units:
-                stack.callback(shrink(model, block, block.first(widths[block.name])).undo)
-        yield
 
 
 def _fit_costs(widths: Sequence[int], saved: Sequence[float], units: int) -> tuple[float, ...]:

@@ -21,6 +21,7 @@ from ..data.reading import read
 from ..evaluation.drift import drift
 from ..models.forms import apart
 from ..models.linears import weight_matrix
+from ..models.running import evaluating
 from ..runs.workspace import Workspace
 from ..solver.moments import combine
 from ..solver.problem import columns_of
@@ -62,8 +63,8 @@ def bench_budgets(
         as `allocation.scalar_drift` counts it; `figures`, the drift in full.
     """
     base = replace(config, variant="layer", keep=min(keeps), layout="ragged", round_to=1)
-    with apart(model.modules()):
-        survey = take_survey(model.eval(), read(model, data, base, processing_class), [base], None, Workspace())
+    with evaluating(model), apart(model.modules()):
+        survey = take_survey(read(model, data, base, processing_class), [base], None, Workspace())
         drifts = _Drifts(survey)
         rows = []
         for keep in keeps:

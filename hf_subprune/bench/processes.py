@@ -89,7 +89,7 @@ def _calibration(config: LlamaConfig, count: int) -> tuple[float, float]:
     wanted = PruneConfig(samples=count, held_out=held_out, batch_size=4)
     samples = read(model, random_batches(config, count + held_out, LENGTH), wanted)
     blocks = discover(model, samples.probe).blocks
-    segments = plan(model, blocks, samples.probe)
+    segments = plan(samples, blocks)
     owners = {block.name: turn % processes() for turn, block in enumerate(blocks)}
     state().wait_for_everyone()
     wall, cpu = time.perf_counter(), time.process_time()

@@ -13,10 +13,11 @@ from ..demo import demo_model_folder, docstrings
 from ..discovery.discover import discover
 from ..models.linears import weight_matrix
 from ..solver.moments import Moments, combine
+from ..solver.objective import objective_of
+from ..solver.problem import Problem
 from ..solver.reweighting import cross_fit, relative_error, reweight
 from ..solver.selection import select
-from ..solver.settings import PRIOR_SHRINKAGE
-from ..solver.solve import regularise
+from ..solver.settings import PRIOR_SHRINKAGE, Settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ def demo_problems(samples: int = 128, held_out: int = 32, count: int = 3) -> dic
     blocks = [block for block in discover(model, batches.probe).blocks if block.kind == "mlp"]
     chosen = [blocks[round(i * (len(blocks) - 1) / max(count - 1, 1))] for i in range(count)]
     problems = {}
-    walk = Walk(batches, plan(model, chosen, batches.probe), dict.fromkeys((block.name for block in chosen), 0))
+    walk = Walk(batches, plan(batches, chosen), dict.fromkeys((block.name for block in chosen), 0))
     for segment in walk.left:
         walk.start(segment)
         for block in segment.blocks:
@@ -76,8 +77,8 @@ def bench_shrinkage(problem: RealProblem, *, keep: float = 0.5, fixed: tuple[flo
         `chosen`: the lambda; `errors`: by lambda, as text, with `"cross-fitted"` for the chosen one.
     """
     total = problem.total
-    H, C, _ = regularise(total, problem.W, PRIOR_SHRINKAGE)
-    kept = select(H, C, max(1, round(keep * len(H)))).kept
+    objective = objective_of(Problem(problem.folds, problem.W), PRIOR_SHRINKAGE)
+    kept = select(objective, max(1, round(keep * objective.units)), Settings()).kept
     chosen = cross_fit(problem.folds, problem.W, kept).shrinkage
 
     def error(shrinkage: float) -> float:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ..solver.moments import Moments
-from ..solver.selection import backward, greedy, objective, select
-from ..solver.solve import regularise
+from ..solver.objective import Objective, regularise
+from ..solver.selection import backward, greedy, select
+from ..solver.settings import Settings
 
 # (n, m): inputs and outputs of the consumers of a small encoder and of BERT-base.
 SIZES = ((384, 96), (1536, 384), (3072, 768))
@@ -132,22 +133,25 @@ def bench_solver(
 
 def _bench_problem(name, moments, W, *, keep, device, yardsticks, repeats, seed) -> list[dict[str, Any]]:
     H, C, t = regularise(moments, W, _SHRINKAGE)
-    H, C = H.to(device), C.to(device)
+    objective = Objective(H.to(device), C.to(device))
+    H, C = objective.H, objective.C
     n, m = C.shape
     k = max(1, round(keep * n))
     kept: dict[str, tuple[torch.Tensor, float, int]] = {}
     cholesky, _ = _timed(lambda: torch.linalg.cholesky(H), repeats, H.device)
-    seconds, path = _timed(lambda: greedy(H, C, k), repeats, H.device)
+    seconds, path = _timed(lambda: greedy(objective, k), repeats, H.device)
     kept["greedy"] = (path.kept(k), seconds, 0)
     if yardsticks:
         seconds, path = _timed(
-            lambda: greedy(H, C, k, epsilon=0.01, generator=torch.Generator().manual_seed(seed)), repeats, H.device
+            lambda: greedy(objective, k, epsilon=0.01, generator=torch.Generator().manual_seed(seed)),
+            repeats,
+            H.device,
         )
         kept["stochastic greedy"] = (path.kept(k), seconds, 0)
-        seconds, path = _timed(lambda: backward(H, C, k), repeats, H.device)
+        seconds, path = _timed(lambda: backward(objective, k), repeats, H.device)
         kept["backward"] = (path.kept(k), seconds, 0)
     for start in ("greedy", "backward") if yardsticks else ("greedy",):
-        seconds, chosen = _timed(partial(select, H, C, k, method=start), 1, H.device)
+        seconds, chosen = _timed(partial(select, objective, k, Settings(method=start)), 1, H.device)
         kept[f"{start} + swaps"] = (chosen.kept, seconds, chosen.swaps)
     slow = None
     if yardsticks:
@@ -168,7 +172,7 @@ def _bench_problem(name, moments, W, *, keep, device, yardsticks, repeats, seed)
             "cholesky_seconds": cholesky,
             "ratio_to_cholesky": seconds / cholesky,
             "speedup_over_rank_one": None if slow is None else slow / seconds,
-            "relative_error": 1 - objective(H, C, columns) / t if t > 0 else 0.0,
+            "relative_error": 1 - objective.value(columns) / t if t > 0 else 0.0,
             "swaps": swaps,
         }
         for method, (columns, seconds, swaps) in kept.items()

@@ -66,7 +66,7 @@ def inspect(
     if every:
         _survey(out, tuple(head or ("base", "main")))
         return
-    from ..blocks import by_stack
+    from ..blocks import Block
     from ..data.datafiles import load_model
     from ..discovery.discover import discover
     from ..report.tables import refusal_table
@@ -76,7 +76,10 @@ def inspect(
     table = Table(title=f"Prunable blocks of {type(loaded).__name__}", title_justify="left")
     for name in ("block", "kind", "units", "parameters"):
         table.add_column(name, justify="left" if name in ("block", "kind") else "right")
-    for group in by_stack(found.blocks):
+    rows: dict[str, list[Block]] = {}
+    for block in found.blocks:
+        rows.setdefault(block.stack or block.name, []).append(block)
+    for group in rows.values():
         name, units = group[0].name, str(group[0].units)
         if group[0].queries is not None:
             units += f" (queries: {group[0].queries.units})"

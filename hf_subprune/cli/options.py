@@ -100,7 +100,7 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
-        chosen = {option.name: given.pop(option.name) for option in options}
+        chosen = {option.name: given.pop(option.name, None) for option in options}
         command(configs=_configs(chosen), **given)
 
     signature = introspection.signature(command)

@@ -1,18 +1,18 @@
 """Where a consumer's output is added to the residual stream."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..blocks import Block
+from ..data.batches import Samples
 from ..models.experts import is_expert
 from ..models.linears import feature_axis
-from ..models.running import Batch, modules_by_path, placed, undisturbed
+from ..models.running import Watch, hooked, modules_by_path, placed, undisturbed
 from .segments import Plan
 
 # Relative size below which a gain, what else is added, or a difference between rows, is taken for zero.
@@ -40,7 +40,7 @@ class Addition:
         return torch.where(live, (value - gain * output) / torch.where(live, gain, 1), 0)
 
 
-def find_additions(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, Addition]:
+def find_additions(samples: Samples, plan: Plan) -> dict[str, Addition]:
     """By block name, the first tensor behind the consumer that is its output with something added.
 
     One forward and some short backwards show it: there, and only there, the derivative by the consumer's output is the
@@ -49,23 +49,24 @@ def find_additions(model: nn.Module, plan: Plan, batch: Batch) -> dict[str, Addi
     Pegasus-X, or they are experts, which see some of the tokens.
 
     Args:
-        model: In eval mode.
-        plan: Its segments; the addition lies in the block's segment.
-        batch: A small one.
+        samples: Their probe is run, in their model, in eval mode.
+        plan: The segments; the addition lies in the block's segment.
     """
     found: dict[str, Addition] = {}
-    modules = modules_by_path(model)
-    with undisturbed(model), torch.enable_grad(), ExitStack() as stack:
+    model, modules = samples.model, modules_by_path(samples.model)
+    inputs: list[Watch] = []
+    outputs: list[Watch] = []
+    for segment in plan.segments:
+        inside = [block for block in segment.blocks if not is_expert(modules, block.consumer)]
+        axes = {block.consumer: feature_axis(modules[block.consumer]) for block in inside}
+        watch = _Watch(inside, axes, found)
+        for path, _ in modules[segment.path].named_modules(prefix=segment.path):
+            inputs.append((path, watch.at_input(path)))
+            outputs.append((path, watch.at_output(path)))
+        outputs.append((segment.path, watch.cut))  # the layer's output is looked at, then cut off
+    with undisturbed(model), torch.enable_grad(), hooked(model, inputs=inputs, outputs=outputs):
         model.requires_grad_(False)
-        for segment in plan.segments:
-            layer = model.get_submodule(segment.path)
-            watch = _Watch(model, [block for block in segment.blocks if not is_expert(modules, block.consumer)], found)
-            # Hooks run in the order in which they are registered: the layer's output is looked at, then cut off.
-            for path, module in layer.named_modules(prefix=segment.path):
-                stack.callback(module.register_forward_pre_hook(watch.at_input(path), with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(watch.at_output(path)).remove)
-            stack.callback(layer.register_forward_hook(watch.cut).remove)
-        model(**placed(model, batch))
+        model(**placed(model, samples.probe))
     return found
 
 
@@ -77,22 +78,18 @@ def first_tensor(values: Any) -> torch.Tensor | None:
 class _Watch:
     """Looks at every tensor in one segment, for those blocks whose consumer has been called."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], found: dict[str, Addition]):
+    def __init__(self, blocks: Sequence[Block], axes: Mapping[str, int], found: dict[str, Addition]):
         self.consumers = {block.consumer: block.name for block in blocks}
-        self.axes = {block.consumer: feature_axis(model.get_submodule(block.consumer)) for block in blocks}
-        self.found = found
+        self.axes, self.found = axes, found
         self._outputs: dict[str, torch.Tensor] = {}
         self._seen: dict[str, set[tuple[str, bool]]] = {}
         self._ambiguous: set[str] = set()
 
-    def at_input(self, path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._look(path, True, args[0] if args else next(iter(kwargs.values()), None))
+    def at_input(self, path: str) -> Callable[[Any], None]:
+        return partial(self._look, path, True)
 
-        return hook
-
-    def at_output(self, path: str) -> Callable[..., Any]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def at_output(self, path: str) -> Callable[[Any], Any]:
+        def watched(output: Any) -> Any:
             if path in self.consumers and isinstance(output, torch.Tensor):
                 leaf = output.detach().requires_grad_()
                 if path in self._outputs:  # called again before the first output is added: which one would be found?
@@ -105,9 +102,9 @@ class _Watch:
             self._look(path, False, output)
             return output
 
-        return hook
+        return watched
 
-    def cut(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def cut(self, output: Any) -> Any:
         """The graph ends with the segment."""
         self._outputs.clear()
         return tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, output)

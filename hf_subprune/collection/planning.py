@@ -1,7 +1,7 @@
 """Split a model into segments, and prove that they can be run one at a time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,16 +10,17 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..blocks import Block, some_of
+from ..data.batches import Samples
 from ..models.paths import ancestors_of, is_inside
-from ..models.running import Batch, call
+from ..models.running import call, hooked
 from .segments import Plan, Segment
 from .stream import Stream
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
-def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
-    """Split a model into segments by watching one forward on `batch` (a small one will do).
+def plan(samples: Samples, blocks: Sequence[Block]) -> Plan:
+    """Split the model of samples into segments by watching one forward on their probe.
 
     The split is checked on the spot: replayed segment by segment, each must see exactly the inputs that it saw in the
     plain forward.
@@ -27,20 +28,19 @@ def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
     Raises:
         ValueError: the forward does not call the consumers of some blocks; the message names these.
     """
-    modules = dict(model.named_modules())
+    probe = Samples.of(samples.model, [samples.probe])
+    modules = dict(samples.model.named_modules())
     calls: dict[str, int] = {}
     paths = {path for block in blocks for module in _modules(block) for path in ancestors_of(module)}
 
-    def count(path: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+    def count(path: str) -> Callable[[Any], None]:
+        def called(_: Any) -> None:
             calls[path] = calls.get(path, 0) + 1  # a dict keeps the order of the first calls
 
-        return hook
+        return called
 
-    with ExitStack() as stack:
-        for path in paths:
-            stack.callback(modules[path].register_forward_pre_hook(count(path)).remove)
-        call(model, batch)
+    with hooked(samples.model, inputs=[(path, count(path)) for path in paths]):
+        call(samples.model, probe.fit[0])
 
     if unreached := [b.name for b in blocks if b.consumer not in calls]:
         raise ValueError(
@@ -61,15 +61,15 @@ def plan(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> Plan:
         Segment(path, tuple(inside), tuple(calls[b.consumer] for b in inside))
         for path, inside in sorted(members.items(), key=lambda item: order.index(item[0]))
     ]
-    leads = _leads(model, segments, batch)
+    leads = _leads(probe, segments)
     for retain_all in (False, True):
         found = Plan(tuple(segments), retain_all)
-        if leads and _replays_exactly(model, replace(found, leads=leads), batch):
+        if leads and _replays_exactly(probe, replace(found, leads=leads)):
             return replace(found, leads=leads)
-        if _replays_exactly(model, found, batch):
-            alone = {p: at for p, at in leads.items() if _replays_exactly(model, replace(found, leads={p: at}), batch)}
+        if _replays_exactly(probe, found):
+            alone = {p: at for p, at in leads.items() if _replays_exactly(probe, replace(found, leads={p: at}))}
             together = replace(found, leads=alone)
-            return together if alone and _replays_exactly(model, together, batch) else found
+            return together if alone and _replays_exactly(probe, together) else found
     whole = Segment("", tuple(reached), tuple(calls[b.consumer] for b in reached))
     return Plan((whole,), False)
 
@@ -116,71 +116,68 @@ class _Seen:
     outputs: dict[str, Any] = field(default_factory=dict)
 
 
-@contextmanager
-def _watched(model: nn.Module, paths: Sequence[str], seen: _Seen) -> Iterator[None]:
-    def note_inputs(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+def _watched(probe: Samples, paths: Sequence[str], seen: _Seen) -> AbstractContextManager[None]:
+    def note_inputs(path: str) -> Callable[[Any, Any], None]:
+        def note(args: Any, kwargs: Any) -> None:
             seen.inputs[path] = [x.clone() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
 
-        return hook
+        return note
 
-    def note_output(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+    def note_output(path: str) -> Callable[[Any], None]:
+        def note(output: Any) -> None:
             seen.outputs[path] = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, output)
 
-        return hook
+        return note
 
-    with ExitStack() as stack:
-        for path in paths:
-            module = model.get_submodule(path)
-            stack.callback(module.register_forward_pre_hook(note_inputs(path), with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(note_output(path)).remove)
-        yield
+    return hooked(
+        probe.model,
+        arguments=[(path, note_inputs(path)) for path in paths],
+        outputs=[(path, note_output(path)) for path in paths],
+    )
 
 
-def _leads(model: nn.Module, segments: Sequence[Segment], batch: Batch) -> dict[str, int]:
+def _leads(probe: Samples, segments: Sequence[Segment]) -> dict[str, int]:
     """Modules with weights, called once and outside of all segments, and the position of the segment called next."""
     paths = {segment.path for segment in segments}
     above = {ancestor for path in paths for ancestor in ancestors_of(path)[:-1]}
     begun: set[str] = set()
     ended: dict[str, list[int | None]] = {}
 
-    def begin(path: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            begun.add(path)
+    def begin(path: str) -> Callable[[Any], None]:
+        return lambda _: begun.add(path)
 
-        return hook
-
-    def end(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+    def end(path: str) -> Callable[[Any], None]:
+        def note(output: Any) -> None:
             leaves = [leaf for leaf in tree_leaves(output) if leaf is not None]
             plain = all(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves)
             ended.setdefault(path, []).append(len(begun) if plain and len(begun) < len(segments) else None)
 
-        return hook
+        return note
 
-    with ExitStack() as stack:
-        for path in paths:
-            stack.callback(model.get_submodule(path).register_forward_pre_hook(begin(path)).remove)
-        for path, module in model.named_modules():
-            outside = path not in above | paths and not any(is_inside(path, segment) for segment in paths)
-            if outside and next(module.parameters(), None) is not None:
-                stack.callback(module.register_forward_hook(end(path)).remove)
-        call(model, batch)
+    outside = [
+        path
+        for path, module in probe.model.named_modules()
+        if path not in above | paths
+        and not any(is_inside(path, segment) for segment in paths)
+        and next(module.parameters(), None) is not None
+    ]
+    begins, ends = [(path, begin(path)) for path in paths], [(path, end(path)) for path in outside]
+    with hooked(probe.model, inputs=begins, outputs=ends):
+        call(probe.model, probe.fit[0])
     once = {path: at[0] for path, at in ended.items() if len(at) == 1 and at[0] is not None}
     return {path: at for path, at in once.items() if not any(is_inside(path, p) for p in once if p != path)}
 
 
-def _replays_exactly(model: nn.Module, plan: Plan, batch: Batch) -> bool:
+def _replays_exactly(probe: Samples, plan: Plan) -> bool:
     """Whether each segment sees, when it is run alone, the inputs that it sees in the plain forward."""
     plain = _Seen()
     paths = [segment.path for segment in plan.segments]
-    with _watched(model, paths, plain):
-        call(model, batch)
-    stream = Stream(model, plan, [batch])
+    with _watched(probe, paths, plain):
+        call(probe.model, probe.fit[0])
+    stream = Stream(probe, plan)
     for path in paths:
         alone = _Seen()
-        with _watched(model, [path], alone):
+        with _watched(probe, [path], alone):
             try:
                 stream.run(0)
             except Exception:  # of whatever type: what stands in for an output was read after all

@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..blocks import Block
-from ..data.batches import is_divisible
+from ..data.batches import Samples, is_divisible
 from ..data.padding import token_mask
 from ..evaluation.drift import compared_output
 from ..models.experts import by_layer
 from ..models.linears import feature_axis, input_rows, matrix_shape, weight_matrix
 from ..models.offload import device_of
 from ..models.precision import fast_products
-from ..models.running import Batch, forward_replaced, input_device, modules_by_path, placed, undisturbed
+from ..models.running import Batch, forward_replaced, hooked, input_device, modules_by_path, placed, undisturbed
 from ..runs.processes import own_share, processes, summed
 
 # Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output.
@@ -30,9 +29,8 @@ _ROWS_AN_OUTPUT = 2
 
 
 def output_metrics(
-    model: PreTrainedModel,
+    samples: Samples,
     blocks: Sequence[Block],
-    batches: Sequence[Batch],
     *,
     probes: int = 1,
     seed: int = 0,
@@ -56,9 +54,8 @@ def output_metrics(
     batch are held at a time. Weights, flags, gradients and the random state of the model stay as they are.
 
     Args:
-        model: Whose output is looked at.
+        samples: Whose batches to fit on are run, in their model.
         blocks: At whose consumers.
-        batches: Arguments of the model's forward.
         probes: Draws of signs, or of directions, a batch.
         seed: Of the draws.
         recomputed: Paths of modules that are run once more in the backward, so that it holds no more of them than what
@@ -69,19 +66,18 @@ def output_metrics(
         By block name, `(m, m)` on the consumer's device in float64; zeros where the output does not depend on it. The
         experts of one layer have one matrix, of the tokens of all of them: some get very few.
     """
-    groups = by_layer(modules_by_path(model), blocks)
+    groups = by_layer(modules_by_path(samples.model), blocks)
     files = [None if folder is None else folder / f"{index}.bin" for index in range(len(groups))]
-    sums = [_GradientSum(model, group, file) for group, file in zip(groups, files, strict=True)]
-    _run_backwards(model, sums, batches, probes=probes, seed=seed, recomputed=recomputed)
+    sums = [_GradientSum(samples, group, file) for group, file in zip(groups, files, strict=True)]
+    _run_backwards(samples, sums, probes=probes, seed=seed, recomputed=recomputed)
     for total in sums:
         total.add_up()
     return Means({block.name: total.result() for total in sums for block in total.blocks})
 
 
 def activation_gradients(
-    model: PreTrainedModel,
+    samples: Samples,
     blocks: Sequence[Block],
-    batches: Sequence[Batch],
     *,
     seed: int = 0,
     recomputed: Sequence[str] = (),
@@ -91,35 +87,39 @@ def activation_gradients(
     The paper's LayerActGrad (Molchanov et al., 2017) takes the gradient of a loss, which needs labels; this does not.
 
     Args:
-        model: As for `output_metrics`, and so are the others.
+        samples: As for `output_metrics`, and so are the others.
 
     Returns:
         By block name, `(n,)` float64, by column of the consumer.
     """
-    sums = [_ActivationGradientSum(model, [block], None) for block in blocks]
-    _run_backwards(model, sums, batches, probes=1, seed=seed, recomputed=recomputed)
+    sums = [_ActivationGradientSum(samples, [block], None) for block in blocks]
+    _run_backwards(samples, sums, probes=1, seed=seed, recomputed=recomputed)
     for total in sums:
         total.add_up()
     return {total.blocks[0].name: total.total / max(total.rows, 1) for total in sums}
 
 
 def _run_backwards(
-    model: PreTrainedModel,
+    samples: Samples,
     sums: Sequence["_GradientSum"],
-    batches: Sequence[Batch],
     *,
     probes: int,
     seed: int,
     recomputed: Sequence[str],
 ) -> None:
     """Show the sums the gradients of some or all samples, see `output_metrics`."""
+    model, batches = samples.model, samples.fit
     generator = torch.Generator()
-    with undisturbed(model), fast_products(model.parameters()), torch.enable_grad(), ExitStack() as stack:
+    inputs = [(block.consumer, total.hold) for total in sums for block in total.blocks]
+    outputs = [(block.consumer, partial(total.watch, block.consumer)) for total in sums for block in total.blocks]
+    with (
+        undisturbed(model),
+        fast_products(model.parameters()),
+        torch.enable_grad(),
+        hooked(model, inputs=inputs, outputs=outputs),
+        ExitStack() as stack,
+    ):
         model.requires_grad_(False)
-        for total in sums:
-            for block in total.blocks:
-                hook = partial(total.watch, block.consumer)
-                stack.callback(model.get_submodule(block.consumer).register_forward_hook(hook).remove)
         for path in recomputed:
             module = model.get_submodule(path)
             # A backward is a call of its own, in which modes of the calls around it are off.
@@ -138,7 +138,7 @@ def _run_backwards(
                 for _ in range(probes):
                     for total in sums:
                         total.batch = batch
-                    value = _probe(model, batch, model(**arguments), generator)
+                    value = _probe(samples, batch, model(**arguments), generator)
                     if value is not None and value.requires_grad:
                         value.backward()
             rows = summed(torch.tensor([total.rows for total in sums], device=input_device(model))).tolist()
@@ -196,12 +196,13 @@ def mapped(path: Path, m: int) -> torch.Tensor:
 class _GradientSum:
     """Sums `g g'` over rows of a consumer's output, or of those of the experts of one layer; in a file if given."""
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[Block], file: Path | None):
-        consumer: Any = model.get_submodule(blocks[0].consumer)
+    def __init__(self, samples: Samples, blocks: Sequence[Block], file: Path | None):
+        consumer: Any = samples.model.get_submodule(blocks[0].consumer)
         _, self.m = matrix_shape(consumer)
-        self.model, self.blocks, self.rows, self.file = model, blocks, 0, file
+        self.samples, self.blocks, self.rows, self.file = samples, blocks, 0, file
         self._axis = feature_axis(consumer)
         self.batch: Batch = {}
+        self.held: torch.Tensor | None = None
         self.device = device_of(consumer.weight)
         if file is None:
             self.total = self._zeros(consumer)
@@ -212,14 +213,17 @@ class _GradientSum:
     def _zeros(self, consumer: nn.Module) -> torch.Tensor:
         return torch.zeros(self.m, self.m, dtype=torch.float64, device=self.device)
 
-    def watch(self, consumer: str, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        """Forward hook: the graph starts at the first consumer, gradients are read at every one."""
+    def hold(self, inputs: torch.Tensor) -> None:
+        """Keep what of a consumer's input the backward needs, until its output comes."""
+
+    def watch(self, consumer: str, output: torch.Tensor) -> torch.Tensor:
+        """The graph starts at the first consumer, gradients are read at every one."""
         if not torch.is_grad_enabled():
             return output  # the model itself runs this call, of several, without gradients
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # a leaf could not be written into by what follows
         shape = output.movedim(self._axis, -1).shape
-        mask = token_mask(self.model, consumer, self.batch, shape)
+        mask = token_mask(self.samples.model, consumer, self.batch, shape)
 
         def add(gradient: torch.Tensor) -> None:
             g = gradient.movedim(self._axis, -1).reshape(-1, shape[-1])
@@ -227,13 +231,9 @@ class _GradientSum:
             self._add(g[real].float(), inputs, real)
             self.rows += len(g[real])
 
-        inputs = self._held(args)
+        inputs = self.held
         output.register_hook(add)
         return output
-
-    def _held(self, args: Any) -> Any:
-        """What of a consumer's arguments the backward needs."""
-        return None
 
     def _add(self, g: torch.Tensor, inputs: Any, real: Any) -> None:
         """Gradients `(rows, m)` at the real tokens."""
@@ -260,22 +260,22 @@ class _ActivationGradientSum(_GradientSum):
     def _zeros(self, consumer: nn.Module) -> torch.Tensor:
         return torch.zeros(matrix_shape(consumer)[0], dtype=torch.float64, device=self.device)
 
-    def _held(self, args: Any) -> torch.Tensor:
-        return args[0].detach()
+    def hold(self, inputs: torch.Tensor) -> None:
+        self.held = inputs.detach()
 
     def _add(self, g: torch.Tensor, inputs: torch.Tensor, real: Any) -> None:
-        consumer = self.model.get_submodule(self.blocks[0].consumer)
+        consumer = self.samples.model.get_submodule(self.blocks[0].consumer)
         x = torch.cat(list(input_rows(consumer, inputs)))[real].float()
         W = weight_matrix(consumer).to(g)
         self.total += (x * (g @ W.T)).abs().sum(0, dtype=torch.float64).to(self.device)
 
 
-def _probe(model: PreTrainedModel, batch: Batch, output: Any, generator: torch.Generator) -> torch.Tensor | None:
+def _probe(samples: Samples, batch: Batch, output: Any, generator: torch.Generator) -> torch.Tensor | None:
     """The scalar whose gradient is taken; `None` where the output is not finite (moments will name the culprit)."""
     if not isinstance(output, ModelOutput):
         output = ModelOutput({str(i): value for i, value in enumerate(output)})
     kind, compared = compared_output(output)
-    mask = token_mask(model, "", batch, compared.shape)
+    mask = token_mask(samples.model, "", batch, compared.shape)
     rows = compared.reshape(-1, compared.shape[-1])
     rows = (rows if mask is None else rows[mask.to(rows.device)]).float()
     if not torch.isfinite(rows).all():

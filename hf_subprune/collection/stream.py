@@ -20,7 +20,8 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..models.running import Batch, call, forward_replaced, hooked, input_device, stop
+from ..data.batches import Samples
+from ..models.running import call, forward_replaced, hooked, input_device, stop
 from ..runs.durable import read_objects, write_objects
 from .segments import Plan, Segment
 
@@ -29,14 +30,15 @@ class Stream:
     """Batches on their way through a model: the stored outputs of the segments that are finished.
 
     Args:
-        model: In eval mode. The weights that it has when a segment runs are the ones that are used.
-        plan: From `plan`.
-        batches: Inputs of the model's forward.
+        samples: The batches, and their model, in eval mode. The weights that it has when a segment runs are the ones
+            that are used.
+        plan: From `planning.plan`.
         folder: For files of the stored outputs; they stay in memory without one.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, batches: Sequence[Batch], folder: Path | None = None):
-        self.model, self.plan, self.batches, self.folder = model, plan, batches, folder
+    def __init__(self, samples: Samples, plan: Plan, folder: Path | None = None):
+        self.model, self.plan, self.folder = samples.model, plan, folder
+        batches = self.batches = [*samples.fit, *samples.held_out]
         self.position = 0
         self._outputs: list[dict[str, Any]] = [{} for _ in batches]
         self._stand_ins: list[dict[str, Any]] = [{} for _ in batches]  # what makes them, by lead
@@ -66,39 +68,49 @@ class Stream:
                 end of the segment (the segment's output is then not computed).
         """
         segment = self.segment
+
+        def finished(output: Any) -> None:
+            self._next[index] = self._stored(index, output)
+            stop()
+
+        if stop_at is None:
+            outputs = [*outputs, (segment.path, finished)]
         with hooked(self.model, inputs=inputs, outputs=outputs), ExitStack() as stack:
-
-            def finished(_module: nn.Module, _args: Any, output: Any) -> None:
-                self._next[index] = self._stored(index, output)
-                stop()
-
-            if stop_at is None:
-                stack.callback(self.model.get_submodule(segment.path).register_forward_hook(finished).remove)
-            else:
+            if stop_at is not None:
                 calls = dict(zip((b.consumer for b in segment.blocks), segment.calls, strict=True))[stop_at]
                 stack.enter_context(_ended_at_call(calls, self.model.get_submodule(stop_at)))
             before = {path: self._read(output) for path, output in self._outputs[index].items()}
-            stack.enter_context(_stubbed(self.model, self.plan, self.position, before))
+            stack.enter_context(self._stubbed(before))
             stack.enter_context(self._led(self._stand_ins[index]))
             call(self.model, self.batches[index])
+
+    @contextmanager
+    def _stubbed(self, stored: Mapping[str, Any]) -> Iterator[None]:
+        """Finished segments return stored outputs: their own, or the one of the last finished of their chain."""
+        latest = {path.rpartition(".")[0]: output for path, output in stored.items()}
+        with ExitStack() as stack:
+            for segment in self.plan.segments[: self.position]:
+                output = stored[segment.path] if segment.path in stored else latest[segment.chain]
+                module = self.model.get_submodule(segment.path)
+                stack.enter_context(forward_replaced(module, partial(_return, output)))
+            yield
 
     @contextmanager
     def _led(self, stand_ins: dict[str, Any]) -> Iterator[None]:
         """Leads of finished segments are not run; what stands in for their outputs is noted when they are."""
 
-        def note(path: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        def note(path: str) -> Callable[[Any], None]:
+            def noted(output: Any) -> None:
                 stand_ins[path] = tree_map(_stand_in, output)
 
-            return hook
+            return noted
 
-        with ExitStack() as stack:
-            for path, position in self.plan.leads.items():
+        unknown = [(path, note(path)) for path in self.plan.leads if path not in stand_ins]
+        known = [path for path, at in self.plan.leads.items() if path in stand_ins and at < self.position]
+        with hooked(self.model, outputs=unknown), ExitStack() as stack:
+            for path in known:
                 module = self.model.get_submodule(path)
-                if path not in stand_ins:
-                    stack.callback(module.register_forward_hook(note(path)).remove)
-                elif position < self.position:
-                    stack.enter_context(forward_replaced(module, partial(_made, stand_ins[path])))
+                stack.enter_context(forward_replaced(module, partial(_made, stand_ins[path])))
             yield
 
     def step(self) -> None:
@@ -131,18 +143,6 @@ class Stream:
 
     def _read(self, output: Any) -> Any:
         return send_to_device(read_objects(output), input_device(self.model)) if self.folder else output
-
-
-@contextmanager
-def _stubbed(model: nn.Module, plan: Plan, position: int, stored: Mapping[str, Any]) -> Iterator[None]:
-    """Finished segments return stored outputs: their own, or the one of the last finished segment of their chain."""
-    latest = {path.rpartition(".")[0]: output for path, output in stored.items()}
-    with ExitStack() as stack:
-        for segment in plan.segments[:position]:
-            output = stored[segment.path] if segment.path in stored else latest[segment.chain]
-            stub = partial(_return, output)
-            stack.enter_context(forward_replaced(model.get_submodule(segment.path), stub))
-        yield
 
 
 def _return(output: Any, *_args: Any, **_kwargs: Any) -> Any:

@@ -59,8 +59,7 @@ class Walk:
         self._observers: dict[str, Observer] = {}
 
     def _stream(self, name: str) -> Stream:
-        batches = [*self.samples.fit, *self.samples.held_out]
-        return Stream(self.samples.model, self.plan, batches, _made(self.folder, name))
+        return Stream(self.samples, self.plan, _made(self.folder, name))
 
     def resume(self) -> Sequence[Segment]:
         """Go on behind the last segment that every process has finished; returns those that are finished."""
@@ -215,7 +214,7 @@ class ResidualWalk(PairedWalk):
         beforehand: Mapping[str, Edit],
     ) -> None:
         super().__init__(samples, plan, owners, folder, beforehand=beforehand)
-        self._additions = find_additions(samples.model, plan, samples.probe)
+        self._additions = find_additions(samples, plan)
 
     def _observer(self, block: Block, calls: int) -> Observer:
         addition = self._additions.get(block.name)

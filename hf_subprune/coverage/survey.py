@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..blocks import Block, Discovery, by_width
+from ..blocks import Block, Discovery, groups_of
 from ..discovery.discover import discover
 from ..discovery.probe_inputs import probe_inputs
 from ..models.forms import apart
@@ -247,8 +247,8 @@ def half(block: Block, seed: int) -> torch.Tensor:
 def _halves(blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
     """Units to keep, by block: tied blocks keep the same ones, experts of one layer equally many of their own."""
     kept = {}
-    for seed, group in enumerate(by_width(blocks)):
-        for number, block in enumerate(group):
+    for seed, group in enumerate(groups_of(blocks)):
+        for number, block in enumerate(group.blocks):
             kept[block.name] = half(block, seed if block.tie is not None else seed + 2 * len(blocks) * number)
     return kept
 

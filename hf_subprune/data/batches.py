@@ -44,6 +44,11 @@ class Samples:
     source: str
     model: PreTrainedModel = field(repr=False)
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, batches: Sequence[Batch]) -> "Samples":
+        """Batches as they are, to fit on, of which none is held out."""
+        return cls(list(batches), [], sum(map(samples_in, batches)), 0, source="batches", model=model)
+
     @property
     def probe(self) -> Batch:
         """Two samples to fit on (all of the first batch where its tensors cannot be cut), texts without their ends.

@@ -40,11 +40,11 @@ def load_data(
             raise ValueError(
                 f"The folder {path} holds no images: give a folder of images, or one {_file_kinds()} file."
             )
-        data = _open("imagefolder", split, data_dir=str(path), drop_labels=not labels)
+        data = _open("imagefolder", split, {"data_dir": str(path), "drop_labels": not labels})
     elif path.is_file():
         if path.suffix.lower() not in _READERS:
             raise ValueError(f"{path} cannot be read as data: give a {_file_kinds()} file, or a folder of images.")
-        data = _open(_READERS[path.suffix.lower()], split, data_files=str(path))
+        data = _open(_READERS[path.suffix.lower()], split, {"data_files": str(path)})
     elif path.suffix.lower() in _READERS or path.is_absolute() or source.startswith((".", "~")):
         raise FileNotFoundError(f"No file or folder {path}.")
     else:
@@ -56,7 +56,7 @@ def _file_kinds() -> str:
     return ", ".join(list(_READERS)[:-1]) + f" or {list(_READERS)[-1]}"
 
 
-def _open(reader: str, split: str | None, **arguments: Any) -> IterableDataset:
+def _open(reader: str, split: str | None, arguments: dict[str, Any]) -> IterableDataset:
     source = arguments.get("data_files") or arguments.get("data_dir")
     try:
         splits = load_dataset(reader, streaming=True, **arguments)

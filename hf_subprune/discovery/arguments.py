@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import combinations, islice, product
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from ..blocks import Argument, Block
 from ..models.forwards import CUT_ARGUMENTS
+from ..models.paths import Modules
 
 MOST = 24
 """Sets of arguments that are tried."""
@@ -24,7 +25,7 @@ Place = tuple[str, str, int, int]
 
 
 def argument_sets(
-    modules: Mapping[str, nn.Module], block: Block, paths: list[str], calls: Callable[[str], list[Call]]
+    modules: Modules, block: Block, paths: list[str], calls: Callable[[str], list[Call]]
 ) -> Iterator[list[Place]]:
     """Sets of arguments to cut with the units of a block, smallest first.
 
@@ -32,7 +33,7 @@ def argument_sets(
     of that times the batch.
 
     Args:
-        modules: Of the model, by dotted path.
+        modules: Of the model.
         block: The block.
         paths: Modules that hold the block, outermost first.
         calls: Of the module at a path, in one forward of the model.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import combinations
 
-from torch import nn
-
 from ..blocks import Attribute, Block
 from ..models.forwards import INNER_WIDTH, reading_inner_width
+from ..models.paths import Modules
 
 COUNT = re.compile(r"head|group")
 """Names of attributes that count heads: `num_heads`, `n_heads`, `num_key_value_groups`, ..."""
@@ -22,7 +21,7 @@ MOST = 6
 """Attributes of one sort that are tried in every combination."""
 
 
-def attribute_sets(modules: Mapping[str, nn.Module], block: Block) -> Iterator[tuple[Attribute, ...]]:
+def attribute_sets(modules: Modules, block: Block) -> Iterator[tuple[Attribute, ...]]:
     """Sets of attributes to try for a block, likeliest first; the equivalence check has the last word.
 
     Candidates are integers on the modules that hold the block's tensors whose value is a whole multiple of the units
@@ -31,7 +30,7 @@ def attribute_sets(modules: Mapping[str, nn.Module], block: Block) -> Iterator[t
     reads its head count still states it correctly.
 
     Args:
-        modules: Of the model, by dotted path.
+        modules: Of the model.
         block: The block; its `attributes` are ignored.
 
     Yields:
@@ -54,13 +53,11 @@ def attribute_sets(modules: Mapping[str, nn.Module], block: Block) -> Iterator[t
             yield *few, *some
 
 
-def attributes_named(
-    modules: Mapping[str, nn.Module], block: Block, names: Sequence[tuple[str, str]]
-) -> tuple[Attribute, ...]:
+def attributes_named(modules: Modules, block: Block, names: Sequence[tuple[str, str]]) -> tuple[Attribute, ...]:
     """The attributes of a block among those that can follow its units.
 
     Args:
-        modules: Of the model, by dotted path.
+        modules: Of the model.
         block: The block.
         names: Of attributes, each behind the path of its module within the block's owner; what is no candidate here is
             passed over.
@@ -70,7 +67,7 @@ def attributes_named(
     return tuple(found[owner + module, name] for module, name in names if (owner + module, name) in found)
 
 
-def _candidates(modules: Mapping[str, nn.Module], block: Block) -> tuple[tuple[Attribute, ...], ...]:
+def _candidates(modules: Modules, block: Block) -> tuple[tuple[Attribute, ...], ...]:
     """Head counts and widths among the integers of the modules that hold the block; head counts in their config; and
     widths that forwards of them derive from their input.
     """

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blocks import Block, Discovery, Refusal, counted_once, parameters_per_unit, some_of
+from ..blocks import Block, Discovery, Refusal, counted_once, parameters_per_unit
 from ..models.forms import all_running, apart
 from ..models.offload import device_of
-from ..models.paths import layer_of
+from ..models.paths import Modules, layer_of
 from ..models.running import first_line, hooked, inside, undisturbed
 from ..surgery.verification import EquivalenceError, verify
 from .arguments import Call
 from .probe_inputs import probe_inputs
 from .refusals import (
     LEFT_WHOLE,
-    NO_ATTRIBUTE,
     functional_products,
     grouped_convolutions,
     refuse_stacks,
@@ -64,26 +63,13 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
 
 
 def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
-    found: list[Block] = []
-    candidate: Block | Refusal | None
-    refusals: list[Refusal] = []
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trials = _trials(model, modules, inputs)
     ran = called(model, inputs)
     with traced(model, inputs) as trace:
         seek = Seeker(modules, parameters, trace)
-        for consumer in dict.fromkeys(read.reader for read in trace.reads):
-            if consumer in ran:  # a router may choose others by the outputs that a trace puts in
-                try:
-                    candidate = seek.candidate(consumer)
-                except RuntimeError as error:
-                    reason = f"what it reads cannot be differentiated: {first_line(error)}"
-                    candidate = Refusal(consumer, "unknown", reason, LEFT_WHOLE)
-                if isinstance(candidate, Block):
-                    found.append(candidate)
-                elif candidate is not None:
-                    refusals.append(candidate)
+        found, refusals = seek.candidates(ran)
     readers = {source.name: source.readers for sources in trace.sources for source in sources}
     found, unequal = tie_shared(parameters, _named(modules, found), readers)
     found, clashes = _without_clashes(found)
@@ -94,12 +80,7 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
         # What all layers share stays whole, and each cuts what it is given of it.
         found = [_without_shared(parameters, block) if block.name in failed else block for block in found]
         blocks, inexact = settle(trials, found)
-    for block, reason in inexact:
-        if seek.shared[block.consumer]:
-            reason = f"its units share rows of {some_of(seek.shared[block.consumer])}, and {reason}"
-        elif block.consumer in seek.outside:
-            reason = f"{seek.outside[block.consumer]}, and {reason}"
-        refusals.append(Refusal(block.name, seek.presumed[block.consumer], reason, NO_ATTRIBUTE))
+    refusals += [seek.refusal(block, reason) for block, reason in inexact]
     refusals += [Refusal(block.name, block.kind, reason, LEFT_WHOLE) for block, reason in unequal]
     reading = {read.reader for read in trace.reads}
     layers = {path: layer for path in modules if path and (layer := layer_of(modules, path)) is not None}
@@ -135,7 +116,7 @@ def called(model: nn.Module, inputs: Mapping[str, Any]) -> set[str]:
     return paths
 
 
-def _trials(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> Trials:
+def _trials(model: nn.Module, modules: Modules, inputs: Mapping[str, Any]) -> Trials:
     def failure(
         blocks: Sequence[Block], kept: Mapping[str, torch.Tensor], to_consumer: bool = False
     ) -> EquivalenceError | None:
@@ -155,7 +136,7 @@ def _trials(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[
     return Trials(modules, failure, calls)
 
 
-def _named(modules: Mapping[str, nn.Module], blocks: list[Block]) -> list[Block]:
+def _named(modules: Modules, blocks: list[Block]) -> list[Block]:
     """Name each block after the module that holds it, with its kind where that module holds more than the block."""
     paths = [block.owner for block in blocks]
     names = []

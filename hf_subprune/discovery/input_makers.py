@@ -19,10 +19,6 @@ FRAMES = 64
 Inputs = dict[str, Any]
 
 
-def _listed(value: Any) -> list[str]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
 Layout = Callable[[Sizes, nn.Module], Any]
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..models.offload import device_of
 from ..models.running import undisturbed
-from .input_makers import COMPANIONS, MAKERS, MODALITIES, PLACEHOLDERS, SAMPLES, TOKENS, Inputs, Sizes, _listed
+from ..models.sizes import Sizes
+from .input_makers import COMPANIONS, MAKERS, MODALITIES, PLACEHOLDERS, SAMPLES, TOKENS, Inputs
 
 MOST_TRIES = 24
 MOST_ERRORS = 4
@@ -69,7 +70,7 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
         for name, parameter in parameters.items()
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
-    main = [name for name in _listed(getattr(model, "main_input_name", "input_ids")) if name in parameters]
+    main = [name for name in _main_inputs(model) if name in parameters]
     if "decoder_input_ids" in parameters and "inputs_embeds" not in required:
         main.append("decoder_input_ids")
     modalities = [name for name in MODALITIES if name in parameters]
@@ -81,6 +82,11 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
         for layouts in itertools.islice(itertools.product(*(known[name] for name in names)), MOST_TRIES // 2):
             inputs = {name: layout(sizes, model) for name, layout in zip(names, layouts, strict=True)}
             yield from _with_placeholders(model, {k: v for k, v in inputs.items() if v is not None})
+
+
+def _main_inputs(model: nn.Module) -> list[str]:
+    names = getattr(model, "main_input_name", "input_ids")
+    return list(names) if isinstance(names, (list, tuple)) else [names]
 
 
 def _choices(required: list[str], main: list[str], modalities: list[str]) -> Iterator[list[str]]:

@@ -12,9 +12,7 @@ from torch import nn
 from ..blocks import Block, Refusal
 from ..models.experts import SECOND, Expert
 from ..models.linears import is_convolution, is_linear
-
-Modules = Mapping[str, nn.Module]
-"""The modules of a model by dotted path, itself under `""`."""
+from ..models.paths import Modules
 
 LEFT_WHOLE = "Nothing is needed: it is left whole and the other blocks can be pruned."
 NO_ATTRIBUTE = (
@@ -29,7 +27,7 @@ def functional_products(
     """Refuse what multiplies by matrices otherwise than through linears, such as a function given their weights.
 
     Args:
-        modules: Of the model, by dotted path.
+        modules: Of the model.
         layers: By path of a module, the repeated layer that it is in.
         readers: Sources that something depends on: the weight of a linear that is called is no source.
         blocks: That were found; a router beside them is not worth a refusal.
@@ -56,7 +54,7 @@ def grouped_convolutions(modules: Modules, layers: Iterable[str], blocks: Sequen
     """Refuse the convolutions in groups that no block slices: they are no linears, and end what is followed.
 
     Args:
-        modules: Of the model, by dotted path.
+        modules: Of the model.
         layers: Modules in repeated layers.
         blocks: That were found.
     """
@@ -89,7 +87,7 @@ def unreached_modules(modules: Modules, ran: set[str], readers: set[str], blocks
     """Refuse the modules with linears that the batch did not run while it ran others like them: experts.
 
     Args:
-        modules: Of the model, by dotted path.
+        modules: Of the model.
         ran: Linears that a forward calls.
         readers: Those that a trace calls, in which routers may choose others.
         blocks: That were found.
@@ -130,7 +128,7 @@ def refuse_stacks(modules: Modules, layers: Mapping[str, str], blocks: Iterable[
     """Refuse the modules in repeated layers that stack weights in a way that is not understood.
 
     Args:
-        modules: Of the model, its experts taken apart, by dotted path.
+        modules: Of the model, its experts taken apart.
         layers: By path of a module, the repeated layer that it is in.
         blocks: That were found; what they slice is understood.
     """

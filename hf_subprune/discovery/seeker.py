@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -14,8 +14,9 @@ from torch import nn
 from ..blocks import Block, Refusal, Slice, parameters_per_unit, some_of
 from ..models.experts import stack_of
 from ..models.linears import input_dim, is_convolution, is_linear, taps
-from ..models.paths import layer_of
-from .refusals import LEFT_WHOLE
+from ..models.paths import Modules, layer_of
+from ..models.running import first_line
+from .refusals import LEFT_WHOLE, NO_ATTRIBUTE
 from .tracing import OUTPUT, Read, Source, Trace
 from .units import NO_UNIT, SHARED, Jacobian, Line, Units, agrees, decode, first_column
 
@@ -38,26 +39,58 @@ class Seeker:
     """Looks for blocks in one trace; maps found in one layer are checked, not decoded again, in the next.
 
     Args:
-        modules: Of the model that was traced, by dotted path.
+        modules: Of the model that was traced.
         parameters: Of it, under each of their dotted paths.
         trace: What reads what.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], parameters: Mapping[str, torch.Tensor], trace: Trace) -> None:
+    def __init__(self, modules: Modules, parameters: Mapping[str, torch.Tensor], trace: Trace) -> None:
         self.modules = modules
         self.parameters = parameters
         self.trace = trace
         self.calls: dict[str, list[tuple[Read, list[Source]]]] = {}
         for read, sources in zip(trace.reads, trace.sources, strict=True):
             self.calls.setdefault(read.reader, []).append((read, sources))
-        self.shared: dict[str, list[str]] = {}
-        self.outside: dict[str, str] = {}
+        self._shared: dict[str, list[str]] = {}
+        """By consumer, linears with rows that feed several of its units."""
+        self._outside: dict[str, str] = {}
         """By consumer, why a producer is not shrunk with it."""
-        self.presumed: dict[str, str] = {}
+        self._presumed: dict[str, str] = {}
         """By consumer, the kind as which it is refused: units that share rows or mix positions may be of any."""
         self._maps: dict[tuple, tuple[Units, torch.Tensor]] = {}
 
-    def candidate(self, consumer: str) -> Block | Refusal | None:
+    def candidates(self, ran: Container[str]) -> tuple[list[Block], list[Refusal]]:
+        """All blocks, without attributes and named after their consumers, in the order of the forward; and refusals.
+
+        Args:
+            ran: Linears that the model's own forward calls: by the outputs that a trace puts in, a router may choose
+                others.
+        """
+        blocks, refusals = [], []
+        for consumer in self.calls:
+            if consumer not in ran:
+                continue
+            try:
+                candidate = self._candidate(consumer)
+            except RuntimeError as error:
+                reason = f"what it reads cannot be differentiated: {first_line(error)}"
+                candidate = Refusal(consumer, "unknown", reason, LEFT_WHOLE)
+            if isinstance(candidate, Block):
+                blocks.append(candidate)
+            elif candidate is not None:
+                refusals.append(candidate)
+        return blocks, refusals
+
+    def refusal(self, block: Block, reason: str) -> Refusal:
+        """Of a block that was found here but does not shrink exactly, for a reason."""
+        consumer = block.consumer
+        if self._shared[consumer]:
+            reason = f"its units share rows of {some_of(self._shared[consumer])}, and {reason}"
+        elif consumer in self._outside:
+            reason = f"{self._outside[consumer]}, and {reason}"
+        return Refusal(block.name, self._presumed[consumer], reason, NO_ATTRIBUTE)
+
+    def _candidate(self, consumer: str) -> Block | Refusal | None:
         """The block of a consumer, a refusal, or `None` for a linear that is no consumer of a block."""
         read, sources = self.calls[consumer][0]
         own = [source for source in sources if source.axis is not None and _few_readers(source)]
@@ -77,12 +110,12 @@ class Seeker:
             return Refusal(consumer, "unknown", reason, LEFT_WHOLE)
         features, owner = decoded.columns, decoded.owner
         kind = _kind(is_convolution(self.modules[consumer]), jacobian, features, owner)
-        self.shared[consumer] = _shared(jacobian, owner)
+        self._shared[consumer] = _shared(jacobian, owner)
         try:
             if self._is_outside(consumer) and kind != "channels":
                 kind = "whole"
-            mixer = kind == "mlp" and (bool(self.shared[consumer]) or jacobian.mixes_positions())
-            self.presumed[consumer] = "unknown" if mixer else kind
+            mixer = kind == "mlp" and (bool(self._shared[consumer]) or jacobian.mixes_positions())
+            self._presumed[consumer] = "unknown" if mixer else kind
             if kind == "attention" and features.shape[1] == 1:
                 raise _RefusedError("attention of a single head, which has to stay", "whole")
             if not self._equal_at_every_call(consumer, features):
@@ -96,7 +129,7 @@ class Seeker:
                 block = self._inside(block)
             _check_untied(self.parameters, block.slices)
         except _RefusedError as refused:
-            return Refusal(consumer, refused.kind or self.presumed[consumer], str(refused), LEFT_WHOLE)
+            return Refusal(consumer, refused.kind or self._presumed[consumer], str(refused), LEFT_WHOLE)
         if kind == "attention" and decoded.heads is not None:
             with suppress(_RefusedError):  # then whole groups are all there is
                 queries = self._inside(self._block(read, jacobian, decoded.heads, kind))
@@ -139,7 +172,7 @@ class Seeker:
         reason = f"its producer {outside[0]!r} lies outside of its layer {layer!r}"
         if not any(_is_row_of_linear(self.modules, piece) for piece in inside):
             raise _RefusedError(reason)
-        self.outside[block.consumer] = reason
+        self._outside[block.consumer] = reason
         return replace(block, slices=inside, parameters_per_unit=parameters_per_unit(self.parameters, inside))
 
     def _residual(self, consumer: str, sources: list[Source]) -> Refusal | None:
@@ -289,7 +322,7 @@ def _is_rearrangement(tensor: torch.Tensor) -> bool:
     return leaves == 1
 
 
-def _slices(modules: Mapping[str, nn.Module], line: Line, owners: torch.Tensor, units: int) -> list[Slice]:
+def _slices(modules: Modules, line: Line, owners: torch.Tensor, units: int) -> list[Slice]:
     """Slices of the tensors behind one line: a producer's weight and bias, or the parameter itself."""
     owners = _filled(owners, units)
     counts = owners[owners >= 0].bincount(minlength=units)
@@ -331,7 +364,7 @@ def _without_repeats(slices: list[Slice]) -> list[Slice]:
     return list(first.values())
 
 
-def _is_row_of_linear(modules: Mapping[str, nn.Module], piece: Slice) -> bool:
+def _is_row_of_linear(modules: Modules, piece: Slice) -> bool:
     module = modules[piece.tensor.rpartition(".")[0]]
     return piece.tensor.endswith(".weight") and is_linear(module) and piece.dim != input_dim(module)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import torch
-from torch import nn
 
 from ..blocks import Attribute, Block
+from ..models.paths import Modules
 from ..surgery.verification import EquivalenceError
 from .arguments import Call, Place, argument, argument_sets
 from .attributes import attribute_sets, attributes_named, holders, is_width
@@ -25,13 +25,13 @@ class Trials:
     """What a model is tried on while attributes are settled.
 
     Args:
-        modules: Of the model, by dotted path, itself under `""`.
+        modules: Of the model.
         failure: Given blocks and the units that each keeps by name, why they do not shrink exactly, or `None`; with
             `to_consumer=True`, up to the consumer of the last of them.
         calls: Given the path of a module, all of its calls in a forward.
     """
 
-    modules: Mapping[str, nn.Module]
+    modules: Modules
     failure: Callable[..., EquivalenceError | None]
     calls: Callable[[str], list[Call]]
 
@@ -48,7 +48,7 @@ class _Settled:
     names: tuple[tuple[str, str], ...]
     places: tuple[Place, ...] = ()
 
-    def of(self, modules: Mapping[str, nn.Module], block: Block) -> Block:
+    def of(self, modules: Modules, block: Block) -> Block:
         """A block of this class with its own attributes and arguments."""
         places = [(block.owner + path, name, dim, entries) for path, name, dim, entries in self.places]
         cut = tuple(argument(modules[place[0]], block, place) for place in places)

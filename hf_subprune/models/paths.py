@@ -7,6 +7,9 @@ from itertools import pairwise
 
 from torch import nn
 
+Modules = Mapping[str, nn.Module]
+"""The modules of a model by dotted path, itself under `""`."""
+
 
 def ancestors_of(path: str) -> list[str]:
     """`"a.b.c"` -> `["", "a", "a.b", "a.b.c"]`."""
@@ -18,11 +21,11 @@ def is_inside(path: str, outer: str) -> bool:
     return outer == "" or path.startswith(outer + ".")
 
 
-def layer_of(modules: Mapping[str, nn.Module], path: str) -> str | None:
+def layer_of(modules: Modules, path: str) -> str | None:
     """Dotted path of the outermost element of a `ModuleList` or `Sequential` that holds `path`, if one does.
 
     Args:
-        modules: Of a model by dotted path, itself under `""`.
+        modules: Of the model.
         path: Of a module.
     """
     for outer, inner in pairwise(ancestors_of(path)):

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..blocks import Attribute, Block, Refusal, Slice, parameters_per_unit
 from ..models.experts import StackedExperts
-from ..models.running import call
+from ..models.running import call, hooked
 from ..surgery.verification import EquivalenceError, verify
 
 _LINEAR = (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -112,17 +112,13 @@ def _calls(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, Any]) ->
     """The tensors that each module is called with in one forward, of all of its calls together."""
     seen: dict[str, list[torch.Tensor]] = {path: [] for path in paths}
 
-    def note(path: str) -> Callable[..., None]:
-        return lambda _, args, kwargs: seen[path].extend(
+    def note(path: str) -> Callable[[Any, Any], None]:
+        return lambda args, kwargs: seen[path].extend(
             value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)
         )
 
-    handles = [model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True) for path in paths]
-    try:
+    with hooked(model, arguments=[(path, note(path)) for path in paths]):
         call(model, dict(inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
     return list(seen.values())
 
 

@@ -69,7 +69,7 @@ def remove_experts(
                 f"each token to {routed.chosen}: keep {routed.chosen / units:.3g} or more of the experts."
             )
     removals: list[tuple[RoutedLayer, Removal, float]] = []
-    for tokens in timed(tokens_of(model, layers, samples), clock, "calibration"):
+    for tokens in timed(tokens_of(layers, samples), clock, "calibration"):
         start = time.perf_counter()
         with clock("selection"):
             routed = tokens.routed

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from ..collection.planning import plan
 from ..collection.stream import Stream
@@ -20,14 +19,13 @@ class RoutedTokens:
     """The tokens that reach one layer, and how its router sends them on to any part of its experts.
 
     Args:
-        model: Whole, its experts stacked.
         routed: The layer.
-        calibration: What the tokens come from.
+        samples: What the tokens come from, and the model, whole, its experts stacked.
     """
 
-    def __init__(self, model: nn.Module, routed: RoutedLayer, calibration: Samples) -> None:
-        self.model, self.routed, self.calibration = model, routed, calibration
-        experts = StackedExperts.understood(model.get_submodule(routed.block.name))
+    def __init__(self, routed: RoutedLayer, samples: Samples) -> None:
+        self.model, self.routed, self.samples = samples.model, routed, samples
+        experts = StackedExperts.understood(self.model.get_submodule(routed.block.name))
         assert experts is not None  # or else it would not be a routed layer
         experts.every = True
         self.experts = experts
@@ -37,17 +35,17 @@ class RoutedTokens:
 
     def add(self, inputs: torch.Tensor) -> None:
         """What the layer is called with; batches come in the order of the calibration."""
-        self._batches.append(self.calibration.rows(inputs, len(self._batches), self.routed.layer))
+        self._batches.append(self.samples.rows(inputs, len(self._batches), self.routed.layer))
 
     @property
     def fit(self) -> list[torch.Tensor]:
         """`(T, d)` real tokens of each batch to fit on."""
-        return self._batches[: len(self.calibration.fit)]
+        return self._batches[: len(self.samples.fit)]
 
     @property
     def held_out(self) -> list[torch.Tensor]:
         """The same of the held-out batches."""
-        return self._batches[len(self.calibration.fit) :]
+        return self._batches[len(self.samples.fit) :]
 
     @torch.no_grad()
     def route(self, inputs: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,15 +89,14 @@ class RoutedTokens:
         return self.experts.gated(self.experts.experts[expert].first(hidden)).float()
 
 
-def tokens_of(model: nn.Module, layers: Sequence[RoutedLayer], calibration: Samples) -> Iterator[RoutedTokens]:
+def tokens_of(layers: Sequence[RoutedLayer], samples: Samples) -> Iterator[RoutedTokens]:
     """The tokens that reach each layer of the original model, in forward order, by one forward of it in all."""
     by_name = {routed.block.name: routed for routed in layers}
     blocks = [routed.block for routed in layers]
-    batches = [*calibration.fit, *calibration.held_out]
-    stream = Stream(model, plan(model, blocks, calibration.probe), batches)
+    stream = Stream(samples, plan(samples, blocks))
     for segment in stream.plan.segments:
-        inside = [RoutedTokens(model, by_name[block.name], calibration) for block in segment.blocks]
-        for index in range(len(batches)):
+        inside = [RoutedTokens(by_name[block.name], samples) for block in segment.blocks]
+        for index in range(len(stream.batches)):
             stream.run(index, inputs=[(tokens.routed.layer, tokens.add) for tokens in inside])
         stream.step()
         while inside:

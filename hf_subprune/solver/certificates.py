@@ -1,7 +1,8 @@
 """How good a selection is, against the best that any selection of its size could be.
 
-All statements hold for the problem given: the objective `F(S) = tr(C_S' H_SS^-1 C_S)` of `H` and `C`, shrinkage and
-metric included when they were added to them. Tensors only.
+The paper (El Halabi et al. 2022) bounds what greedy reaches before it runs, by the submodularity ratio; here is also
+what a selection is known to reach once it is there. All statements hold for the objective given,
+`F(S) = tr(C_S' H_SS^-1 C_S)`, shrinkage and metric included when they were added to `H` and `C`. Tensors only.
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .factorisation import factorise
-from .problem import check_problem
+from .objective import Objective
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,7 @@ class Certificate:
     greedy_fraction: float
 
 
-def certify(
-    H: torch.Tensor, C: torch.Tensor, kept: torch.Tensor, *, groups: torch.Tensor | None = None
-) -> Certificate:
+def certify(objective: Objective, kept: torch.Tensor) -> Certificate:
     """Bound what the best selection of the same size could reach. O(n^3 + n^2 m), in float64.
 
     Where `H` is rank deficient the statements hold for `H` with rounding errors added to its scaled diagonal.
@@ -45,16 +44,13 @@ def certify(
     the correlation form of the Schur complement D of `H_SS`: by interlacing, no `D_TT` has a smaller one.
 
     Args:
-        H: `(n, n)` symmetric positive semi-definite.
-        C: `(n, m)`.
+        objective: `F`.
         kept: `(k,)` int64, the selected units.
-        groups: `(units, c)` int64, columns of each unit; single columns when `None`.
 
     Raises:
-        ValueError: the tensors do not fit.
         RuntimeError: `H` is not positive semi-definite.
     """
-    groups = check_problem(H, C, groups)
+    H, C, groups = objective.H, objective.C, objective.groups
     units, c = groups.shape
     mask = torch.zeros(units, dtype=torch.bool, device=H.device)
     mask[kept.to(H.device)] = True
@@ -62,13 +58,13 @@ def certify(
     k, split = len(kept), len(kept) * c
     factor, scale, _ = factorise(H[columns[:, None], columns])
     v = torch.linalg.solve_triangular(factor, C[columns].double() * scale[:, None], upper=False)
-    objective, full = float(v[:split].square().sum()), float(v.square().sum())
+    reached, full = float(v[:split].square().sum()), float(v.square().sum())
     # With the kept columns first, the trailing block of the factor is that of the Schur complement D, and R = L v.
     lower = factor[split:, split:]
-    ceiling = min(full, objective + most_to_gain(lower @ lower.T, lower @ v[split:], k, c))
+    ceiling = min(full, reached + most_to_gain(lower @ lower.T, lower @ v[split:], k, c))
     gamma = least_eigenvalue(_block_correlation(factor @ factor.T, c))
-    fraction = min(objective / ceiling, 1.0) if ceiling > 0 else 1.0
-    return Certificate(objective, full, ceiling, fraction, gamma, -math.expm1(-gamma))
+    fraction = min(reached / ceiling, 1.0) if ceiling > 0 else 1.0
+    return Certificate(reached, full, ceiling, fraction, gamma, -math.expm1(-gamma))
 
 
 def most_to_gain(D: torch.Tensor, R: torch.Tensor, k: int, c: int = 1, *, rounding: float = 0.0) -> float:
@@ -131,11 +127,14 @@ def least_eigenvalue(A: torch.Tensor) -> float:
 def _block_factors(D: torch.Tensor, c: int) -> torch.Tensor:
     """`(units, c, c)` Cholesky factors of the diagonal blocks of `D`."""
     units = len(D) // c
-    return torch.linalg.cholesky(D.view(units, c, units, c).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+    blocks = D.view(units, c, units, c).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    factors: torch.Tensor = torch.linalg.cholesky(blocks)
+    return factors
 
 
 def _block_correlation(D: torch.Tensor, c: int) -> torch.Tensor:
     """`D` with its groups of `c` columns whitened: identity blocks on the diagonal."""
     n, factors = len(D), _block_factors(D, c)
-    form = torch.linalg.solve_triangular(factors, D.view(n // c, c, n), upper=False).reshape(n, n)
-    return torch.linalg.solve_triangular(factors, form.T.reshape(n // c, c, n), upper=False).reshape(n, n)
+    half = torch.linalg.solve_triangular(factors, D.view(n // c, c, n), upper=False).reshape(n, n)
+    form: torch.Tensor = torch.linalg.solve_triangular(factors, half.T.reshape(n // c, c, n), upper=False)
+    return form.reshape(n, n)

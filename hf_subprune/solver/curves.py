@@ -1,4 +1,10 @@
-"""A block's loss at every width, from its moments: what budgets are made of. Tensors only."""
+"""A block's loss at every width, from its moments: what budgets are made of.
+
+Along the nested sets S of one greedy run, with V fitted as by `reweighting`, a loss is `tr(E M E') / rows` with
+`E = A W - B_S V` `(rows, m)` and a metric `M = E[g g']` `(m, m)`, g the gradient of a loss at the consumer's output:
+losses of different blocks compare. Budgets by equal loss (El Halabi et al. 2022, after Kuzmin et al., arXiv
+1912.09802) and global ones read it. Tensors only.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,10 +14,10 @@ import torch
 
 from .factorisation import factorise
 from .moments import Moments, restrict
-from .problem import Problem, columns_of
+from .objective import Objective, objective_of, regularise
+from .problem import Problem
 from .selection import greedy, nested
 from .settings import Settings
-from .solve import regularise
 
 # Fractions of the units at which the loss is computed; in between it is interpolated.
 _FRACTIONS = (0.03, 0.08, 0.15, 0.25, 0.35, 0.5, 0.7, 0.9)
@@ -78,9 +84,10 @@ def loss_curve(
     """
     folds, groups, units = problem.folds, problem.columns, problem.units
     root = problem.metric_root()
-    H, C, t = regularise(problem.total(), problem.W, settings.fixed_shrinkage, root)
-    path = greedy(H, C, units, groups=groups, t=t) if order is None else nested(H, C, order, groups, t)
-    del H, C
+    H, C, _ = regularise(problem.total(), problem.W, settings.fixed_shrinkage, root)
+    objective = Objective(H, C, problem.groups)
+    path = greedy(objective, units, tuning=settings.tuning) if order is None else nested(objective, order)
+    del H, C, objective
     tried = {_width(units, f) for f in trial_fractions} if len(folds) > 1 else set()
     parts = _parts(problem, groups[path.order.to(groups.device)].reshape(-1), root, settings)
     energy, rows = sum(fold.t for fold in folds), sum(fold.rows for fold in folds)
@@ -105,11 +112,10 @@ def loss_curve(
 
 def losses_of_sets(problem: Problem, settings: Settings) -> tuple[tuple[int, float], ...]:
     """`LossCurve.points` where as many units of each set are kept, at every such width but the full one."""
-    H, C, _ = regularise(problem.total(), problem.W, settings.selection_shrinkage, problem.metric_root())
+    objective = objective_of(problem, settings.selection_shrinkage)
     points = []
     for width in range(problem.sets, problem.units, problem.sets):
-        path = greedy(H, C, width, groups=problem.groups, sets=problem.sets)
-        columns = columns_of(path.kept(width), problem.groups)
+        columns = objective.columns(greedy(objective, width, tuning=settings.tuning).kept(width))
         points.append((width, expected_loss(problem, columns, settings)))
     return tuple(points)
 

@@ -5,23 +5,42 @@ Given `H` `(n, n)` and `R = C` `(n, m)`, each step takes the pivot p of largest 
 `v = R_p / sqrt(D_pp)` updates `D <- D - l l'` and `R <- R - l v'`. Groups of columns pivot as blocks.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+
+from .settings import TUNING, Tuning
 
 # Columns have a diagonal near one. A Schur complement below this multiple of the rounding error is noise: the column
 # is a combination of those already taken.
 _EXHAUSTED = 64.0
-# Pivots in a panel.
-_PANEL = 64
-# Size of the pool from which a panel is speculated: at first, and per column that the last panel showed to matter.
-_FIRST_POOL = 192
-_POOL = 1.5
 # Gains closer than this multiple of the rounding error are ties.
 _TIE = 16.0
 # In float32 a Schur complement below this part of the column is known to some four digits only: float64 from there on.
 _DELICATE = 1e-3
 # Wider problems stay in float32, in which they fit in memory.
 _DOUBLE_BELOW = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Random candidates, for stochastic greedy: each step looks at a few only.
+
+    Args:
+        count: Number of candidates a step.
+        generator: Of random numbers.
+    """
+
+    count: int
+    generator: torch.Generator | None
+
+    def of(self, free: torch.Tensor, steps: int) -> torch.Tensor:
+        """`(steps, count)` of those that are free, each row without repetition and never exhausted by those before."""
+        columns = free.nonzero()[:, 0]
+        count = min(len(columns), max(self.count, steps))
+        noise = torch.rand(steps, len(columns), generator=self.generator)
+        return columns[noise.topk(count, dim=1).indices.to(free.device)]
 
 
 def eliminate(
@@ -32,8 +51,8 @@ def eliminate(
     dtype: torch.dtype,
     scale: torch.Tensor | None = None,
     smallest: bool = False,
-    sample: int | None = None,
-    generator: torch.Generator | None = None,
+    draw: Draw | None = None,
+    tuning: Tuning = TUNING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`steps` single-column pivots, in panels, exactly as if they were taken one at a time.
 
@@ -50,8 +69,8 @@ def eliminate(
         dtype: Of the computation; float32 gives way to float64 where that would not do, up to 4096 columns.
         scale: `(n,)`, factors that `H` (both sides) and `C` are multiplied by on reading.
         smallest: Take the smallest gain instead of the largest.
-        sample: When given, each step looks at this many random columns only.
-        generator: Of the random columns.
+        draw: When given, each step looks at so many random columns only.
+        tuning: `panel`, `first_pool` and `pool` are read.
 
     Returns:
         `(steps,)` int64 pivots and their `(steps,)` float64 gains.
@@ -62,45 +81,35 @@ def eliminate(
     order = torch.empty(steps, dtype=torch.int64, device=device)
     gains = torch.zeros(steps, dtype=torch.float64, device=device)
     free = torch.ones(n, dtype=torch.bool, device=device)
-    sign, worst = (-1.0, float("inf")) if smallest else (1.0, 0.0)
-    done, width, then_double = 0, _FIRST_POOL, False
+    done, width, then_double = 0, tuning.first_pool, False
     while done < steps:
-        panel = min(_PANEL, steps - done)
-        floor = 0.0 if smallest else _EXHAUSTED * max(torch.finfo(H.dtype).eps, torch.finfo(left.R.dtype).eps)
-        norms = torch.linalg.vector_norm(left.R, dim=1).square_()
-        gain = (norms / left.diagonal).masked_fill_(~free | (left.diagonal <= floor), worst)
-        picks = None
-        if sample is not None:
-            picks = _samples(free, panel, sample, generator)
-            pool = picks.unique()
-        else:
-            pool = (sign * gain).topk(min(max(width, panel), n - done)).indices
-        chosen, chosen_gains, triangle = _speculate(
-            *left.pool(pool), panel, floor, smallest, None if picks is None else torch.searchsorted(pool, picks)
-        )
+        most = min(tuning.panel, steps - done)
+        start = left.standing(free, smallest)
+        picks = None if draw is None else draw.of(free, most)
+        pool = start.best(min(max(width, most), n - done)) if picks is None else picks.unique()
+        among = None if picks is None else torch.searchsorted(pool, picks)
+        panel = _speculate(*left.pool(pool), most, start.floor, smallest, among)
         if left.R.dtype != torch.float64 and n <= _DOUBLE_BELOW:
-            firm = int((triangle.diagonal().square() >= _DELICATE).cumprod(0).sum())
-            if firm < max(len(chosen), 1):  # in float64 from the first delicate pivot on, or where none is left
-                chosen, chosen_gains, triangle = chosen[:firm], chosen_gains[:firm], triangle[:firm, :firm]
-                then_double = True
-        if len(chosen) == 0:
+            firm = panel.firm()
+            if firm < max(len(panel.chosen), 1):  # in float64 from the first delicate pivot on, or where none is left
+                panel, then_double = panel.cut(firm), True
+        if len(panel.chosen) == 0:
             if not then_double:  # nothing left adds anything
                 break
             left, then_double = left.in_double(order[:done]), False
             continue
-        pivots = pool[chosen]
-        rows, v = left.panel(pivots, triangle)
+        pivots = pool[panel.chosen]
+        rows, v = left.panel(pivots, panel.triangle)
         accepted = len(pivots)
         shrunk = rows.square().cumsum(0)
-        if sample is None and accepted > 1:
+        if draw is None and accepted > 1:
             outside = free.index_fill(0, pool, False)
-            accepted = _agreed(left, norms, rows, v, shrunk, chosen_gains, floor, sign, outside)
+            accepted = start.agreed(left, rows, v, shrunk, panel.gains, outside)
             # The next panel must look at what begins above the gain at which this one ends.
-            needed = max(_PANEL, int((sign * gain > sign * chosen_gains[-1]).sum()))
-            width = min(int(_POOL * needed), 2 * width)
+            width = min(int(tuning.pool * max(tuning.panel, start.above(panel.gains[-1]))), 2 * width)
         pivots = pivots[:accepted]
         order[done : done + accepted] = pivots
-        gains[done : done + accepted] = chosen_gains[:accepted]
+        gains[done : done + accepted] = panel.gains[:accepted]
         free[pivots] = False
         done += accepted
         left.take(rows[:accepted], v[:accepted], shrunk[accepted - 1])
@@ -110,6 +119,86 @@ def eliminate(
         rest = free.nonzero()[:, 0]
         order[done:] = rest[left.diagonal[rest].sort(descending=True, stable=True).indices[: steps - done]]
     return order, gains
+
+
+@dataclass(frozen=True, eq=False)
+class _Panel:
+    """Pivots speculated within a pool.
+
+    Args:
+        chosen: `(p,)` int64, positions in the pool.
+        gains: `(p,)` float64.
+        triangle: `(p, p)` float64, the triangular factor of `D` on them.
+    """
+
+    chosen: torch.Tensor
+    gains: torch.Tensor
+    triangle: torch.Tensor
+
+    def firm(self) -> int:
+        """Number of leading pivots whose Schur complements hold enough digits in float32."""
+        return int((self.triangle.diagonal().square() >= _DELICATE).cumprod(0).sum())
+
+    def cut(self, count: int) -> "_Panel":
+        """The first pivots only."""
+        return _Panel(self.chosen[:count], self.gains[:count], self.triangle[:count, :count])
+
+
+@dataclass(frozen=True, eq=False)
+class _Standing:
+    """What each column would add where a panel begins.
+
+    Args:
+        norms: `(n,)`, `||R_j||^2`.
+        gain: `(n,)`; the worst that there is for columns that are taken or exhausted.
+        floor: Diagonals of `D` up to which a column is exhausted.
+        sign: 1 where the largest gain is looked for, -1 where it is the smallest.
+    """
+
+    norms: torch.Tensor
+    gain: torch.Tensor
+    floor: float
+    sign: float
+
+    def best(self, count: int) -> torch.Tensor:
+        """`(count,)` int64, the columns of the best gains."""
+        return (self.sign * self.gain).topk(count).indices
+
+    def above(self, gain: torch.Tensor) -> int:
+        """Number of columns with a better gain."""
+        return int((self.sign * self.gain > self.sign * gain).sum())
+
+    def agreed(
+        self,
+        left: "_Remainder",
+        rows: torch.Tensor,
+        v: torch.Tensor,
+        shrunk: torch.Tensor,
+        gains: torch.Tensor,
+        outside: torch.Tensor,
+    ) -> int:
+        """Number of leading pivots of a speculated panel that no column outside of the pool beats at its step.
+
+        Args:
+            left: What the panel begins with.
+            rows: `(p, n)`, the pivots' rows of `L`.
+            v: `(p, m)`.
+            shrunk: `(p, n)`, what the pivots up to each take from the diagonal.
+            gains: `(p,)`, of the pivots.
+            outside: `(n,)` bool, the free columns outside of the pool.
+        """
+        inner = v @ v.T
+        # R.v as of each step, then what the step takes from ||R||^2
+        lost = v @ left.R.T - inner.tril(-1) @ rows
+        lost = lost.mul_(2).addcmul_(rows, inner.diagonal()[:, None], value=-1).mul_(rows).cumsum_(0)
+        d = left.diagonal - shrunk[:-1]
+        worst = float("inf") if self.sign < 0 else 0.0
+        value = (self.norms - lost[:-1]).clamp_min_(0.0).div_(d).masked_fill_(~outside | (d <= self.floor), worst)
+        best = value.amin(1) if self.sign < 0 else value.amax(1)
+        taken, tie = gains[1:].to(best), _TIE * torch.finfo(best.dtype).eps
+        beaten = (best < taken * (1 - tie)) if self.sign < 0 else (best > taken * (1 + tie))
+        first = beaten.nonzero()
+        return len(rows) if len(first) == 0 else int(first[0]) + 1
 
 
 class _Remainder:
@@ -122,6 +211,14 @@ class _Remainder:
         self.diagonal = self.H.diagonal() * self.scale.square()
         self._L = torch.zeros(steps, len(H), dtype=dtype, device=H.device)
         self._done = 0
+
+    def standing(self, free: torch.Tensor, smallest: bool) -> _Standing:
+        """What each of the free columns would add."""
+        given, worst = self._given[0].dtype, float("inf") if smallest else 0.0
+        floor = 0.0 if smallest else _EXHAUSTED * max(torch.finfo(given).eps, torch.finfo(self.R.dtype).eps)
+        norms = torch.linalg.vector_norm(self.R, dim=1).square_()
+        gain = (norms / self.diagonal).masked_fill_(~free | (self.diagonal <= floor), worst)
+        return _Standing(norms, gain, floor, -1.0 if smallest else 1.0)
 
     def _scaled(self, rows: torch.Tensor, at: torch.Tensor | None = None) -> torch.Tensor:
         part = self.H[rows] if at is None else self.H[rows[:, None], at]
@@ -158,34 +255,35 @@ class _Remainder:
         return left
 
 
-def _samples(free: torch.Tensor, panel: int, sample: int, generator: torch.Generator | None) -> torch.Tensor:
-    """`(panel, sample)` random free columns, each row without repetition and never exhausted by the rows before it."""
-    columns = free.nonzero()[:, 0]
-    count = min(len(columns), max(sample, panel))
-    noise = torch.rand(panel, len(columns), generator=generator)
-    return columns[noise.topk(count, dim=1).indices.to(free.device)]
+def _speculate(
+    D_pool: torch.Tensor, T_pool: torch.Tensor, most: int, floor: float, smallest: bool, picks: torch.Tensor | None
+) -> _Panel:
+    """Up to `most` greedy pivots within a pool, from `D` and `T = R R'` `(q, q)` on it.
 
+    In NumPy and on the CPU: it is a long chain of operations on a few hundred numbers each, of which the calls would
+    cost more than the arithmetic.
 
-def _speculate(D, T, panel, floor, smallest, picks):
-    """Up to `panel` greedy pivots within a pool, from `D` and `T = R R'` `(q, q)`.
-
-    Returns their positions, gains, and the triangular factor of `D` on them. In NumPy and on the CPU: it is a long
-    chain of operations on a few hundred numbers each, of which the calls would cost more than the arithmetic.
+    Args:
+        D_pool: `(q, q)`.
+        T_pool: `(q, q)`.
+        most: Number of pivots.
+        floor: Diagonals up to which a column is exhausted.
+        smallest: Take the smallest gain instead of the largest.
+        picks: `(most, count)` int64, positions in the pool that each step looks at; all when `None`.
     """
-    device = D.device
-    D, T = D.cpu().numpy(), T.cpu().numpy()
-    picks = None if picks is None else picks.cpu().numpy()
-    pairs = np.zeros((panel, 2, len(D)))  # a step's row of L, and w with T <- T - row w' - w row'
+    D, T = D_pool.cpu().numpy(), T_pool.cpu().numpy()
+    among = None if picks is None else picks.cpu().numpy()
+    pairs = np.zeros((most, 2, len(D)))  # a step's row of L, and w with T <- T - row w' - w row'
     d, norms = D.diagonal().astype(np.float64), T.diagonal().astype(np.float64)
     best_of, worst = (np.argmin, np.inf) if smallest else (np.argmax, 0.0)
     spent = np.zeros(len(D), dtype=bool)
     chosen: list[int] = []
-    gains = np.zeros(panel)
-    for step in range(panel):
+    gains = np.zeros(most)
+    for step in range(most):
         spent |= d <= floor
         norms[spent], d[spent] = worst, 1.0
         value = norms / d
-        p = int(best_of(value)) if picks is None else int(picks[step][best_of(value[picks[step]])])
+        p = int(best_of(value)) if among is None else int(among[step][best_of(value[among[step]])])
         if not smallest and value[p] <= 0:
             break
         root, gains[step] = np.sqrt(d[p]), value[p]
@@ -201,23 +299,8 @@ def _speculate(D, T, panel, floor, smallest, picks):
         chosen.append(p)
     count = len(chosen)
     triangle = np.tril(pairs[:count, 0][:, chosen].T)
-    return (torch.from_numpy(x).to(device) for x in (np.array(chosen, dtype=np.int64), gains[:count], triangle))
-
-
-def _agreed(left, norms, rows, v, shrunk, chosen_gains, floor, sign, outside):
-    """Number of leading pivots of a speculated panel that no column outside of the pool beats at its step."""
-    inner = v @ v.T
-    # R.v as of each step, then what the step takes from ||R||^2
-    lost = v @ left.R.T - inner.tril(-1) @ rows
-    lost = lost.mul_(2).addcmul_(rows, inner.diagonal()[:, None], value=-1).mul_(rows).cumsum_(0)
-    d = left.diagonal - shrunk[:-1]
-    worst = float("inf") if sign < 0 else 0.0
-    value = (norms - lost[:-1]).clamp_min_(0.0).div_(d).masked_fill_(~outside | (d <= floor), worst)
-    best = value.amin(1) if sign < 0 else value.amax(1)
-    taken, tie = chosen_gains[1:].to(best), _TIE * torch.finfo(best.dtype).eps
-    beaten = (best < taken * (1 - tie)) if sign < 0 else (best > taken * (1 + tie))
-    first = beaten.nonzero()
-    return len(rows) if len(first) == 0 else int(first[0]) + 1
+    found = (torch.from_numpy(x).to(D_pool.device) for x in (np.array(chosen, np.int64), gains[:count], triangle))
+    return _Panel(*found)
 
 
 def eliminate_groups(
@@ -229,8 +312,7 @@ def eliminate_groups(
     scale: torch.Tensor | None = None,
     sets: int = 1,
     smallest: bool = False,
-    sample: int | None = None,
-    generator: torch.Generator | None = None,
+    draw: Draw | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`steps` pivots of groups of columns, whose gain is `tr(R_g' D_gg^-1 R_g)`, in float64.
 
@@ -258,8 +340,8 @@ def eliminate_groups(
     size, taken = units // sets, [0] * sets
     for step in range(steps):
         candidates = free.nonzero()[:, 0]
-        if sample is not None:
-            candidates = _samples(free, 1, sample, generator)[0]
+        if draw is not None:
+            candidates = draw.of(free, 1)[0]
         whiten = _whiteners(D[candidates], floor[candidates])
         gain = (whiten @ R[groups[candidates]]).square().sum((1, 2))
         best = int(gain.argmin() if smallest else gain.argmax())
@@ -283,8 +365,9 @@ def _whiteners(D: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
     """`(units, c, c)` K with `K D K' = I`, but for directions of D at or below the floor, whose rows of K are zero."""
     factor, info = torch.linalg.cholesky_ex(D)
     exhausted = (info != 0) | (factor.diagonal(dim1=1, dim2=2).square() <= floor).any(1)
-    factor[exhausted] = torch.eye(D.shape[1], dtype=D.dtype, device=D.device)
-    K = torch.linalg.solve_triangular(factor, torch.eye(D.shape[1], dtype=D.dtype, device=D.device), upper=False)
+    one = torch.eye(D.shape[1], dtype=D.dtype, device=D.device)
+    factor[exhausted] = one
+    K: torch.Tensor = torch.linalg.solve_triangular(factor, one, upper=False)
     if exhausted.any():
         values, vectors = torch.linalg.eigh(D[exhausted])
         live = values > floor[exhausted].amax(1, keepdim=True)

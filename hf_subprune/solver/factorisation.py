@@ -23,7 +23,9 @@ def rounding(H: torch.Tensor, dtype: torch.dtype = torch.float64) -> float:
     return math.sqrt(max(len(H), 1)) * max(torch.finfo(H.dtype).eps, torch.finfo(dtype).eps)
 
 
-def factorise(H: torch.Tensor, *, least: float = 0.0, dtype: torch.dtype = torch.float64) -> tuple:
+def factorise(
+    H: torch.Tensor, *, least: float = 0.0, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Cholesky factor of `H` scaled to a unit diagonal, with as little added to it as makes it succeed.
 
     Args:

@@ -5,20 +5,12 @@ Scores read moments and weights only. Tensors only.
 
 import torch
 
-from .moments import Moments
+from .problem import Problem
 
 IMPORTANCES = ("greedy", "random", "weight_norm", "activation_gradient", "wanda", "fluctuation")
 
 
-def scores(
-    name: str,
-    moments: Moments,
-    W: torch.Tensor,
-    *,
-    groups: torch.Tensor | None = None,
-    gradient: torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
+def scores(problem: Problem, name: str, generator: torch.Generator | None = None) -> torch.Tensor:
     """Score units; those with the largest scores are kept.
 
     - `"random"`: uniform noise.
@@ -29,11 +21,8 @@ def scores(
       infinite shrinkage does.
 
     Args:
+        problem: Of the block. A unit scores the sum of its columns (norms are added as squares).
         name: One of the above.
-        moments: Of the consumer's input.
-        W: `(n, m)`, the consumer's weight, inputs by outputs.
-        groups: `(units, c)` int64; a unit scores the sum of its columns (norms are added as squares).
-        gradient: `(n,)`, for `"activation_gradient"` only.
         generator: For `"random"` only.
 
     Returns:
@@ -42,26 +31,24 @@ def scores(
     Raises:
         ValueError: the name is unknown, or the gradient is missing.
     """
-    W = W.double()
-    n = len(W)
-    if groups is None:
-        groups = torch.arange(n)[:, None]
-    groups = groups.to(W.device)
+    W = problem.W.double()
+    groups = problem.columns.to(W.device)
     weight = W.square().sum(1)
     if name == "random":
         return torch.rand(len(groups), dtype=torch.float64, generator=generator).to(W.device)
     if name == "weight_norm":
         return weight[groups].sum(1).sqrt()
     if name in ("wanda", "fluctuation"):
+        moments = problem.total()
         # Centred and raw squared norms differ by the mean; Wanda wants the raw one, FLAP the centred one.
         energy, mean = moments.H.diagonal().double(), moments.rows * moments.input_mean.double().square()
         if name == "wanda":
             return (weight * (energy + mean if moments.intercept else energy))[groups].sum(1).sqrt()
         return (weight * (energy if moments.intercept else energy - mean).clamp_min(0.0))[groups].sum(1) / moments.rows
     if name == "activation_gradient":
-        if gradient is None:
+        if problem.gradient is None:
             raise ValueError("Importance 'activation_gradient' needs `gradient`, the mean |activation x gradient|.")
-        return gradient.double().to(W.device)[groups].sum(1)
+        return problem.gradient.double().to(W.device)[groups].sum(1)
     raise ValueError(f"Unknown importance {name!r}: choose from {', '.join(IMPORTANCES[1:])}.")
 
 

@@ -1,6 +1,12 @@
 """New weights for the units that stay: least squares with shrinkage to the original weights.
 
-Weights are `(inputs, outputs)`. Tensors only.
+The reweighting of El Halabi et al. 2022, `V = argmin ||A W - B_S V||_F^2 = H_SS^-1 C_S`, with a ridge towards the
+original weights: from few rows, plain least squares overfits. In moments `H = B'B` `(n, n)` and `C = B'A W` `(n, m)`,
+
+    V = argmin ||A W - B_S V||_F^2 + l ||V - W_S||_F^2 = (H_SS + l I)^-1 (C_S + l W_S),    l = lambda mean(diag H)
+
+with lambda cross-fitted. An intercept makes moments centred, and `mean(A) W - mean(B_S) V` go into the bias. Weights
+are `(inputs, outputs)`. Tensors only.
 """
 
 import math
@@ -21,7 +27,9 @@ _DOUBLE_BELOW = 256
 _MOST_OUTPUTS = 256
 
 
-def solve(H: torch.Tensor, C: torch.Tensor, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, float]:
+def solve_normal_equations(
+    H: torch.Tensor, C: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, float]:
     """`H^-1 C` by Cholesky, with as little added to the diagonal as makes it succeed.
 
     Args:
@@ -84,7 +92,7 @@ def _reweight(
         ridge = shrinkage * energy
         H = kept.H.clone()
         H.diagonal().add_(ridge)
-        V, jitter = solve(H, kept.C + ridge * W, dtype)
+        V, jitter = solve_normal_equations(H, kept.C + ridge * W, dtype)
     shift = torch.zeros_like(kept.target_mean)
     if kept.intercept:
         shift = kept.target_mean - kept.input_mean @ V.to(kept.input_mean)

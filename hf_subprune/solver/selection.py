@@ -1,8 +1,7 @@
-"""Which units to keep: the greedy selection of arXiv 2203.04940 as a pivoted Cholesky factorisation.
+"""Which units to keep: greedy selection (El Halabi et al. 2022) as a pivoted Cholesky factorisation.
 
-Given second moments `H` `(n, n)` and `C` `(n, m)`, the objective of a set of columns S is
-`F(S) = tr(C_S' H_SS^-1 C_S)`, the part of `||A W||_F^2` that new weights on S can explain. It grows with S. A unit is
-one column or a group of columns. Tensors only; usable without a model.
+Forward selection, backward elimination and their refinement maximise `objective.Objective`. A unit is one column or a
+group of columns. Tensors only; usable without a model.
 """
 
 import math
@@ -11,16 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from .certificates import most_to_gain
-from .elimination import eliminate, eliminate_groups
+from .elimination import Draw, eliminate, eliminate_groups
 from .factorisation import factorise, rounding, unit_scale
-from .problem import check_problem, columns_of
-from .reweighting import solve
+from .objective import Objective
+from .settings import TUNING, Settings, Tuning
 from .swaps import refine
 
 METHODS = ("auto", "greedy", "backward", "stochastic")
 
-# Up to this many columns all of the computation is in float64; beyond, in float32 until that would not do.
-_DOUBLE_BELOW = 1024
 # Wider problems are left to greedy: matrices in float64 are twice as large.
 _BACKWARD_UP_TO = 4096
 # Added to a unit diagonal before it is inverted.
@@ -36,26 +33,12 @@ class Path:
         start: Smallest size for which the path is defined (0 for greedy, the last size reached by backward).
         objective: `(stop - start + 1,)` float64, `F` at the sizes `start ... stop`.
         method: `"greedy"`, `"backward"` or `"stochastic"`; `"nested"` for sets that were chosen elsewhere.
-        t: `||A W||_F^2`, when it was given.
     """
 
     order: torch.Tensor
     start: int
     objective: torch.Tensor
     method: str
-    t: float | None = None
-
-    @property
-    def gains(self) -> torch.Tensor:
-        """`(stop - start,)` float64, what each further unit adds to the objective."""
-        return self.objective.diff()
-
-    @property
-    def errors(self) -> torch.Tensor:
-        """`(stop - start + 1,)` float64, the squared error `t - F` at the sizes `start ... stop`."""
-        if self.t is None:
-            raise ValueError("The error needs `t = ||A W||_F^2`, which was not given with the moments.")
-        return (self.t - self.objective).clamp_min(0.0)
 
     def kept(self, k: int) -> torch.Tensor:
         """`(k,)` int64, the units of the set of size `k`, sorted."""
@@ -63,68 +46,51 @@ class Path:
             raise ValueError(f"The path holds the sizes {self.start} to {len(self.order)}, not {k}.")
         return self.order[:k].sort().values
 
-    def weights(self, H: torch.Tensor, C: torch.Tensor, k: int, groups: torch.Tensor | None = None) -> torch.Tensor:
-        """`(k * c, m)`, the least squares weights `H_SS^-1 C_S` of the set of size `k`, in the order of `kept(k)`."""
-        columns = columns_of(self.kept(k), groups).to(H.device)
-        return solve(H[columns][:, columns], C[columns])[0]
-
 
 def greedy(
-    H: torch.Tensor,
-    C: torch.Tensor,
+    objective: Objective,
     k: int,
     *,
-    groups: torch.Tensor | None = None,
-    sets: int = 1,
-    t: float | None = None,
     epsilon: float | None = None,
     generator: torch.Generator | None = None,
+    tuning: Tuning = TUNING,
 ) -> Path:
     """Add `k` units, each time the one that adds most to `F` (the paper's greedy, Algorithm 1).
 
+    Given S, with the Schur complement `D = H - H_:S H_SS^-1 H_S:` and `R = C - H_:S H_SS^-1 C_S`, a unit g adds
+    `F(S + g) - F(S) = tr(R_g' D_gg^-1 R_g)`: of one column, `||R_j||^2 / D_jj`.
+
     Args:
-        H: `(n, n)` symmetric positive semi-definite.
-        C: `(n, m)`.
+        objective: `F`. Where its units are in several sets, the path holds equally many of each at size `k` only.
         k: Number of units to choose.
-        groups: `(units, c)` int64, the columns of each unit; single columns when `None`.
-        sets: Units come in this many sets of equal size, one after the other, of each of which equally many are
-            chosen: greedy over a partition matroid. The path then holds such a choice at size `k` only.
-        t: `||A W||_F^2`, for the errors of the path.
         epsilon: When given, stochastic greedy: each step looks at `units / k * log(1 / epsilon)` random candidates.
         generator: Of the random candidates.
+        tuning: Of the elimination.
 
     Returns:
         The path of sizes 0 to `k`. Units that add nothing (dead, or dependent on those chosen) come last.
 
     Raises:
-        ValueError: `k` or the tensors do not fit.
+        ValueError: `k` does not fit.
     """
-    groups = _checked(H, C, groups, k, sets)
-    units, c = groups.shape
-    sample = None
+    objective.check(k)
+    units, c = objective.groups.shape
+    draw = None
     if epsilon is not None:
         if not 0 < epsilon < 1:
             raise ValueError(f"epsilon must lie between 0 and 1, got {epsilon}.")
-        sample = min(units, math.ceil(units / max(k, 1) * math.log(1 / epsilon)))
-    scale = unit_scale(H.diagonal())
-    if c == 1 and sets == 1:
-        H, C, scale = _rows(H, C, scale, groups)
-        order, gains = eliminate(H, C, k, dtype=_working(H), scale=scale, sample=sample, generator=generator)
+        draw = Draw(min(units, math.ceil(units / max(k, 1) * math.log(1 / epsilon))), generator)
+    scale = unit_scale(objective.H.diagonal())
+    if c == 1 and objective.sets == 1:
+        H, C, scale = _rows(objective, scale)
+        order, gains = eliminate(H, C, k, dtype=tuning.dtype(len(H)), scale=scale, draw=draw, tuning=tuning)
     else:
-        order, gains = eliminate_groups(H, C, groups, k, scale=scale, sets=sets, sample=sample, generator=generator)
-    objective = torch.cat([gains.new_zeros(1), gains.cumsum(0)])
-    return Path(order, 0, objective, "greedy" if epsilon is None else "stochastic", t)
+        H, C, groups = objective.H, objective.C, objective.groups
+        order, gains = eliminate_groups(H, C, groups, k, scale=scale, sets=objective.sets, draw=draw)
+    return Path(order, 0, _running(gains), "greedy" if epsilon is None else "stochastic")
 
 
-def backward(
-    H: torch.Tensor,
-    C: torch.Tensor,
-    k: int,
-    *,
-    groups: torch.Tensor | None = None,
-    sets: int = 1,
-    t: float | None = None,
-) -> Path:
+def backward(objective: Objective, k: int, *, tuning: Tuning = TUNING) -> Path:
     """Remove units from the full set, each time the one whose loss lowers `F` least, until `k` are left.
 
     The removal cost of a unit is `tr(V_g' P_gg^-1 V_g)` with `P = H_SS^-1` and `V = P C_S`; downdating `P` and
@@ -133,70 +99,48 @@ def backward(
 
     Args and errors are those of `greedy`. Returns the path of sizes `k` to `units`.
     """
-    groups = _checked(H, C, groups, k, sets)
-    units, c = groups.shape
-    H, C, _ = _rows(H, C, unit_scale(H.diagonal()), groups)
+    objective.check(k)
+    units, c = objective.groups.shape
+    H, C, _ = _rows(objective, unit_scale(objective.H.diagonal()))
     # A dependent column has no finite inverse; the least jitter makes it one that costs next to nothing.
     factor, scale, _ = factorise(H, least=max(_LIFT, rounding(H)))
     C = C.double() * scale[:, None]
     full = float(torch.linalg.solve_triangular(factor, C, upper=False).square().sum())
     P, V = torch.cholesky_inverse(factor), torch.cholesky_solve(C, factor)
     del H, factor
-    if c == 1 and sets == 1:
-        removed, costs = eliminate(P, V, units - k, dtype=torch.float64, smallest=True)
+    if c == 1 and objective.sets == 1:
+        removed, costs = eliminate(P, V, units - k, dtype=torch.float64, smallest=True, tuning=tuning)
     else:
         position = torch.arange(units * c, device=P.device).view(units, c)
-        removed, costs = eliminate_groups(P, V, position, units - k, sets=sets, smallest=True)
+        removed, costs = eliminate_groups(P, V, position, units - k, sets=objective.sets, smallest=True)
     left = torch.ones(units, dtype=torch.bool, device=P.device)
     left[removed] = False
     order = torch.cat([left.nonzero()[:, 0], removed.flip(0)])
-    objective = full - torch.cat([costs.new_zeros(1), costs.cumsum(0)])
-    return Path(order, k, objective.flip(0), "backward", t)
+    return Path(order, k, (full - _running(costs)).flip(0), "backward")
 
 
-def nested(H: torch.Tensor, C: torch.Tensor, order: torch.Tensor, groups: torch.Tensor, t: float) -> Path:
+def nested(objective: Objective, order: torch.Tensor) -> Path:
     """The path of sets that were chosen elsewhere: the beginnings of `order`, `(units,)` int64.
 
     Raises:
         RuntimeError: `H` is not positive semi-definite.
     """
-    order, groups = order.to(H.device), groups.to(H.device)
-    columns = groups[order].reshape(-1)
-    factor, scale, _ = factorise(H[columns[:, None], columns])
-    rows = torch.linalg.solve_triangular(factor, C[columns].double() * scale[:, None], upper=False)
-    gains = rows.square().sum(1).view(len(order), -1).sum(1)
-    return Path(order, 0, torch.cat([gains.new_zeros(1), gains.cumsum(0)]), "nested", t)
+    order = order.to(objective.H.device)
+    columns = objective.groups[order].reshape(-1)
+    factor, scale, _ = factorise(objective.H[columns[:, None], columns])
+    scaled = objective.C[columns].double() * scale[:, None]
+    rows = torch.linalg.solve_triangular(factor, scaled, upper=False)
+    return Path(order, 0, _running(rows.square().sum(1).view(len(order), -1).sum(1)), "nested")
 
 
-def objective(H: torch.Tensor, C: torch.Tensor, columns: torch.Tensor) -> float:
-    """`F = tr(C_S' H_SS^-1 C_S)` of a set of columns, in float64, by Cholesky; dependent columns add nothing.
-
-    Raises:
-        RuntimeError: `H` is not positive semi-definite.
-    """
-    factor, scale, _ = factorise(H[columns[:, None], columns])
-    return float(
-        torch.linalg.solve_triangular(factor, C[columns].double() * scale[:, None], upper=False).square().sum()
-    )
+def _running(gains: torch.Tensor) -> torch.Tensor:
+    """`(steps + 1,)`: the sums of no, the first, the first two gains and so on."""
+    return torch.cat([gains.new_zeros(1), gains.cumsum(0)])
 
 
-def _checked(H, C, groups, k, sets):
-    """The groups of a problem that `k` units of `sets` sets can be chosen in."""
-    groups = check_problem(H, C, groups)
-    if not 0 <= k <= len(groups):
-        raise ValueError(f"A selection can keep 0 to {len(groups)} units, not {k}.")
-    if len(groups) % sets or k % sets:
-        raise ValueError(f"{len(groups)} units and the {k} to keep must be multiples of the {sets} sets they are in.")
-    return groups
-
-
-def _working(H: torch.Tensor) -> torch.dtype:
-    return torch.float64 if len(H) <= _DOUBLE_BELOW else torch.float32
-
-
-def _rows(H, C, scale, groups):
-    """The problem on the columns of the groups, in their order; as it is when these are all columns in order."""
-    rows = groups.reshape(-1)
+def _rows(objective: Objective, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`H`, `C` and scale on the columns of the units, in their order; as they are when these are all, in order."""
+    H, C, rows = objective.H, objective.C, objective.groups.reshape(-1)
     if len(rows) == len(H) and bool((rows[1:] > rows[:-1]).all()):
         return H, C, scale
     return H[rows[:, None], rows], C[rows], scale[rows]
@@ -230,61 +174,41 @@ class Selection:
         return min(self.objective / self.ceiling, 1.0) if self.ceiling > 0 else 1.0
 
 
-def select(
-    H: torch.Tensor,
-    C: torch.Tensor,
-    k: int,
-    *,
-    groups: torch.Tensor | None = None,
-    sets: int = 1,
-    t: float | None = None,
-    method: str = "auto",
-    swaps: int | None = None,
-    epsilon: float = 0.01,
-    generator: torch.Generator | None = None,
-) -> Selection:
-    """Choose `k` units to keep.
+def select(objective: Objective, k: int, settings: Settings) -> Selection:
+    """Choose `k` units to keep: a path of nested sets, whose set of size `k` is refined by exchanges.
 
     Args:
-        H: `(n, n)`, with the shrinkage that reweighting will use already added.
-        C: `(n, m)`, likewise; times `M^(1/2)` when errors are weighed by a metric `M`.
+        objective: `F`.
         k: Number of units to keep.
-        groups: `(units, c)` int64, columns of each unit; single columns when `None`.
-        sets: Units come in this many sets of equal size, one after the other, of each of which equally many are kept.
-        t: `||A W||_F^2`, for the errors of the path.
-        method: `"greedy"`, `"backward"`, `"stochastic"`, or `"auto"`: backward, whose matrices are in float64, when
-            less than a third of at most 4096 columns goes.
-        swaps: Largest number of exchanges in swap refinement; `None` goes on until none improves, 0 does none.
-        epsilon: Of stochastic greedy.
-        generator: Of stochastic greedy.
+        settings: `method`, `swaps`, `seed` and `tuning` are read. Method `"auto"` is backward, whose matrices are in
+            float64, when less than a third of at most 4096 columns goes.
 
     Raises:
-        ValueError: `k`, the method or the tensors do not fit.
+        ValueError: `k` or the method does not fit.
     """
+    method, tuning = settings.method, settings.tuning
     if method not in METHODS:
         raise ValueError(f"Unknown method {method!r}: choose from {', '.join(METHODS)}.")
-    groups_ = check_problem(H, C, groups)
-    units = len(groups_)
+    units, c = objective.groups.shape
     if method == "auto":
-        few = units - k < units / 3 and groups_.numel() <= _BACKWARD_UP_TO
+        few = units - k < units / 3 and objective.groups.numel() <= _BACKWARD_UP_TO
         method = "backward" if few else "greedy"
     if method == "backward":
-        path = backward(H, C, k, groups=groups, sets=sets, t=t)
+        path = backward(objective, k, tuning=tuning)
     else:
-        sampled = epsilon if method == "stochastic" else None
-        path = greedy(H, C, k, groups=groups, sets=sets, t=t, epsilon=sampled, generator=generator)
+        epsilon = tuning.epsilon if method == "stochastic" else None
+        path = greedy(objective, k, epsilon=epsilon, generator=settings.generator(), tuning=tuning)
     kept = path.kept(k)
-    reached = objective(H, C, columns_of(kept, groups))
+    reached = objective.value(kept)
     if not 0 < k < units:
         return Selection(kept, reached, method, path, reached)
-    scale = unit_scale(H.diagonal())
-    refined = refine(H, C, kept, groups=groups_, sets=sets, scale=scale, dtype=_working(H), budget=swaps)
+    refined = refine(objective, kept, dtype=tuning.dtype(len(objective.H)), budget=settings.swaps)
     made, gain = refined.swaps, 0.0
     if made:
-        gain = objective(H, C, columns_of(refined.kept, groups)) - reached
+        gain = objective.value(refined.kept) - reached
         if gain > 0:
             kept = refined.kept
         else:
             made, gain = 0, 0.0
-    ceiling = reached + gain + most_to_gain(refined.D, refined.R, k, groups_.shape[1], rounding=refined.rounding)
+    ceiling = reached + gain + most_to_gain(refined.D, refined.R, k, c, rounding=refined.rounding)
     return Selection(kept, reached + gain, method, path, ceiling, made, gain)

@@ -27,6 +27,36 @@ class Configured(Protocol):
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """Where selection trades precision, time and memory.
+
+    Args:
+        panel: Pivots that elimination takes at a time.
+        first_pool: Candidates that the first panel is speculated on.
+        pool: Candidates that further panels are speculated on, per column that the last panel showed to matter.
+        double_below: Up to this many columns selection is all in float64; beyond, in float32 until that would not do.
+        jointly: Tied blocks of up to this many columns in all are one selection problem, which takes memory with the
+            square of them.
+        epsilon: Of stochastic greedy, which reaches `1 - 1/e - epsilon` of the best in expectation where `F` is
+            submodular.
+    """
+
+    panel: int = 64
+    first_pool: int = 192
+    pool: float = 1.5
+    double_below: int = 1024
+    jointly: int = 4096
+    epsilon: float = 0.01
+
+    def dtype(self, n: int) -> torch.dtype:
+        """In which selection among `n` columns computes."""
+        return torch.float64 if n <= self.double_below else torch.float32
+
+
+TUNING = Tuning()
+
+
+@dataclass(frozen=True)
 class Settings:
     """How units are chosen and new weights are made.
 
@@ -38,6 +68,7 @@ class Settings:
         swaps: Largest number of exchanges in swap refinement; `None` goes on until none improves, 0 does none.
         reweight: Whether weights on the kept units are solved for; `False` keeps them, bias included.
         seed: Of random choices, the same for each block.
+        tuning: Of selection.
     """
 
     shrinkage: float | str = "auto"
@@ -46,6 +77,7 @@ class Settings:
     swaps: int | None = None
     reweight: bool = True
     seed: int = 0
+    tuning: Tuning = TUNING
 
     @classmethod
     def of(cls, config: Configured) -> "Settings":

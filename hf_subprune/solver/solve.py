@@ -1,6 +1,9 @@
 """Solve one block from its moments: which units to keep, the new weights, and how good both are.
 
-The tensor stages in their order: shrinkage, selection, reweighting, certificate. Tensors only.
+The paper's reweighted input change (El Halabi et al., NeurIPS 2022, arXiv 2203.04940) of one block: units S, at most k
+of them, and weights V on them in `min ||A W - B_S V||_F^2`, with `W` `(n, m)` the consumer's weight, and `A` and `B`
+`(rows, n)` its inputs in the original model and in the one pruned so far. They are read as second moments only. The
+stages in their order: selection (`selection`), shrinkage and weights (`reweighting`), certificate. Tensors only.
 """
 
 import math
@@ -10,7 +13,7 @@ import torch
 
 from .certificates import certify
 from .importance import highest, scores
-from .moments import Moments
+from .objective import objective_of
 from .problem import Problem, columns_of
 from .reweighting import Reweighted, cross_fit, relative_error, reweight
 from .selection import select
@@ -49,32 +52,6 @@ class BlockSolution:
     guarantee: float | None
 
 
-def regularise(
-    moments: Moments, W: torch.Tensor, shrinkage: float, root: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """`(H + l I, (C + l W) root, t)` of the problem that selection solves, `l = shrinkage * mean(diag H)`.
-
-    Args:
-        moments: Of the block.
-        W: `(n, m)`.
-        shrinkage: lambda, finite.
-        root: `(m, r)` with `M = root root'`; none weighs all outputs equally.
-
-    Returns:
-        `H` `(n, n)`, `C` `(n, m or r)`, and the squared error of keeping nothing. With a root it is that of the target
-        `B W`, an approximation where the target is another model's.
-    """
-    W = W.to(moments.H)
-    ridge = shrinkage * float(moments.H.diagonal().mean())
-    H = moments.H.clone()
-    H.diagonal().add_(ridge)
-    C = moments.C + ridge * W
-    if root is None:
-        return H, C, moments.t + ridge * float(W.square().sum(dtype=torch.float64))
-    C = C @ root.to(H)
-    return H, C, float((W @ root.to(H)).mul(C).sum(dtype=torch.float64))
-
-
 @dataclass(frozen=True, eq=False)
 class Choice:
     """Units to keep in a block; the other fields are those of `BlockSolution`."""
@@ -93,40 +70,20 @@ def choose(problem: Problem, k: int, settings: Settings) -> Choice:
         ValueError: `k`, a name or a shape does not fit.
         RuntimeError: the moments are not positive semi-definite.
     """
-    generator = settings.generator()
     if settings.importance != "greedy":
-        ranked = scores(
-            settings.importance,
-            problem.total(),
-            problem.W,
-            groups=problem.groups,
-            gradient=problem.gradient,
-            generator=generator,
-        )
+        ranked = scores(problem, settings.importance, settings.generator())
         return Choice(highest(ranked, k, problem.sets), settings.importance)
-    H, C, t = _weighed(problem, settings)
-    best = select(
-        H,
-        C,
-        k,
-        groups=problem.groups,
-        sets=problem.sets,
-        t=t,
-        method=settings.method,
-        swaps=settings.swaps,
-        generator=generator,
-    )
+    best = select(objective_of(problem, settings.selection_shrinkage), k, settings)
     gain = best.swap_gain / best.objective if best.objective > 0 else 0.0
     return Choice(best.kept, best.method, best.swaps, gain, best.guarantee)
 
 
-def _weighed(problem: Problem, settings: Settings) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """`H`, `C` and `t` that selection reads."""
-    return regularise(problem.total(), problem.W, settings.selection_shrinkage, problem.metric_root())
-
-
 def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = None) -> BlockSolution:
     """Choose `k` units of a block and the weights on them.
+
+    Greedily, S maximises `F(S) = tr(C_S' H_SS^-1 C_S)`; then `V = (H_SS + l I)^-1 (C_S + l W_S)` with
+    `l = lambda * mean(diag H)`, where `H = B'B` `(n, n)` and `C = B'A W` `(n, m)`, centred where the consumer has a
+    bias.
 
     Args:
         problem: Of the block.
@@ -188,5 +145,5 @@ def _certified(problem: Problem, chosen: Choice, settings: Settings) -> Choice:
     choice = replace(chosen, kept=chosen.kept.to(problem.W.device))
     if settings.importance != "greedy":
         return choice
-    H, C, _ = _weighed(problem, settings)
-    return replace(choice, guarantee=certify(H, C, choice.kept, groups=problem.groups).fraction)
+    objective = objective_of(problem, settings.selection_shrinkage)
+    return replace(choice, guarantee=certify(objective, choice.kept).fraction)

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .factorisation import rounding
+from .factorisation import rounding, unit_scale
+from .objective import Objective
 
 # Columns on either side of the pool within which exchanges are made before the whole tableau follows.
 _POOL = 64
@@ -53,34 +54,20 @@ class Refined:
     rounding: float
 
 
-def refine(
-    H: torch.Tensor,
-    C: torch.Tensor,
-    kept: torch.Tensor,
-    *,
-    groups: torch.Tensor,
-    scale: torch.Tensor,
-    dtype: torch.dtype,
-    sets: int = 1,
-    budget: int | None = None,
-) -> Refined:
+def refine(objective: Objective, kept: torch.Tensor, *, dtype: torch.dtype, budget: int | None = None) -> Refined:
     """Exchange units until no single exchange adds to the objective, or the budget is spent.
 
     Args:
-        H: `(n, n)` symmetric positive semi-definite.
-        C: `(n, m)`.
+        objective: `F`. Only units of one set change places.
         kept: `(k,)` int64 units, the starting set.
-        groups: `(units, c)` int64.
-        scale: `(n,)`, factors that `H` (both sides) and `C` are multiplied by on reading.
         dtype: Of the tableau, `(n, n)`.
-        sets: Units come in this many sets of equal size, one after the other; only units of one set change places.
         budget: Largest number of exchanges; `None` for no limit.
 
     O(n^2 (n + m)) for the tableau and for each round of up to 64 exchanges, the last ones of which look at all pairs.
     """
-    tableau = _Tableau(H, C, kept, groups, scale.to(dtype), sets)
+    tableau = _Tableau(objective, kept, dtype)
     limit = len(kept) * 10 if budget is None else budget
-    single = groups.shape[1] == 1 and sets == 1
+    single = tableau.c == 1 and objective.sets == 1
     made = tableau.recall(limit) if single and limit else 0  # once: a second time has nearly nothing to add
     for exchange in (tableau.oscillate, tableau.exchange_columns) if single else (tableau.exchange_group,):
         while made < limit and (count := exchange(limit - made)):
@@ -96,16 +83,18 @@ class _Tableau:
     `order` begins with the kept units. Units are known by their position in it.
     """
 
-    def __init__(self, H, C, kept, groups, scale, sets):
+    def __init__(self, objective: Objective, kept: torch.Tensor, dtype: torch.dtype):
+        H, C, groups = objective.H, objective.C, objective.groups
+        scale = unit_scale(H.diagonal()).to(dtype)
         self.c, k = groups.shape[1], len(kept)
         self.inside = torch.arange(len(groups), device=H.device) < k
         self.order = torch.cat([kept, self.inside.new_ones(len(groups)).index_fill(0, kept, False).nonzero()[:, 0]])
-        self.set_of = self.order.div(len(groups) // sets, rounding_mode="floor")
+        self.set_of = self.order.div(len(groups) // objective.sets, rounding_mode="floor")
         rows, s = groups[self.order].reshape(-1), k * self.c
-        G = H[rows[:, None], rows].to(scale.dtype).mul_(scale[rows, None]).mul_(scale[rows])
-        X = C[rows].to(scale.dtype).mul_(scale[rows, None])
+        G = H[rows[:, None], rows].to(dtype).mul_(scale[rows, None]).mul_(scale[rows])
+        X = C[rows].to(dtype).mul_(scale[rows, None])
         # Dead and duplicate columns have no finite inverse: lift the unit diagonal by rounding errors.
-        self.lift = _LIFT * rounding(H, scale.dtype)
+        self.lift = _LIFT * rounding(H, dtype)
         G.diagonal().add_(self.lift)
         factor, info = torch.linalg.cholesky_ex(G[:s, :s])
         while int(info) and self.lift < 1:
@@ -121,12 +110,13 @@ class _Tableau:
         del half
         G[:s, :s] = torch.cholesky_inverse(factor).neg_()
         X[:s] = torch.linalg.solve_triangular(factor.T, x, upper=True)
-        self.G, self.X, self.least = G, X, _LEAST_GAIN[scale.dtype]
+        self.G, self.X, self.least = G, X, _LEAST_GAIN[dtype]
 
-    def columns(self, units):
+    def columns(self, units: torch.Tensor) -> torch.Tensor:
+        """Rows of `G` of some units."""
         return (units[:, None] * self.c + torch.arange(self.c, device=units.device)).reshape(-1)
 
-    def move(self, units, add):
+    def move(self, units: torch.Tensor, add: bool) -> None:
         """Pivot units into S or out of it."""
         E = self.columns(units)
         sign = 1.0 if add else -1.0
@@ -141,7 +131,7 @@ class _Tableau:
         self.X[E] = sign * x_solved
         self.inside[units] = add
 
-    def recall(self, limit):
+    def recall(self, limit: int) -> int:
         """Additions of what would be missed most if all were there, then as many removals. Returns the exchanges."""
         S, U = self.inside.nonzero()[:, 0], (~self.inside).nonzero()[:, 0]
         factor, info = torch.linalg.cholesky_ex(self.G[U[:, None], U])
@@ -151,7 +141,7 @@ class _Tableau:
         depth = min(_DEPTH, limit, len(S), len(U))
         return self._there_and_back(self._cheapest(S), U[missed.topk(depth).indices], depth, add_first=True)
 
-    def oscillate(self, limit):
+    def oscillate(self, limit: int) -> int:
         """Additions and as many removals, within a pool of the best, then removals first. Returns the exchanges."""
         made = 0
         for add_first in (True, False):
@@ -161,26 +151,27 @@ class _Tableau:
             made += self._there_and_back(self._cheapest(S), best, depth, add_first)
         return made
 
-    def _values(self, units):
+    def _values(self, units: torch.Tensor) -> torch.Tensor:
         """The gain of adding each, or the cost of removing it."""
-        return torch.linalg.vector_norm(self.X[units], dim=1).square() / self.G.diagonal()[units].abs()
+        norms: torch.Tensor = torch.linalg.vector_norm(self.X[units], dim=1).square()
+        return norms / self.G.diagonal()[units].abs()
 
-    def _cheapest(self, S):
+    def _cheapest(self, S: torch.Tensor) -> torch.Tensor:
         return S[self._values(S).topk(min(_POOL, len(S)), largest=False).indices]
 
-    def _there_and_back(self, cheap, best, depth, add_first):
+    def _there_and_back(self, cheap: torch.Tensor, best: torch.Tensor, depth: int, add_first: bool) -> int:
         """`depth` additions and as many removals within two pools, if they improve. Returns the exchanges."""
         pool = torch.cat([cheap, best])
         G, T, inside = self._within(pool)
         inside, gained = _oscillated(G, T, inside, depth, add_first, self.lift)
         return self._follow(pool, inside, gained) if gained > self.least * self.objective else 0
 
-    def _within(self, pool):
+    def _within(self, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`G` and `X X'` on some columns, in float64, and which of them are inside S."""
         X = self.X[pool]
         return self.G[pool[:, None], pool].double(), (X @ X.T).double(), self.inside[pool].clone()
 
-    def _follow(self, pool, inside, gained):
+    def _follow(self, pool: torch.Tensor, inside: torch.Tensor, gained: float) -> int:
         """Move the columns of a pool to where they were found to belong. Returns the number of exchanges."""
         before = self.inside[pool]
         added = pool[inside & ~before]
@@ -190,7 +181,7 @@ class _Tableau:
         self.objective += gained
         return len(added)
 
-    def exchange_columns(self, limit):
+    def exchange_columns(self, limit: int) -> int:
         """One round for single columns: exchanges within a pool of the most promising pairs. Returns their number."""
         S, U = self.inside.nonzero()[:, 0], (~self.inside).nonzero()[:, 0]
         if len(S) == 0 or len(U) == 0:
@@ -220,7 +211,7 @@ class _Tableau:
         self._follow(pool, inside, gained)
         return made
 
-    def _best_partners(self, S, U):
+    def _best_partners(self, S: torch.Tensor, U: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For each column of U, the position in S of the best one to give up for it, and what the exchange adds."""
         norms = torch.linalg.vector_norm(self.X, dim=1).square()
         diagonal = self.G.diagonal()
@@ -239,7 +230,7 @@ class _Tableau:
             deltas.append(delta)
         return torch.cat(partners), torch.cat(deltas)
 
-    def exchange_group(self, limit):
+    def exchange_group(self, limit: int) -> int:
         """The best single exchange of groups, if one improves. Returns 1 or 0."""
         S, U = self.inside.nonzero()[:, 0], (~self.inside).nonzero()[:, 0]
         c, best = self.c, (self.least * self.objective, -1, -1)
@@ -268,15 +259,16 @@ class _Tableau:
         return 1
 
 
-def _oscillated(G, T, inside, depth, add_first, lift):
+def _oscillated(
+    G_pool: torch.Tensor, T_pool: torch.Tensor, inside_pool: torch.Tensor, depth: int, add_first: bool, lift: float
+) -> tuple[torch.Tensor, float]:
     """`depth` best additions and as many cheapest removals, or the other way round, within a pool, from `G` and
     `T = X X'` `(q, q)`. Returns which columns are inside then, and what that adds to the objective.
 
     A pivot at j is `G - u u' / d` but for the corner, with `d = G_jj` and `u` the column j but for its own entry, so
     only the columns of pivots are ever made. In NumPy and on the CPU, as a chain of operations on a few numbers each.
     """
-    device = G.device
-    G, T, inside = (x.cpu().numpy() for x in (G, T, inside))
+    G, T, inside = (x.cpu().numpy() for x in (G_pool, T_pool, inside_pool))
     columns, shares, losses = np.zeros((3, 2 * depth, len(G)))  # u, u / d, and w with T <- T - u w' - w u'
     diagonal, norms = G.diagonal().copy(), T.diagonal().copy()
     gained = 0.0
@@ -300,14 +292,21 @@ def _oscillated(G, T, inside, depth, add_first, lift):
         diagonal[j] -= 2 * sign
         norms -= 2 * u * w
         inside[j] = add
-    return torch.from_numpy(inside).to(device), gained
+    return torch.from_numpy(inside).to(G_pool.device), gained
 
 
-def _diagonals(G, T, index):
+def _diagonals(G: torch.Tensor, T: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return T.diagonal()[index], G.diagonal()[index].abs()
 
 
-def _exchange_values(z, cross, inner_norm, P, outer_norm, D):
+def _exchange_values(
+    z: torch.Tensor,
+    cross: torch.Tensor,
+    inner_norm: torch.Tensor,
+    P: torch.Tensor,
+    outer_norm: torch.Tensor,
+    D: torch.Tensor,
+) -> torch.Tensor:
     """What adding j (columns) and then removing i (rows) adds to the objective, for all pairs.
 
     `gain_j - ||V_i - z_ij R_j / D_j||^2 / (P_i + z_ij^2 / D_j)`.
@@ -317,7 +316,7 @@ def _exchange_values(z, cross, inner_norm, P, outer_norm, D):
     return outer_norm / D - cost.clamp_min_(0.0) / (P[:, None] + ratio * z)
 
 
-def _pivot(G, T, j, sign):
+def _pivot(G: torch.Tensor, T: torch.Tensor, j: int, sign: float) -> None:
     """Move column j of a pool into S (sign 1) or out of it (-1); `T = X X'` follows."""
     d = G[j, j].clone()
     g, t = G[j] / d, T[j].clone()

@@ -8,13 +8,11 @@ from torch.nn.functional import pad
 
 from .factorisation import factorise
 from .importance import scores
+from .objective import Objective, regularise
 from .problem import Problem
 from .selection import greedy, select
 from .settings import Settings
-from .solve import Choice, regularise
-
-# Blocks of up to this many columns in all are one selection problem, which takes memory with the square of them.
-_JOINTLY = 4096
+from .solve import Choice
 
 
 def choose_together(problems: Sequence[Problem], k: int, settings: Settings) -> Choice:
@@ -38,38 +36,31 @@ def choose_together(problems: Sequence[Problem], k: int, settings: Settings) -> 
     """
     if len({problem.units for problem in problems}) != 1:
         raise ValueError(f"Tied blocks have one number of units, got {[problem.units for problem in problems]}.")
-    generator = settings.generator()
     if settings.importance != "greedy":
-        ranks = [
-            scores(
-                settings.importance, p.total(), p.W, groups=p.groups, gradient=p.gradient, generator=generator
-            ).cpu()
-            for p in problems
-        ]
+        generator = settings.generator()  # one for all: each block draws anew
+        ranks = [scores(problem, settings.importance, generator).cpu() for problem in problems]
         total = torch.stack([rank / rank.sum().clamp_min(torch.finfo(rank.dtype).tiny) for rank in ranks]).sum(0)
         return Choice(total.topk(k).indices.sort().values, f"{settings.importance}, tied")
-    if _too_large(problems):
+    if _too_large(problems, settings):
         costs = _removal_costs(problems, settings)
         return Choice(costs.topk(k).indices.sort().values, "removal costs, tied")
-    H, C, groups = _joint(problems, settings)
-    chosen = select(H, C, k, groups=groups, method=settings.method, swaps=settings.swaps, generator=generator)
+    chosen = select(_joint(problems, settings), k, settings)
     return Choice(chosen.kept.cpu(), f"{chosen.method}, tied")
 
 
 def order_together(problems: Sequence[Problem], settings: Settings) -> torch.Tensor:
     """`(units,)` int64, all units in the order in which greedy, or else the rank, takes them for all blocks."""
-    if _too_large(problems):
+    if _too_large(problems, settings):
         return _removal_costs(problems, settings).argsort(descending=True, stable=True)
-    H, C, groups = _joint(problems, settings)
-    return greedy(H, C, len(groups), groups=groups).order.cpu()
+    return greedy(_joint(problems, settings), problems[0].units, tuning=settings.tuning).order.cpu()
 
 
-def _too_large(problems: Sequence[Problem]) -> bool:
-    return sum(len(problem.W) for problem in problems) > _JOINTLY
+def _too_large(problems: Sequence[Problem], settings: Settings) -> bool:
+    return sum(len(problem.W) for problem in problems) > settings.tuning.jointly
 
 
-def _joint(problems: Sequence[Problem], settings: Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One selection problem `H`, `C`, `groups` of all blocks."""
+def _joint(problems: Sequence[Problem], settings: Settings) -> Objective:
+    """The objective of all blocks together."""
     parts = [_weighed(problem, problems, settings) for problem in problems]
     outputs = max(C.shape[1] for _, C in parts)
     groups, start = [], 0
@@ -77,7 +68,8 @@ def _joint(problems: Sequence[Problem], settings: Settings) -> tuple[torch.Tenso
         groups.append(problem.columns.cpu() + start)
         start += len(problem.W)
     H = torch.block_diag(*(H for H, _ in parts))
-    return H, torch.cat([pad(C, (0, outputs - C.shape[1])) for _, C in parts]), torch.cat(groups, 1)
+    C = torch.cat([pad(C, (0, outputs - C.shape[1])) for _, C in parts])
+    return Objective(H, C, torch.cat(groups, 1))
 
 
 def _weighed(problem: Problem, problems: Sequence[Problem], settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:

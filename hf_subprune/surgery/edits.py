@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -339,3 +339,13 @@ def taken_back(edits: Mapping[str, Edit]) -> Iterator[None]:
     finally:
         for edit in made.values():
             edit.redo()
+
+
+@contextmanager
+def narrowed(model: nn.Module, blocks: Sequence[Block], widths: Mapping[str, int]) -> Iterator[None]:
+    """The model with the first units of each block, not reweighted, for the time being."""
+    with ExitStack() as stack:
+        for block in blocks:
+            if widths[block.name] < block.units:
+                stack.callback(shrink(model, block, block.first(widths[block.name])).undo)
+        yield

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blocks import Block, by_tie
+from ..blocks import Block, groups_of
 from ..models.forms import all_running
 from ..models.linears import feature_axis, input_dim
 from ..models.precision import HALVES, ConvolutionsInFloat32, InFloat32
@@ -89,7 +89,8 @@ def verify(
         EquivalenceError: outputs differ, or it cannot run. It names the first block at fault.
         ValueError: blocks of one tie are to keep different units.
     """
-    for first, *others in by_tie(blocks):
+    choices = [blocks for group in groups_of(blocks) for blocks in group.choices]
+    for first, *others in choices:
         for block in others:
             if list(kept[block.name]) != list(kept[first.name]):
                 raise ValueError(
@@ -120,10 +121,10 @@ def verify(
         finally:
             for edit in reversed(edits):
                 edit.undo()
-    if culprit is None and len(by_tie(blocks)) > 1:
+    if culprit is None and len(choices) > 1:
         # A failed forward does not say which block broke it: ask each one.
-        for group in by_tie(blocks):
-            verify(model, group, kept, inputs, tolerance, masking=masking)
+        for choice in choices:
+            verify(model, choice, kept, inputs, tolerance, masking=masking)
         reason = f"each of {len(blocks)} blocks can be shrunk alone, but with all of them shrunk: {reason}"
     raise EquivalenceError(culprit or blocks[-1], reason) from cause
 

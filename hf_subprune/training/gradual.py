@@ -71,7 +71,7 @@ class GradualPruning:
     def _calibrate(self) -> None:
         """Find the blocks, and the widths that they are to reach, of the model as it is now."""
         with undisturbed(self.model), apart(self.model.modules()):
-            survey = take_survey(self.model, self.samples, [self.config], None, Workspace(quiet=True))
+            survey = take_survey(self.samples, [self.config], None, Workspace(quiet=True))
             self.blocks, self.targets = survey.blocks, whole_heads(survey, self.config)
         # Training makes moments out of date, and what was predicted of the model before it.
         self._survey = replace(survey, stored=None, curves={}, losses={}, query_losses={})

@@ -5,6 +5,7 @@ from tiny import tiny
 
 from hf_subprune.collection.additions import find_additions
 from hf_subprune.collection.planning import plan
+from hf_subprune.data.batches import Samples
 from hf_subprune.discovery.discover import discover
 from hf_subprune.models.running import call
 
@@ -13,7 +14,7 @@ def additions(family):
     model = tiny(family)
     (batch,) = ready_batches(model, count=1)
     blocks = discover(model, batch).blocks
-    return model, batch, blocks, find_additions(model, plan(model, blocks, batch), batch)
+    return model, batch, blocks, find_additions(Samples.of(model, [batch]), plan(Samples.of(model, [batch]), blocks))
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "vit", "t5", "whisper", "resnet"])
@@ -61,7 +62,7 @@ def test_consumers_that_are_called_again_before_they_are_added_have_none():
     model = tiny("bert")
     (batch,) = ready_batches(model, count=1)
     blocks = discover(model, batch).blocks
-    before = set(find_additions(model, plan(model, blocks, batch), batch))
+    before = set(find_additions(Samples.of(model, [batch]), plan(Samples.of(model, [batch]), blocks)))
     module = model.bert.encoder.layer[1].output
 
     def again(hidden, rest):
@@ -70,13 +71,15 @@ def test_consumers_that_are_called_again_before_they_are_added_have_none():
         return module.LayerNorm(output + rest)
 
     module.forward = again
-    assert before - set(find_additions(model, plan(model, blocks, batch), batch)) == {"bert.encoder.layer.1.mlp"}
+    assert before - set(find_additions(Samples.of(model, [batch]), plan(Samples.of(model, [batch]), blocks))) == {
+        "bert.encoder.layer.1.mlp"
+    }
 
 
 def test_the_model_is_as_before():
     model = tiny("bert").train()
     (batch,) = ready_batches(model, count=1)
     blocks = discover(model, batch).blocks
-    find_additions(model, plan(model, blocks, batch), batch)
+    find_additions(Samples.of(model, [batch]), plan(Samples.of(model, [batch]), blocks))
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_subprune.collection import sensitivity
 from hf_subprune.collection.sensitivity import activation_gradients, output_metrics
+from hf_subprune.data.batches import Samples
 from hf_subprune.data.padding import token_mask
 from hf_subprune.discovery.discover import discover
 
@@ -93,7 +94,7 @@ def test_logits_give_the_metric_of_full_jacobians(family, all_samples):
     block = discover(model, batches[0]).blocks[1]
     rows = centred_rows if model(**batches[0]).logits.ndim == 2 else fisher_rows(model)
     expected = exact_metric(model, block, batches, rows)
-    found = output_metrics(model, [block], batches, probes=400)[block.name]
+    found = output_metrics(Samples.of(model, batches), [block], probes=400)[block.name]
     assert (found - expected).norm() < 0.25 * expected.norm()
 
 
@@ -102,7 +103,7 @@ def test_calls_that_a_model_runs_without_gradients_are_passed_over(all_samples):
     model = tiny("bert").eval()
     batches = padded_batches(model)
     blocks = discover(model, batches[0]).blocks[:2]
-    expected = output_metrics(model, blocks, batches)
+    expected = output_metrics(Samples.of(model, batches), blocks)
     layer = model.bert.encoder.layer[0]
     run = layer.forward
 
@@ -112,7 +113,7 @@ def test_calls_that_a_model_runs_without_gradients_are_passed_over(all_samples):
         return run(*args, **kwargs)
 
     layer.forward = twice
-    found = output_metrics(model, blocks, batches)
+    found = output_metrics(Samples.of(model, batches), blocks)
     for block in blocks:
         assert expected[block.name].norm() > 0
         torch.testing.assert_close(found[block.name], expected[block.name])
@@ -123,7 +124,7 @@ def test_hidden_states_give_gauss_newton_of_full_jacobians(all_samples):
     batches = padded_batches(model)
     block = discover(model, batches[0]).blocks[1]
     expected = exact_metric(model, block, batches, hidden_rows(model))
-    found = output_metrics(model, [block], batches, probes=200)[block.name]
+    found = output_metrics(Samples.of(model, batches), [block], probes=200)[block.name]
     assert (found - expected).norm() < 0.25 * expected.norm()
 
 
@@ -134,7 +135,7 @@ def test_more_samples_are_looked_at_until_there_are_rows_enough(monkeypatch, wan
     batch = {"input_ids": torch.randint(0, 50, (8, 6))}
     seen = []
     model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    output_metrics(model, discover(model, batch).blocks[:1], [batch])
+    output_metrics(Samples.of(model, [batch]), discover(model, batch).blocks[:1])
     looked_at = torch.cat(seen[-rounds:])
     assert [len(part) for part in seen[-rounds:]] == [2] * rounds
     assert all(any(torch.equal(row, sample) for sample in batch["input_ids"]) for row in looked_at)
@@ -148,7 +149,7 @@ def test_padding_counts_for_nothing():
     wide = {"input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 5))}
     wide["attention_mask"] = torch.nn.functional.pad(torch.ones_like(batch["input_ids"]), (0, 5))
     alone = {"input_ids": batch["input_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}
-    first, second = (output_metrics(model, [block], [b], seed=3)[block.name] for b in (alone, wide))
+    first, second = (output_metrics(Samples.of(model, [b]), [block], seed=3)[block.name] for b in (alone, wide))
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4 * float(first.abs().max()))
 
 
@@ -159,7 +160,7 @@ def test_nothing_about_the_model_changes():
     blocks = discover(model, batches[0]).blocks
     state, flags = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
     random = torch.random.get_rng_state()
-    metrics = output_metrics(model, blocks, batches)
+    metrics = output_metrics(Samples.of(model, batches), blocks)
     assert torch.equal(random, torch.random.get_rng_state())
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
@@ -176,7 +177,7 @@ def test_the_seed_decides_the_draws():
     model = tiny("llama").eval()
     batches = ready_batches(model)[:1]
     block = discover(model, batches[0]).blocks[0]
-    first, second, other = (output_metrics(model, [block], batches, seed=s)[block.name] for s in (0, 0, 1))
+    first, second, other = (output_metrics(Samples.of(model, batches), [block], seed=s)[block.name] for s in (0, 0, 1))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
 
@@ -187,7 +188,7 @@ def test_activation_gradients_are_those_at_the_consumer_s_input(monkeypatch, fam
     model = tiny(family)
     batches = padded_batches(model)
     blocks = discover(model).blocks
-    found = activation_gradients(model, blocks, batches, seed=3)
+    found = activation_gradients(Samples.of(model, batches), blocks, seed=3)
     for block in blocks:
         consumer = model.get_submodule(block.consumer)
         total, rows = 0.0, 0

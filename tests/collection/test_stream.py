@@ -6,6 +6,7 @@ from torch import nn
 from hf_subprune.blocks import Block
 from hf_subprune.collection.planning import plan
 from hf_subprune.collection.stream import Stream
+from hf_subprune.data.batches import Samples
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.models.running import call
 
@@ -87,7 +88,7 @@ class Stem(nn.Module):
 )
 def test_segments_are_the_layers_in_forward_order(family, endings, paths):
     model = tiny(family)
-    found = plan(model, consumers(model, *endings), probe_inputs(model))
+    found = plan(Samples.of(model, [probe_inputs(model)]), consumers(model, *endings))
     assert [segment.path for segment in found.segments] == paths
     assert not found.retain_all
 
@@ -109,7 +110,7 @@ def test_every_consumer_sees_what_it_sees_in_a_plain_forward(family):
     for hook in hooks:
         hook.remove()
 
-    stream = Stream(model, plan(model, blocks, batch), [batch])
+    stream = Stream(Samples.of(model, [batch]), plan(Samples.of(model, [batch]), blocks))
     for segment in stream.plan.segments:
         seen = {b.consumer: [] for b in segment.blocks}
         stream.run(0, inputs=[(path, lambda x, into=into: into.append(x.clone())) for path, into in seen.items()])
@@ -123,7 +124,7 @@ def test_each_layer_runs_once_and_stops_before_the_consumer_that_it_is_told():
     model = tiny("llama")
     batch = probe_inputs(model)
     blocks = consumers(model, "down_proj")
-    stream = Stream(model, plan(model, blocks, batch), [batch])
+    stream = Stream(Samples.of(model, [batch]), plan(Samples.of(model, [batch]), blocks))
     ran, hooked = [], []
     for name, module in model.named_modules():
         if name.endswith(("o_proj", "down_proj")):
@@ -143,7 +144,7 @@ def test_each_layer_runs_once_and_stops_before_the_consumer_that_it_is_told():
 @pytest.mark.parametrize("family", [Skips, Grows])
 def test_outputs_that_are_read_again_later_are_kept(family):
     model = family().eval()
-    found = plan(model, [block(f"layers.{i}.0") for i in range(3)], {"x": torch.randn(2, 4)})
+    found = plan(Samples.of(model, [{"x": torch.randn(2, 4)}]), [block(f"layers.{i}.0") for i in range(3)])
     assert [segment.path for segment in found.segments] == ["layers.0", "layers.1", "layers.2"]
     assert found.retain_all
 
@@ -151,7 +152,7 @@ def test_outputs_that_are_read_again_later_are_kept(family):
 @pytest.mark.parametrize("read_again", [False, True])
 def test_what_only_leads_to_a_finished_segment_is_not_run_again(read_again):
     model, batch = Stem(read_again).eval(), {"x": torch.randn(2, 4)}
-    found = plan(model, [block("layers.0.0"), block("layers.2.0")], batch)
+    found = plan(Samples.of(model, [batch]), [block("layers.0.0"), block("layers.2.0")])
     assert [segment.path for segment in found.segments] == ["layers.0", "layers.2"]
     # What is added behind all segments is read in no pass, and what the last segment reads is run for it.
     assert found.leads == {"mask": 0, "layers.1": 1} | ({} if read_again else {"stem": 0})
@@ -160,7 +161,7 @@ def test_what_only_leads_to_a_finished_segment_is_not_run_again(read_again):
     model.layers[2].register_forward_hook(lambda _m, args, _y: expected.append(args[0].clone()))
     call(model, batch)
     ran.clear()
-    stream = Stream(model, found, [batch])
+    stream = Stream(Samples.of(model, [batch]), found)
     stream.run(0)
     stream.step()
     for _ in range(2):
@@ -177,7 +178,7 @@ def test_leads_of_real_models():
     found = {}
     for family, endings in (("bert", ("output.dense",)), ("whisper", ("fc2",)), ("gemma2", ("down_proj",))):
         model = tiny(family)
-        found[family] = plan(model, consumers(model, *endings), probe_inputs(model)).leads
+        found[family] = plan(Samples.of(model, [probe_inputs(model)]), consumers(model, *endings)).leads
     assert found["bert"] == {"bert.embeddings": 0}
     assert found["gemma2"] == {"model.embed_tokens": 0}
     encoder, decoder = "model.encoder.", "model.decoder."
@@ -194,13 +195,13 @@ def test_leads_of_real_models():
 
 def test_a_layer_that_is_called_twice_is_advanced_with_all_around_it():
     model = Reused().eval()
-    (segment,) = plan(model, [block("layers.0")], {"x": torch.randn(2, 4)}).segments
+    (segment,) = plan(Samples.of(model, [{"x": torch.randn(2, 4)}]), [block("layers.0")]).segments
     assert segment.path == ""
     assert segment.calls == (2,)
     seen = []
-    Stream(model, plan(model, [block("layers.0")], {"x": torch.ones(2, 4)}), [{"x": torch.ones(2, 4)}]).run(
-        0, inputs=[("layers.0", seen.append)]
-    )
+    batch = {"x": torch.ones(2, 4)}
+    stream = Stream(Samples.of(model, [batch]), plan(Samples.of(model, [batch]), [block("layers.0")]))
+    stream.run(0, inputs=[("layers.0", seen.append)])
     assert len(seen) == 2
 
 
@@ -208,14 +209,14 @@ def test_blocks_off_the_data_s_path_are_refused():
     model = Skips().eval()
     model.extra = nn.ModuleList([nn.Linear(4, 4)])
     with pytest.raises(ValueError, match=r"first samples of the data, does not reach 'extra\.0': begin the data"):
-        plan(model, [block("layers.0.0"), block("extra.0")], {"x": torch.randn(2, 4)})
+        plan(Samples.of(model, [{"x": torch.randn(2, 4)}]), [block("layers.0.0"), block("extra.0")])
 
 
 def test_nothing_stays_on_the_model():
     model = tiny("bert")
     batch = probe_inputs(model)
     before = call(model, batch).logits
-    stream = Stream(model, plan(model, consumers(model, "output.dense"), batch), [batch])
+    stream = Stream(Samples.of(model, [batch]), plan(Samples.of(model, [batch]), consumers(model, "output.dense")))
     stream.run(0)
     stream.step()
     stream.run(0)

@@ -5,9 +5,11 @@ import torch
 from batches import ready_batches, rows
 from tiny import tiny
 
+from hf_subprune.blocks import groups_of
 from hf_subprune.collection.planning import plan
-from hf_subprune.collection.walk import collect
+from hf_subprune.collection.walk import walk
 from hf_subprune.config import PruneConfig
+from hf_subprune.data.batches import Samples
 from hf_subprune.data.reading import read
 from hf_subprune.discovery.discover import discover
 from hf_subprune.models.linears import weight_matrix
@@ -21,7 +23,7 @@ def prepared(family, **overrides):
     model = tiny(family, **overrides)
     calibration = read(model, ready_batches(model), CONFIG)
     blocks = discover(model, calibration.probe).blocks
-    return model, calibration, blocks, plan(model, blocks, calibration.probe)
+    return model, calibration, blocks, plan(calibration, blocks)
 
 
 def check(moments, model, block, B, Y=None):
@@ -44,13 +46,25 @@ def changed(model, block):
     return shrink(model, block, kept, weight=1.5 * W[block.columns[kept].flatten().sort().values])
 
 
+def walked(calibration, segments, variant, edits=()):
+    """Each block with its moments; the caller may shrink it before the next one comes."""
+    owners = {block.name: 0 for segment in segments.segments for block in segment.blocks}
+    steps = walk(variant, calibration, segments, owners, beforehand=dict(edits))
+    for segment in steps.left:
+        steps.start(segment)
+        for group in groups_of(segment.blocks):
+            moments = steps.moments(group.blocks)
+            yield from ((block, moments[block.name]) for block in group.blocks)
+        steps.finish(segment)
+
+
 def run(model, calibration, blocks, variant, inspect):
     """Collect, let `inspect` look at each block, and change it; tied blocks are changed before where streams run."""
     edits = {}
     if variant != "layer":
         edits = {block.name: changed(model, block) for block in blocks if block.tie}
         blocks = [block for block in blocks if not block.tie]
-    for block, moments in collect(model, plan(model, blocks, calibration.probe), calibration, variant, edits):
+    for block, moments in walked(calibration, plan(calibration, blocks), variant, edits):
         inspect(block, moments)
         edits[block.name] = changed(model, block)
     return edits
@@ -140,8 +154,8 @@ def test_residual_is_asym_where_outputs_are_normalised_before_they_are_added():
 
 
 def test_folds_split_the_batches_and_the_held_out_ones_stay_apart():
-    model, calibration, _, segments = prepared("bert")
-    _, moments = next(collect(model, segments, calibration, "layer", {}))
+    _, calibration, _, segments = prepared("bert")
+    _, moments = next(walked(calibration, segments, "layer"))
     tokens = [int(batch["attention_mask"].sum()) for batch in calibration.fit]
     assert [fold.rows for fold in moments.folds] == [sum(tokens[0::2]), sum(tokens[1::2])]
     assert moments.held_out.rows == sum(int(batch["attention_mask"].sum()) for batch in calibration.held_out)
@@ -154,30 +168,30 @@ def test_activations_that_are_not_finite_name_the_block_and_the_sample(variant):
     batches[1]["pixel_values"][2] = float("nan")
     calibration = read(model, batches, CONFIG)
     blocks = discover(model).blocks
-    segments = plan(model, blocks, ready_batches(model, count=1)[0])
+    segments = plan(Samples.of(model, ready_batches(model, count=1)), blocks)
     with pytest.raises(ValueError, match=rf"{blocks[0].name}.*NaN or inf.*samples? .*2"):
-        next(collect(model, segments, calibration, variant, {}))
+        next(walked(calibration, segments, variant))
 
 
 def test_tokens_of_two_models_that_cannot_be_paired_are_refused():
     """As in speech synthesis, where predicted durations decide on lengths."""
     model, calibration, blocks, segments = prepared("llama")
-    walk = collect(model, segments, calibration, "asym", {})
-    next(walk)  # by now the targets of the layer are there
+    steps = walked(calibration, segments, "asym")
+    next(steps)  # by now the targets of the layer are there
     module = model.model.layers[0].mlp
     run = module.forward
     module.forward = lambda hidden: run(hidden[:, 1:])
     with pytest.raises(
         ValueError, match=rf"{blocks[1].name}.* reads \d+ tokens of batch 0 .*but \d+ .*variant='layer'"
     ):
-        next(walk)
+        next(steps)
 
 
 def test_sums_of_wide_blocks_take_half_the_memory_and_hold_six_digits(monkeypatch):
-    model, calibration, _, segments = prepared("llama")
+    _, calibration, _, segments = prepared("llama")
 
     def sums():
-        return {b.name: m for b, m in collect(model, segments, calibration, "layer", {})}
+        return {b.name: m for b, m in walked(calibration, segments, "layer")}
 
     expected = sums()
     wide = max(len(moments.held_out.sums()[1]) for moments in expected.values())

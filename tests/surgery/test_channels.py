@@ -7,6 +7,7 @@ from tiny import tiny
 
 from hf_subprune.collection.planning import plan
 from hf_subprune.config import PruneConfig
+from hf_subprune.data.batches import Samples
 from hf_subprune.data.reading import read
 from hf_subprune.discovery.discover import discover
 from hf_subprune.discovery.probe_inputs import probe_inputs
@@ -49,14 +50,14 @@ def test_consumers_outside_of_every_layer_are_segments_of_their_own():
     model, blocks, _ = channels("whisper")
     assert [block.consumer for block in blocks] == ["model.encoder.conv2"]
     everything = discover(model).blocks
-    segments = plan(model, everything, probe_inputs(model)).segments
+    segments = plan(Samples.of(model, [probe_inputs(model)]), everything).segments
     assert segments[0].path == "model.encoder.conv2"
     assert segments[1].path == "model.encoder.layers.0"
 
 
 def test_a_chain_of_convolutions_is_one_segment():
     model, blocks, _ = channels("wav2vec2")
-    segments = plan(model, discover(model).blocks, probe_inputs(model)).segments
+    segments = plan(Samples.of(model, [probe_inputs(model)]), discover(model).blocks).segments
     assert segments[0].path == "wav2vec2.feature_extractor"
     assert [block.name for block in segments[0].blocks] == [block.name for block in blocks]
     assert [block.consumer for block in blocks] == ["wav2vec2.feature_extractor.conv_layers.1.conv"]
