@@ -330,7 +330,7 @@ def test_experts_of_different_widths_cannot_be_stacked():
 
 def test_shrinking_an_expert_of_a_whole_model_says_what_to_do():
     model = tiny_model("mixtral")
-    with pytest.raises(ValueError, match=r"inside of `stacked.apart\(model\)`"):
+    with pytest.raises(ValueError, match=r"inside of `models.forms.apart\(model"):
         shrink(model, stacked_blocks(model)[0], [0, 1])
 
 
