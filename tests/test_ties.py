@@ -1,6 +1,6 @@
-from pkgutil import resolve_name
-
 """Blocks that must all keep the same units: found, pruned and stored together."""
+
+from pkgutil import resolve_name
 
 import pytest
 import torch
