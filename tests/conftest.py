@@ -16,8 +16,10 @@ import pytest
 
 from hf_subprune import pruning
 from hf_subprune.allocation import choice, survey, targets
+from hf_subprune.collection.stream import Stream
 from hf_subprune.evaluation import costs
 from hf_subprune.report import page
+from hf_subprune.runs.workspace import Workspace
 from hf_subprune.storage import stock
 
 
@@ -77,3 +79,74 @@ def clock(monkeypatch):
     for module in (targets, choice, survey):
         monkeypatch.setattr(module, "times_in_turn", in_turn)
     return seconds
+
+
+class Computed:
+    """What workspaces compute, which is what they do not find.
+
+    Attributes:
+        names: In the order in which they were begun.
+        before: Called with each of them; it may stop the run.
+    """
+
+    def __init__(self):
+        self.names = []
+        self.before = lambda name: None
+
+    @staticmethod
+    def of_blocks(names):
+        """Those that are solutions of blocks."""
+        return [name for name in names if name.startswith("blocks/")]
+
+    @property
+    def blocks(self):
+        """Solutions of blocks among the names."""
+        return self.of_blocks(self.names)
+
+    def start_anew(self):
+        """Stop no more; returns the names so far, of which none is kept."""
+        names, self.names = self.names, []
+        self.before = lambda name: None
+        return names
+
+    def noted(self, name, compute):
+        def run():
+            self.names.append(name)
+            self.before(name)
+            return compute()
+
+        return run
+
+    def stop_at_block(self, number, error):
+        """Raise the error instead of solving that block, counted from 0."""
+
+        def stop(name):
+            if name.startswith("blocks/") and len(self.blocks) == number + 1:
+                raise error
+
+        self.before = stop
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """What the runs of a test compute, and where they stop: a `Computed`."""
+    found, once, own = Computed(), Workspace.once, Workspace.own
+    monkeypatch.setattr(Workspace, "once", lambda work, name, run: once(work, name, found.noted(name, run)))
+    monkeypatch.setattr(Workspace, "own", lambda work, of, name, run: own(work, of, name, found.noted(name, run)))
+    return found
+
+
+@pytest.fixture
+def room_for(monkeypatch):
+    """A device whose memory takes a number of samples."""
+    run = Stream.run
+
+    def limit(samples):
+        def limited(stream, index, **options):
+            if len(stream.batches[index]["input_ids"]) > samples:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            run(stream, index, **options)
+
+        monkeypatch.setattr(Stream, "run", limited)
+
+    return limit

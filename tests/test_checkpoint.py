@@ -98,45 +98,38 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize("variant", ["layer", "residual"])
 @pytest.mark.parametrize("solved", [0, 1, 3])
-def test_a_stopped_run_goes_on_behind_the_last_finished_layer(tmp_path, monkeypatch, variant, solved):
-    import hf_subprune.pruning as pruning
-
+def test_a_stopped_run_goes_on_behind_the_last_finished_layer(tmp_path, computed, variant, solved):
     batches = saved("llama", tmp_path / "model")
     config = PruneConfig(**QUICK, variant=variant)
     prune_checkpoint(tmp_path / "model", batches, config, tmp_path / "a")
-    solve, calls = pruning.solve, []
-
-    def stop_late(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == solved + 1:
-            raise StoppedError
-        return solve(*args, **kwargs)
-
-    monkeypatch.setattr(pruning, "solve", stop_late)
+    whole = computed.start_anew()
+    assert {"blocks", "original", "sensitivities"} <= set(whole)
+    computed.stop_at_block(solved, StoppedError())
     with pytest.raises(StoppedError):
         prune_checkpoint(tmp_path / "model", batches, config, tmp_path / "b")
     assert not (tmp_path / "b").exists()
-    for name in ("discover", "output_metrics", "model_outputs"):
-        monkeypatch.setattr(f"hf_subprune.allocation.survey.{name}", None)  # not a second time
-    calls.clear()
-    monkeypatch.setattr(pruning, "solve", lambda *args, **kwargs: calls.append(1) or solve(*args, **kwargs))
+    *finished, _ = computed.start_anew()
+    assert len(computed.of_blocks(finished)) == solved
     prune_checkpoint(tmp_path / "model", batches, config, tmp_path / "b")
-    assert len(calls) == 4 - solved
+    assert computed.names == computed.blocks  # nothing else a second time
+    assert len(computed.blocks) == 4 - solved
+    assert finished + computed.names == whole
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def stopped(tmp_path, monkeypatch):
-    """A run that ended with its first block."""
+@pytest.fixture
+def stopped(tmp_path, computed):
+    """Batches of a run that ended with its first block."""
     batches = saved("llama", tmp_path / "model")
-    with monkeypatch.context() as patched:
-        patched.setattr("hf_subprune.pruning.solve", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    computed.stop_at_block(0, StoppedError())
+    with pytest.raises(StoppedError):
+        prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    computed.start_anew()
     return batches
 
 
-def test_another_config_data_or_model_is_refused(tmp_path, monkeypatch):
-    batches = stopped(tmp_path, monkeypatch)
+def test_another_config_data_or_model_is_refused(tmp_path, stopped):
+    batches = stopped
     with pytest.raises(ValueError, match=r"config keep: 0\.5 then, 0\.25 now"):
         prune_checkpoint(tmp_path / "model", batches, PruneConfig(**QUICK, keep=0.25), tmp_path / "out")
     other = [{**batch, "input_ids": batch["input_ids"].flip(0)} for batch in batches]
@@ -148,8 +141,8 @@ def test_another_config_data_or_model_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["remove", "truncate"])
-def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_when_it_is_mended(tmp_path, monkeypatch, damage):
-    batches = stopped(tmp_path, monkeypatch)
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_when_it_is_mended(tmp_path, stopped, damage):
+    batches = stopped
     shard = sorted((tmp_path / "model").glob("*.safetensors"))[1]
     shutil.copy2(shard, tmp_path / "kept")
     if damage == "remove":
@@ -186,7 +179,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, writer):
     assert files(tmp_path / "out") == files(tmp_path / "again")
 
 
-def test_a_disk_that_is_full_at_the_end_loses_nothing(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_at_the_end_loses_nothing(tmp_path, monkeypatch, computed):
     batches = saved("llama", tmp_path / "model")
     full = SafetensorError("I/O error: No space left on device (os error 28)")
     with monkeypatch.context() as patched:
@@ -194,28 +187,26 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"out could not be written: .*No space left.*Make room"):
             prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with monkeypatch.context() as patched:
-        patched.setattr("hf_subprune.pruning.solve", None)  # not a second time
-        prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    assert len(computed.of_blocks(computed.start_anew())) == 6
+    prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    assert not computed.names  # nothing a second time
     prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "again")
     assert files(tmp_path / "out") == files(tmp_path / "again")
 
 
-def test_a_file_that_goes_while_a_run_reads_it_is_named(tmp_path, monkeypatch):
-    import hf_subprune.pruning as pruning
-
+def test_a_file_that_goes_while_a_run_reads_it_is_named(tmp_path, computed):
     batches = saved("llama", tmp_path / "model")
-    shards, solve = sorted((tmp_path / "model").glob("*.safetensors")), pruning.solve
+    shards = sorted((tmp_path / "model").glob("*.safetensors"))
 
-    def lose_files(*args, **kwargs):
-        for shard in shards:
-            shard.rename(tmp_path / shard.name)
-        return solve(*args, **kwargs)
+    def lose_files(name):
+        if name.startswith("blocks/"):
+            for shard in shards:
+                shard.rename(tmp_path / shard.name)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(pruning, "solve", lose_files)
-        with pytest.raises(OSError, match=r"cannot be read from the checkpoint any more: .*Put the file back"):
-            prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    computed.before = lose_files
+    with pytest.raises(OSError, match=r"cannot be read from the checkpoint any more: .*Put the file back"):
+        prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    computed.start_anew()
     for shard in shards:
         (tmp_path / shard.name).rename(shard)
     prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
@@ -223,15 +214,12 @@ def test_a_file_that_goes_while_a_run_reads_it_is_named(tmp_path, monkeypatch):
     assert files(tmp_path / "out") == files(tmp_path / "again")
 
 
-def test_no_finished_layer_keeps_a_file_mapped(tmp_path, monkeypatch):
-    import hf_subprune.pruning as pruning
-
+def test_no_finished_layer_keeps_a_file_mapped(tmp_path, computed):
     def mapped():
         return [m.path for m in psutil.Process().memory_maps() if str(tmp_path) in m.path and "blocks" in m.path]
 
     batches, seen = saved("llama", tmp_path / "model", num_hidden_layers=3), []
-    release = pruning.release_memory
-    monkeypatch.setattr(pruning, "release_memory", lambda: (release(), seen.append(len(mapped()))))
+    computed.before = lambda name: seen.append(len(mapped())) if name.startswith("blocks/") else None
     prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
     assert len(seen) >= 3  # once a layer
     assert max(seen) <= 2

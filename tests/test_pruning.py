@@ -1,16 +1,18 @@
 import pytest
 import torch
+from accelerate import disk_offload, dispatch_model
 from batches import ready_batches
 from datasets import Dataset
-from runs_of import FAMILIES, QUICK, assert_unchanged, snapshot
+from runs_of import FAMILIES, QUICK, assert_unchanged, files, snapshot
 from tiny import tiny
 from torch import nn
 
-import hf_subprune.allocation.survey as calibrated
-import hf_subprune.pruning as pruning
 from hf_subprune import PruneConfig, PruneReport, prune
-from hf_subprune.evaluation.drift import model_outputs
-from hf_subprune.models.running import call
+from hf_subprune.evaluation.drift import drift, model_outputs
+from hf_subprune.models.running import call, is_offloaded
+from hf_subprune.pruning import prune_sizes
+from hf_subprune.runs.workspace import Workspace
+from hf_subprune.solving import outcome
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -183,27 +185,19 @@ def test_a_failure_at_any_stage_restores_the_model(monkeypatch, stage, variant):
     def fail(*_args, **_kwargs):
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(pruning, stage, fail)
+    monkeypatch.setattr(outcome, stage, fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         prune(model, ready_batches(model), PruneConfig(**QUICK, variant=variant))
     assert_unchanged(model, before)
 
 
-def test_a_failure_between_blocks_restores_the_model(monkeypatch):
+def test_a_failure_between_blocks_restores_the_model(computed):
     model = tiny("bert")
     before = snapshot(model)
-    solve, calls = pruning.solve, []
-
-    def fail_third(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("on purpose")
-        return solve(*args, **kwargs)
-
-    monkeypatch.setattr(pruning, "solve", fail_third)
+    computed.stop_at_block(2, RuntimeError("on purpose"))
     with pytest.raises(RuntimeError, match="on purpose"):
         prune(model, ready_batches(model), PruneConfig(**QUICK, variant="seq"))
-    assert len(calls) == 3
+    assert len(computed.blocks) == 3
     assert_unchanged(model, before)
 
 
@@ -246,13 +240,104 @@ def test_the_report_can_be_saved_read_and_printed(tmp_path):
     assert "bert.encoder.layer.1.attention" in str(report)
     assert report.config["keep"] == 0.5
     reference = model_outputs(tiny("bert"), batches[-1:])
-    assert report.drift == pytest.approx(pruning.drift(model, batches[-1:], reference).to_dict(), rel=1e-5)
+    assert report.drift == pytest.approx(drift(model, batches[-1:], reference).to_dict(), rel=1e-5)
 
 
-def test_a_stock_layout_that_the_config_cannot_say_is_refused_before_any_work(monkeypatch):
-    monkeypatch.setattr(calibrated, "model_outputs", lambda *_: pytest.fail("The data was run."))
+def test_a_stock_layout_that_the_config_cannot_say_is_refused_before_any_work(computed):
     model = tiny("bert")
     before = snapshot(model)
     with pytest.raises(ValueError, match="layout='stock' is not possible"):
         prune(model, ready_batches(model), PruneConfig(**QUICK, layout="stock", units=("mlp", "attention")))
+    assert computed.names == ["blocks"]  # the data was not run
     assert_unchanged(model, before)
+
+
+def test_an_abandoned_size_is_taken_back():
+    model = tiny("bert")
+    full = model.num_parameters()
+    sizes = prune_sizes(model, ready_batches(model), [PruneConfig(**QUICK, layout="ragged")])
+    next(sizes)
+    assert model.num_parameters() < full
+    sizes.close()
+    assert model.num_parameters() == full
+
+
+def test_sizes_may_differ_in_size_only():
+    model = tiny("bert")
+    configs = [
+        PruneConfig(**QUICK, layout="ragged"),
+        PruneConfig(**{**QUICK, "samples": 10}, layout="ragged", variant="seq"),
+    ]
+    with pytest.raises(ValueError, match="differ in samples, variant"):
+        next(prune_sizes(model, ready_batches(model), configs))
+
+
+@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize("variant", ["layer", "asym"])
+def test_a_failure_at_any_size_restores_the_model(monkeypatch, variant, size):
+    model = tiny("llama")
+    before = snapshot(model)
+    exchange, installed = Workspace.exchange, []
+
+    def fail_midway(work, owner, value):
+        installed.append(work)
+        if len(installed) == 6 * size + 3:
+            raise RuntimeError("on purpose")
+        return exchange(work, owner, value)
+
+    monkeypatch.setattr(Workspace, "exchange", fail_midway)
+    configs = [PruneConfig(**QUICK, variant=variant, keep=keep) for keep in (0.75, 0.5)]
+    sizes = prune_sizes(model, ready_batches(model), configs)
+    for _ in range(size):
+        assert next(sizes).parameters.after == model.num_parameters()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        next(sizes)
+    assert len(installed) == 6 * size + 3
+    assert_unchanged(model, before)
+
+
+def on_disk(model, folder):
+    return disk_offload(model, str(folder), torch.device("cpu"))
+
+
+def layers_on_disk(model, folder):
+    base = model.base_model_prefix
+    paths = [name for name, _ in model.named_children() if name != base]
+    paths += [f"{base}.{name}" for name, _ in getattr(model, base).named_children()]
+    places = {path: "disk" if path.endswith(".layers") else "cpu" for path in paths}
+    return dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+
+
+def read_by_accelerate(model):
+    """By module, the parameters that are read from elsewhere when it runs."""
+    hooks = {name: getattr(module, "_hf_hook", None) for name, module in model.named_modules()}
+    reading = {name: hook for name, hook in hooks.items() if getattr(hook, "offload", False)}
+    return {name: sorted(p for p, _ in model.get_submodule(name).named_parameters()) for name in reading}
+
+
+@pytest.mark.parametrize("variant", ["layer", "residual"])
+@pytest.mark.parametrize("dispatch", [on_disk, layers_on_disk])
+def test_a_dispatched_model_comes_in_several_sizes(tmp_path, dispatch, variant):
+    whole, model = tiny("llama"), dispatch(tiny("llama"), tmp_path / "offloaded")
+    batches, config_before, read_before = ready_batches(whole), model.config.to_dict(), read_by_accelerate(model)
+    settings = {**QUICK, "variant": variant}
+    configs = [PruneConfig(**settings, keep=0.75, layout="ragged"), PruneConfig(**settings, keep=0.5)]
+    assert read_before
+    for config, report in zip(configs, prune_sizes(model, batches, configs), strict=True):
+        alone = tiny("llama")
+        expected = prune(alone, batches, config)
+        assert [b.kept_units for b in report.blocks] == [b.kept_units for b in expected.blocks]
+        assert (report.layout, report.latency, report.parameters) == (expected.layout, None, expected.parameters)
+        assert report.drift == pytest.approx(expected.drift, rel=1e-5)
+        # While it is held it is dispatched as it was, by accelerate alone.
+        assert not is_offloaded(model) and any(parameter.is_meta for parameter in model.parameters())
+        assert read_by_accelerate(model) == read_before
+        for batch in batches:
+            torch.testing.assert_close(call(model, batch).logits, call(alone, batch).logits)
+        model.save_pretrained(tmp_path / f"found-{config.keep}")
+        alone.save_pretrained(tmp_path / f"expected-{config.keep}")
+        assert files(tmp_path / f"found-{config.keep}") == files(tmp_path / f"expected-{config.keep}")
+    assert not is_offloaded(model) and read_by_accelerate(model) == read_before
+    assert model.config.to_dict() == config_before
+    for batch in batches:
+        torch.testing.assert_close(call(model, batch).logits, call(whole, batch).logits)

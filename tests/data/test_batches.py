@@ -2,18 +2,14 @@ import pytest
 import torch
 from batches import ready_batches
 from runs_of import QUICK, assert_unchanged, snapshot
+from same import assert_same_weights
 from small_texts import SMALL, TEXTS
 from tiny import tiny
 
 from hf_subprune import PruneConfig, prune, prune_checkpoint
-from hf_subprune.allocation.surveying import take_survey
-from hf_subprune.collection.stream import Stream
+from hf_subprune.coverage.tiny import tiny_model
 from hf_subprune.data.reading import read
-from hf_subprune.models.session import session
-from hf_subprune.pruning import prune_to
-from hf_subprune.runs.workspace import Workspace
-
-OUT_OF_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+from hf_subprune.pruning import prune_sizes
 
 
 def test_rows_leave_padding_out_and_count_held_out_batches_last(bert, tokenizer):
@@ -22,58 +18,6 @@ def test_rows_leave_padding_out_and_count_held_out_batches_last(bert, tokenizer)
         x = torch.randn(*batch["input_ids"].shape, 24)
         rows = prepared.rows(x, index, "encoder.layer.0.output.dense")
         assert torch.equal(rows, x[batch["attention_mask"].bool()])
-
-
-@pytest.fixture
-def room_for(monkeypatch):
-    """A device whose memory takes a number of samples."""
-    run = Stream.run
-
-    def limit(samples):
-        def limited(stream, index, **options):
-            if len(stream.batches[index]["input_ids"]) > samples:
-                raise OUT_OF_MEMORY
-            run(stream, index, **options)
-
-        monkeypatch.setattr(Stream, "run", limited)
-
-    return limit
-
-
-@pytest.mark.parametrize("variant", ["layer", "seq"])
-def test_batches_are_halved_until_they_fit(room_for, variant):
-    config = PruneConfig(**QUICK, variant=variant)
-    model, other = tiny("llama"), tiny("llama")
-    batches = ready_batches(model)
-    work = Workspace()
-    with session(other):
-        survey = take_survey(read(other, batches, config).in_batches_of(1), [config], None, work)
-        expected = prune_to(survey, config, work)
-    room_for(1)
-    report = prune(model, batches, config)
-    assert [b.kept_units for b in report.blocks] == [b.kept_units for b in expected.blocks]
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
-
-
-def test_no_room_for_one_sample_changes_nothing(room_for):
-    model = tiny("llama")
-    before = snapshot(model)
-    batches = ready_batches(model)
-    room_for(0)
-    with pytest.raises(RuntimeError, match="No executable batch size"):
-        prune(model, batches, PruneConfig(**QUICK))
-    assert_unchanged(model, before)
-
-
-def test_checkpoints_are_pruned_in_batches_that_fit(tmp_path, room_for):
-    model = tiny("llama")
-    batches = ready_batches(model)
-    model.save_pretrained(tmp_path / "model")
-    room_for(2)
-    report = prune_checkpoint(tmp_path / "model", batches, PruneConfig(**QUICK), tmp_path / "out")
-    prune(model, batches, PruneConfig(**QUICK))
-    found = type(model).from_pretrained(tmp_path / "out")
-    assert found.num_parameters() == model.num_parameters() == report.parameters.after
 
 
 def test_pieces_of_a_batch_stay_in_its_fold():
@@ -98,3 +42,91 @@ def test_the_probe_is_the_beginning_of_two_samples():
     assert torch.equal(probe["input_ids"], ids[:2, :32])
     padded = [{"input_ids": ids, "attention_mask": torch.arange(50).expand(4, -1).gt(40).long()} for _ in range(6)]
     assert read(model, padded, PruneConfig(**QUICK)).probe["input_ids"].shape == (2, 50)
+
+
+def kept(report):
+    return [block.kept_units for block in report.blocks]
+
+
+def pruned_one_by_one(model, batches, **settings):
+    """The report of a run whose data come in batches of one sample from the first."""
+    config = PruneConfig(**settings)
+    cut = read(model, batches, config).in_batches_of(1)
+    return prune(model, [*cut.fit, *cut.held_out], PruneConfig(**settings | {"batch_size": 1}))
+
+
+@pytest.mark.parametrize("variant", ["layer", "seq"])
+def test_batches_are_halved_until_they_fit(room_for, variant):
+    model, other = tiny("llama"), tiny("llama")
+    batches = ready_batches(model)
+    expected = pruned_one_by_one(other, batches, **QUICK, variant=variant)
+    room_for(1)
+    report = prune(model, batches, PruneConfig(**QUICK, variant=variant))
+    assert kept(report) == kept(expected)
+    assert_same_weights(model, other)
+
+
+def test_batches_are_halved_where_whole_experts_go(room_for):
+    model, other = tiny_model("qwen2_moe", "main"), tiny_model("qwen2_moe", "main")
+    batches = ready_batches(tiny("llama"))
+    settings = {**QUICK, "units": ("experts", "mlp"), "keep": {"experts": 0.75, "mlp": 0.5}, "layout": "ragged"}
+    expected = pruned_one_by_one(other, batches, **settings)
+    room_for(1)
+    report = prune(model, batches, PruneConfig(**settings))
+    assert {block.kind for block in report.blocks} == {"experts", "mlp"}
+    assert kept(report) == kept(expected)
+    assert_same_weights(model, other)
+
+
+@pytest.mark.parametrize("variant", ["layer", "seq"])
+def test_batches_are_halved_before_the_first_of_several_sizes(room_for, variant):
+    model, keeps = tiny("bert"), (0.75, 0.5)
+    batches, before = ready_batches(model), snapshot(model)
+    expected = []
+    for keep in keeps:
+        other = tiny("bert")
+        expected.append((pruned_one_by_one(other, batches, **QUICK, variant=variant, keep=keep), other))
+    room_for(1)
+    configs = [PruneConfig(**QUICK, variant=variant, keep=keep) for keep in keeps]
+    for report, (alone, other) in zip(prune_sizes(model, batches, configs), expected, strict=True):
+        assert kept(report) == kept(alone)
+        assert_same_weights(model, other)
+    assert_unchanged(model, before)
+
+
+def test_batches_are_halved_between_sizes_and_stay_so(room_for):
+    model, others = tiny("llama"), [tiny("llama") for _ in range(3)]
+    batches, before = ready_batches(model), snapshot(model)
+    settings = {**QUICK, "variant": "seq"}
+    expected = [prune(others[0], batches, PruneConfig(**settings, keep=0.8))]
+    expected += [
+        pruned_one_by_one(other, batches, **settings, keep=keep)
+        for other, keep in zip(others[1:], (0.6, 0.4), strict=True)
+    ]
+    configs = [PruneConfig(**settings, keep=keep) for keep in (0.8, 0.6, 0.4)]
+    for report, alone, other in zip(prune_sizes(model, batches, configs), expected, others, strict=True):
+        assert kept(report) == kept(alone)
+        assert_same_weights(model, other)
+        room_for(1)
+    assert_unchanged(model, before)
+
+
+def test_no_room_for_one_sample_changes_nothing(room_for):
+    model = tiny("llama")
+    before = snapshot(model)
+    batches = ready_batches(model)
+    room_for(0)
+    with pytest.raises(RuntimeError, match="No executable batch size"):
+        prune(model, batches, PruneConfig(**QUICK))
+    assert_unchanged(model, before)
+
+
+def test_checkpoints_are_pruned_in_batches_that_fit(tmp_path, room_for):
+    model = tiny("llama")
+    batches = ready_batches(model)
+    model.save_pretrained(tmp_path / "model")
+    room_for(2)
+    report = prune_checkpoint(tmp_path / "model", batches, PruneConfig(**QUICK), tmp_path / "out")
+    prune(model, batches, PruneConfig(**QUICK))
+    found = type(model).from_pretrained(tmp_path / "out")
+    assert found.num_parameters() == model.num_parameters() == report.parameters.after

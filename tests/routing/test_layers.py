@@ -103,12 +103,12 @@ def test_experts_in_groups_are_refused():
 def test_the_error_of_a_removal_is_that_of_the_layers_output():
     model = tiny_model("qwen2_moe")
     tokens = first_tokens(model)
-    calibration = tokens.calibration
-    whole = torch.cat([routed_output(model, batch) for batch in calibration.fit])
+    samples = tokens.samples
+    whole = torch.cat([routed_output(model, batch) for batch in samples.fit])
     errors = {}
     for kept in ([0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]):
         with unrouted(model, tokens.routed, kept):
-            left = torch.cat([routed_output(model, batch) for batch in calibration.fit])
+            left = torch.cat([routed_output(model, batch) for batch in samples.fit])
         errors[tuple(kept)] = float((whole - left).square().sum() / whole.square().sum())
         fit = fit_experts(tokens, torch.tensor(kept), reweight_kept=False)
         assert fit.fitted_error == pytest.approx(errors[tuple(kept)], rel=1e-3)
@@ -130,7 +130,7 @@ def test_experts_that_stay_make_up_for_those_that_go(family):
     fitted = fit_experts(tokens, kept)
     assert not alone.parameters
     assert fitted.fitted_error < 0.95 * alone.fitted_error and fitted.held_out_error < 0.95 * alone.held_out_error
-    held_out = tokens.calibration.held_out
+    held_out = tokens.samples.held_out
     whole = torch.cat([routed_output(model, batch) for batch in held_out])
     edits = [shrink(model, tokens.routed.block, kept), assign(model, "experts", fitted.parameters)]
     left = torch.cat([routed_output(model, batch) for batch in held_out])
@@ -203,7 +203,9 @@ def test_several_sizes_and_training_leave_experts_whole():
         GradualPruning(model, batches(model), CONFIG)
 
 
-@pytest.mark.parametrize("stage", ["expert_removal.verify_routed", "pruning.choose_layout", "pruning.drift"])
+@pytest.mark.parametrize(
+    "stage", ["routing.removal.verify_routed", "solving.outcome.choose_layout", "solving.outcome.drift"]
+)
 def test_a_failure_puts_the_experts_back(stage, monkeypatch):
     model = tiny_model("mixtral", "main")
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny
 
-from hf_subprune.blocks import by_tie
+from hf_subprune.blocks import groups_of
 from hf_subprune.config import PruneConfig
 from hf_subprune.data.reading import read
 from hf_subprune.discovery.discover import discover
@@ -128,7 +128,7 @@ def test_widths_are_those_of_the_model_when_it_is_first_pruned():
 
 def test_tied_blocks_keep_the_same_units_all_along():
     model, gradual = started("t5")
-    tied = [group for group in by_tie(gradual.blocks) if len(group) > 1]
+    tied = [group.blocks for group in groups_of(gradual.blocks) if group.share == "units" and len(group.blocks) > 1]
     assert tied
     for removed in (0.6, 1.0):
         gradual.step(removed)
