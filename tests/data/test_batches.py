@@ -80,11 +80,11 @@ def test_batches_are_halved_where_whole_experts_go(room_for):
 
 @pytest.mark.parametrize("variant", ["layer", "seq"])
 def test_batches_are_halved_before_the_first_of_several_sizes(room_for, variant):
-    model, keeps = tiny("bert"), (0.75, 0.5)
+    model, keeps = tiny("bert", num_hidden_layers=1), (0.75, 0.5)
     batches, before = ready_batches(model), snapshot(model)
     expected = []
     for keep in keeps:
-        other = tiny("bert")
+        other = tiny("bert", num_hidden_layers=1)
         expected.append((pruned_one_by_one(other, batches, **QUICK, variant=variant, keep=keep), other))
     room_for(1)
     configs = [PruneConfig(**QUICK, variant=variant, keep=keep) for keep in keeps]
@@ -95,7 +95,7 @@ def test_batches_are_halved_before_the_first_of_several_sizes(room_for, variant)
 
 
 def test_batches_are_halved_between_sizes_and_stay_so(room_for):
-    model, others = tiny("llama"), [tiny("llama") for _ in range(3)]
+    model, others = tiny("llama", num_hidden_layers=1), [tiny("llama", num_hidden_layers=1) for _ in range(3)]
     batches, before = ready_batches(model), snapshot(model)
     settings = {**QUICK, "variant": "seq"}
     expected = [prune(others[0], batches, PruneConfig(**settings, keep=0.8))]
