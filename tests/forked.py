@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,25 @@ def _environments(processes: int) -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-if __name__ == "__main__":
-    import datasets  # noqa: F401
-    from transformers import Trainer  # noqa: F401
-    from transformers.models.bert import modeling_bert  # noqa: F401
-    from transformers.models.llama import modeling_llama  # noqa: F401
+IMPORTED = (
+    "datasets",
+    "hf_subprune.checkpoint",
+    "hf_subprune.data.datafiles",
+    "hf_subprune.report.card",
+    "hf_subprune.report.hub",
+    "hf_subprune.report.plots",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
+    "typer",
+)
+"""All but the command itself, which is run as the main program."""
 
+if __name__ == "__main__":
+    for module in IMPORTED:
+        import_module(module)
     for line in sys.stdin:
         order = json.loads(line)
         several = [_forked(order["arguments"], one) for one in _environments(order["processes"])]
