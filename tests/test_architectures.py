@@ -35,11 +35,10 @@ def test_unusual_architectures_are_pruned(model_type):
         pytest.skip(f"Transformers has no {model_type} yet")
     model = tiny_model(model_type)
     inputs = probe_inputs(model)
-    report = prune(
-        model,
-        [noisy(inputs, seed) for seed in range(6)],
-        PruneConfig(samples=8, held_out=4, units=("mlp", "attention", "channels")),
-    )
+    # No search for a config that says the widths, which takes longest; all blocks lose units as if there were one.
+    layout = {"layout": "ragged", "budget": "uniform"}
+    config = PruneConfig(samples=4, held_out=4, units=("mlp", "attention", "channels"), **layout)
+    report = prune(model, [noisy(inputs, seed) for seed in range(4)], config)
     assert report.parameters.ratio < 0.9
     assert all(block.units_after < block.units_before for block in report.blocks)
     assert 0 < report.drift["relative_error"] < 1

@@ -29,8 +29,9 @@ _MEASURED_ROWS = 512
 class Propagation:
     """What a block's error does to the model's output, measured by pruning the block alone, or with its tie.
 
-    The metric of section 4 is a linearisation at the original model; early blocks exceed it, since what they do wrong
-    goes through all others. The factor between measured and predicted drift corrects a block's whole curve.
+    The metric that weighs errors (`collection.sensitivity`) is a linearisation at the original model; early blocks
+    exceed it, since what they do wrong goes through all others. The factor between measured and predicted drift
+    corrects a block's whole curve.
 
     Args:
         samples: Of the original; batches of all but the first fold are run, the trials having been fitted on that.

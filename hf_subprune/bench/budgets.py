@@ -60,7 +60,7 @@ def bench_budgets(
 
     Returns:
         Rows of `budget` (`"random"` among them), `keep` (asked for), `kept` (reached), `predicted` and `actual` drift:
-        as `allocation.scalar_drift` counts it; `figures`, the drift in full.
+        as `allocation.propagation.scalar_drift` counts it; `figures`, the drift in full.
     """
     base = replace(config, variant="layer", keep=min(keeps), layout="ragged", round_to=1)
     with evaluating(model), apart(model.modules()):

@@ -58,7 +58,7 @@ def bench_quality(
 
     Returns:
         One row per config: `keep`, `importance`, `reweight`, `variant`, `block_error` (mean relative error of the
-        pruned blocks on held-out rows), `drift` (see `evaluation.Drift`), `metrics` (with `trial`; see
+        pruned blocks on held-out rows), `drift` (see `evaluation.drift.Drift`), `metrics` (with `trial`; see
         `report.TaskMetric`), `seconds` of selection and calibration.
     """
     rows = []

@@ -113,7 +113,7 @@ class _Watch:
         value = first_tensor(values)
         for consumer in list(self._outputs):
             if (path, is_input) in self._seen[consumer]:
-                continue  # in `collect`, only the first one behind the consumer counts
+                continue  # only the first one behind the consumer counts
             self._seen[consumer].add((path, is_input))
             gain = None if value is None else self._gain(value, consumer)
             if value is None or gain is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ..models.offload import loaded
 from ..runs.durable import write_json
 from ..runs.processes import add_up, from_all, own_share, processes
 from ..surgery.edits import Edit, taken_back
-from .additions import find_additions
+from .additions import Addition, find_additions
 from .block_moments import BlockMoments
 from .observers import Hooks, Observer, PairedObserver, ResidualObserver, Targets
 from .segments import Plan, Segment
@@ -204,17 +205,9 @@ class PairedWalk(SequentialWalk):
 class ResidualWalk(PairedWalk):
     """As `PairedWalk`, for the sums that outputs go into (variant `residual`)."""
 
-    def __init__(
-        self,
-        samples: Samples,
-        plan: Plan,
-        owners: Mapping[str, int],
-        folder: Path | None = None,
-        *,
-        beforehand: Mapping[str, Edit],
-    ) -> None:
-        super().__init__(samples, plan, owners, folder, beforehand=beforehand)
-        self._additions = find_additions(samples, plan)
+    @cached_property
+    def _additions(self) -> dict[str, Addition]:
+        return find_additions(self.samples, self.plan)
 
     def _observer(self, block: Block, calls: int) -> Observer:
         addition = self._additions.get(block.name)

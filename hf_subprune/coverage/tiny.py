@@ -223,6 +223,10 @@ def tiny_arguments(config_class: type[PreTrainedConfig], given: dict[str, Any]) 
     for name, spec in config_class.sub_configs_defaults.items():
         if not (defaults.get(name) is None and spec.optional):
             arguments[name] = tiny_sub_config(spec, defaults.get(name))
+    rope = vars(full).get("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in rope and "qk_rope_head_dim" in arguments:
+        # Such a class checks the sections when it is made, against this part of a head.
+        arguments["rope_parameters"] = {**rope, "mrope_section": rotary_sections(arguments["qk_rope_head_dim"])}
     return with_layer_pattern(config_class, given, full, arguments)
 
 
@@ -314,8 +318,13 @@ def fit_rotary_sections(config: PreTrainedConfig) -> None:
     if not isinstance(rope, dict) or "mrope_section" not in getattr(config, "ignore_keys_at_rope_validation", ()):
         return
     head_dim = vars(config).get("head_dim") or config.hidden_size // config.num_attention_heads
-    half = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
-    rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    rope["mrope_section"] = rotary_sections(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+
+
+def rotary_sections(width: int) -> list[int]:
+    """Three sections that sum to half of a rotated width."""
+    half = width // 2
+    return [half - 2 * (half // 3), half // 3, half // 3]
 
 
 def tiny_sub_config(spec: Any, given: Any) -> PreTrainedConfig:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from ..blocks import Block
 from .listed import ListedExperts
 from .paths import ancestors_of
 from .weights import APART, parameter_like
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 FIRST, SECOND = ("gate_up_proj", "up_proj"), "down_proj"
 """Parameters of the first (one of two) and second projection, as the experts interface of Transformers names them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
 
@@ -18,6 +18,9 @@ from .experts import StackedExperts
 from .listed import ListedExperts
 from .multihead import StackedAttention
 from .weights import APART
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 
 class Form(Protocol):

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from functools import partial
 from inspect import BoundArguments, signature
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 _LISTS = (nn.ModuleDict, nn.ModuleList)
 

@@ -8,13 +8,16 @@ rows, and the forward stays the one that does not need as many as its input has 
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .forwards import CUT_ARGUMENTS, INNER_WIDTH, adapted
 from .weights import parameter_like
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 WEIGHT, BIAS = "in_proj_weight", "in_proj_bias"

@@ -34,8 +34,8 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def around(model: nn.Module, path: str) -> dict[str, nn.Module]:
-    """By dotted path, from the model itself inwards: the modules that one at `path` lies in, and that one."""
-    return {outer: model.get_submodule(outer) for outer in ancestors_of(path)}
+    """By dotted path, from the model itself inwards: the modules that one at `path` lies in."""
+    return {outer: model.get_submodule(outer) for outer in ancestors_of(path)[:-1]}
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -31,7 +31,7 @@ class PruneReport(Record):
         latency: Median seconds of a forward on `measured_on`, timed in turns after pruning (before and after the run
             where whole experts go); `None` where weights were read from elsewhere meanwhile.
         measured_on: Batch size, length, device and threads of the figures above.
-        drift: Output of the pruned against the original model, on held-out samples (see `evaluation.Drift`).
+        drift: Output of the pruned against the original model, on held-out samples (see `evaluation.drift.Drift`).
         data: Description of the calibration data.
         seconds: Wall time of each stage.
         peak_memory: Largest resident size of the process by the end of the run, bytes.

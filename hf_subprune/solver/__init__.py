@@ -1,5 +1,6 @@
-"""The mathematics of one block, on tensors only.
+"""Which units of a block to keep, new weights on them, and how good both are: tensors in, tensors out.
 
-Takes the `Problem` of a block (its moments, weight, columns of units) and `Settings`; gives which `k` units to keep,
-the new weights of what reads them, how good both are, and the error at every `k`. Knows no model and no data.
+Takes the second moments of a consumer's inputs with its weight (`problem.Problem`), and `settings.Settings`; gives
+what to keep and the new weights (`solve.solve`), the units of blocks that must all keep the same ones (`tied`), and
+what a block loses at every width (`curves`). Imports torch, and nothing of the rest of the package.
 """

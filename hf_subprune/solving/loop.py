@@ -65,6 +65,8 @@ def solve(survey: Survey, widths: Widths, work: Workspace, install: Install = sh
 
 
 class _Loop:
+    """One run of `solve`, whose arguments it has."""
+
     def __init__(
         self, survey: Survey, widths: Widths, work: Workspace, install: Install, solved: Solved, bar: Any
     ) -> None:

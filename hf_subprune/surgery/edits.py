@@ -274,7 +274,7 @@ def _get_tensor(model: nn.Module, block: Block, path: str) -> torch.Tensor:
     except AttributeError as error:
         raise ValueError(
             f"Block {block.name!r}: the model has no module {owner_path!r}. Blocks of weights that are stored in one "
-            "tensor are shrunk inside of `forms.apart`."
+            "tensor are shrunk inside of `models.forms.apart(model.modules())`."
         ) from error
     tensor = owner._parameters.get(name, owner._buffers.get(name))
     if tensor is None:

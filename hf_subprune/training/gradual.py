@@ -58,7 +58,7 @@ class GradualPruning:
         self.model, self.config = model, config
         with undisturbed(model):
             self.samples = read(model, data, config, processing_class)
-        self._calibrate()
+        self._take_survey()
         self.kept = {b.name: torch.arange(b.units) for b in self.blocks}
         self.drift: dict[str, float] = {}
         self._solutions: dict[str, dict[str, Any]] = {}
@@ -68,7 +68,7 @@ class GradualPruning:
         self._masks = self._make_masks()
         self.mask()
 
-    def _calibrate(self) -> None:
+    def _take_survey(self) -> None:
         """Find the blocks, and the widths that they are to reach, of the model as it is now."""
         with undisturbed(self.model), apart(self.model.modules()):
             survey = take_survey(self.samples, [self.config], None, Workspace(quiet=True))
@@ -103,8 +103,8 @@ class GradualPruning:
             stays that of an earlier step.
         """
         start = time.perf_counter()
-        if not self._solutions and self.config.allocation() != "uniform":  # it has trained since it was calibrated
-            self._calibrate()
+        if not self._solutions and self.config.allocation() != "uniform":  # it has trained since it was surveyed
+            self._take_survey()
         widths = {b.name: self._width(b, removed) for b in self.blocks}
         shrinking = self._reached([b for b in self.blocks if widths[b.name] < len(self.kept[b.name])])
         if not shrinking:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,8 +22,9 @@ def test_a_random_checkpoint_loads_and_has_a_file_a_layer(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_bench_shows_a_row_for_each_size(tmp_path):
-    arguments = ["bench", "scale", "--layers", "2", "--layers", "3", "--samples", "4", "--width", "32"]
+def test_the_bench_shows_a_row_for_each_size(tmp_path, monkeypatch, forkserver, without_plots):
+    monkeypatch.setattr("hf_subprune.bench.scale.multiprocessing", SimpleNamespace(get_context=lambda _: forkserver))
+    arguments = ["bench", "scale", "--layers", "1", "--layers", "2", "--samples", "2", "--width", "32"]
     done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert "hidden states" in done.output

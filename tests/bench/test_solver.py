@@ -5,8 +5,8 @@ import json
 import torch
 
 from hf_subprune.bench.solver import bench_solver, rank_one_backward, synthetic_moments
+from hf_subprune.solver.objective import Objective, regularise
 from hf_subprune.solver.selection import backward
-from hf_subprune.solver.solve import regularise
 
 
 def test_every_method_has_a_row_and_refinement_never_loses():
@@ -39,4 +39,4 @@ def test_yardsticks_are_left_out_where_they_take_too_long():
 def test_rank_one_elimination_is_backward_elimination():
     moments, W = synthetic_moments(40, 8, dtype=torch.float64)
     H, C, _ = regularise(moments, W, 0.1)
-    assert rank_one_backward(H, C, 25).tolist() == backward(H, C, 15).order[15:].flip(0).tolist()
+    assert rank_one_backward(H, C, 25).tolist() == backward(Objective(H, C), 15).order[15:].flip(0).tolist()

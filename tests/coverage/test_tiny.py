@@ -90,6 +90,13 @@ def test_sub_configurations_are_shrunk_and_their_tokens_agree():
     assert config.image_token_id < config.text_config.vocab_size
 
 
+def test_rotary_sections_fit_the_part_of_a_head_that_is_rotated():
+    assert tiny.rotary_sections(16) == [4, 2, 2]
+    if "hy_v4_vl_text" in model_types():
+        config = tiny_config("hy_v4_vl_text")
+        assert sum(config.rope_parameters["mrope_section"]) == config.qk_rope_head_dim // 2 == 8
+
+
 def test_token_ids_stay_apart():
     images = [tiny.tiny_id(token) for token in (151652, 151653, 151655)]
     assert len(set(images)) == 3

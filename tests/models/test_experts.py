@@ -9,7 +9,7 @@ from same import assert_same_weights
 from torch import nn
 
 from hf_subprune import PruneConfig, prune
-from hf_subprune.blocks import by_stack
+from hf_subprune.blocks import groups_of
 from hf_subprune.collection.block_moments import BlockMoments
 from hf_subprune.coverage.tiny import tiny_model
 from hf_subprune.data.padding import token_mask
@@ -66,7 +66,7 @@ def test_every_expert_is_found_and_the_model_stays_as_it_was(family):
     model = tiny_model(family)
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
     modules = [name for name, _ in model.named_modules()]
-    groups = [group for group in by_stack(stacked_blocks(model)) if group[0].stack]
+    groups = [group.blocks for group in groups_of(stacked_blocks(model)) if group.share == "width"]
     assert groups
     for group in groups:
         experts = model.get_submodule(group[0].stack)
@@ -330,7 +330,7 @@ def test_experts_of_different_widths_cannot_be_stacked():
 
 def test_shrinking_an_expert_of_a_whole_model_says_what_to_do():
     model = tiny_model("mixtral")
-    with pytest.raises(ValueError, match=r"inside of `stacked.apart\(model\)`"):
+    with pytest.raises(ValueError, match=r"inside of `models.forms.apart\(model"):
         shrink(model, stacked_blocks(model)[0], [0, 1])
 
 

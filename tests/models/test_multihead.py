@@ -140,7 +140,7 @@ def test_heads_are_removed_twice():
 
 def test_shrinking_what_is_not_apart_says_what_to_do():
     model, inputs = layers()
-    with pytest.raises(ValueError, match=r"inside of `stacked.apart\(model\)`"):
+    with pytest.raises(ValueError, match=r"inside of `models.forms.apart\(model"):
         shrink(model, discover(model, inputs).blocks[0], [0])
 
 

@@ -80,7 +80,7 @@ def test_a_failure_leaves_an_offloaded_model_as_it_was(tmp_path, monkeypatch):
     batches = ready_batches(whole)
     on_disk(model, tmp_path)
     config = copy.deepcopy(model.config.to_dict())
-    monkeypatch.setattr("hf_subprune.pruning.drift", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("hf_subprune.solving.outcome.drift", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prune(model, batches, PruneConfig(**QUICK))
     assert model.config.to_dict() == config

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from batches import ready_batches
+from forked import forks
 from launched import RUNS, pruned
 from launched_checkpoint import VARIANTS, checkpoint_pruned
 from runs_of import files
@@ -20,7 +21,7 @@ from hf_subprune.solver.moments import MomentAccumulator
 HERE = Path(__file__).parents[1]
 
 
-def launch(processes, *arguments, fails=False):
+def launch(processes, *arguments):
     """As a user does; on CPUs, for which `accelerate launch` knows only this way."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -32,8 +33,14 @@ def launch(processes, *arguments, fails=False):
         "ACCELERATE_USE_CPU": "1",
     }
     done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.fixture(scope="module")
+def server():
+    with forks() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +50,8 @@ def alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_together_do_what_one_does(tmp_path, alone, processes):
-    launch(processes, HERE / "launched.py", tmp_path)
+def test_processes_together_do_what_one_does(tmp_path, alone, server, processes):
+    assert server.run(HERE / "launched.py", tmp_path, processes=processes) == [0] * processes
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     for name, (expected, weights) in alone.items():
         report, found = ranks[0][name]
@@ -74,18 +81,18 @@ def test_the_command_is_launched_in_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_prune_a_checkpoint_together_and_go_on_after_a_stop(tmp_path):
+def test_processes_prune_a_checkpoint_together_and_go_on_after_a_stop(tmp_path, server):
     tiny("llama").save_pretrained(tmp_path / "model", max_shard_size="60KB")
     script = HERE / "launched_checkpoint.py"
-    launch(2, script, tmp_path / "model", tmp_path / "whole")
-    launch(2, script, tmp_path / "model", tmp_path / "stopped", "stop", fails=True)
+    assert server.run(script, tmp_path / "model", tmp_path / "whole", processes=2) == [0, 0]
+    assert any(server.run(script, tmp_path / "model", tmp_path / "stopped", "stop", processes=2))
     partial = tmp_path / "stopped" / ".layer.partial"
     positions = [
         [state["position"] for state in json.loads(path.read_text())]
         for path in sorted(partial.glob("*/batches-of-*/walk/state.json"))
     ]
     assert positions == [[1, 2], [1]]
-    launch(2, script, tmp_path / "model", tmp_path / "stopped")
+    assert server.run(script, tmp_path / "model", tmp_path / "stopped", processes=2) == [0, 0]
     for variant in VARIANTS:
         expected = checkpoint_pruned(tmp_path / "model", tmp_path / "alone" / variant, variant)
         report = PruneReport.load(tmp_path / "whole" / variant)

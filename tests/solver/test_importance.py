@@ -5,6 +5,7 @@ import torch
 
 from hf_subprune.solver.importance import IMPORTANCES, scores
 from hf_subprune.solver.moments import MomentAccumulator
+from hf_subprune.solver.problem import Problem
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def test_scores_follow_their_definitions(data, intercept, groups):
     B, W = data
     accumulator = MomentAccumulator(6, intercept=intercept)
     accumulator.update(B)
-    moments = accumulator.moments(W)
+    problem = Problem([accumulator.moments(W)], W, groups, gradient=torch.arange(6.0))
     own = torch.arange(6)[:, None] if groups is None else groups
     weight = W.square().sum(1)
     expected = {
@@ -30,7 +31,7 @@ def test_scores_follow_their_definitions(data, intercept, groups):
         "activation_gradient": torch.arange(6.0, dtype=torch.float64)[own].sum(1),
     }
     for name, value in expected.items():
-        found = scores(name, moments, W, groups=groups, gradient=torch.arange(6.0))
+        found = scores(problem, name)
         torch.testing.assert_close(found, value)
 
 
@@ -38,10 +39,8 @@ def test_random_scores_repeat_with_their_seed(data):
     B, W = data
     accumulator = MomentAccumulator(6, intercept=True)
     accumulator.update(B)
-    draws = [
-        scores("random", accumulator.moments(W), W, generator=torch.Generator().manual_seed(seed))
-        for seed in (0, 0, 1)
-    ]
+    problem = Problem([accumulator.moments(W)], W)
+    draws = [scores(problem, "random", torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
@@ -50,8 +49,9 @@ def test_misuse_is_refused(data):
     B, W = data
     accumulator = MomentAccumulator(6, intercept=True)
     accumulator.update(B)
+    problem = Problem([accumulator.moments(W)], W)
     with pytest.raises(ValueError, match="gradient"):
-        scores("activation_gradient", accumulator.moments(W), W)
+        scores(problem, "activation_gradient")
     with pytest.raises(ValueError, match="magnitude"):
-        scores("magnitude", accumulator.moments(W), W)
+        scores(problem, "magnitude")
     assert "greedy" in IMPORTANCES

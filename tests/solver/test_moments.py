@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from hf_subprune.solver.moments import MomentAccumulator, combine
 
@@ -105,24 +106,29 @@ def test_misuse_is_refused():
         combine([raw.moments(W), accumulator.moments(W)])
 
 
-def test_rows_that_find_no_room_for_their_sums_are_added_up_on_the_cpu(monkeypatch):
-    make, failures = MomentAccumulator._make_sums, [RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")]
+class Full(TorchFunctionMode):
+    """A device on which the first square matrix of zeros finds no room."""
 
-    def full(self):
-        if failures:
-            raise failures.pop()
-        make(self)
+    failures = 0
 
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.zeros and args == (6, 6) and not self.failures:
+            self.failures += 1
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_that_find_no_room_for_their_sums_are_added_up_on_the_cpu():
     rows, targets = torch.randn(40, 6), torch.randn(40, 3)
     expected = MomentAccumulator(6, 3, intercept=True)
     kept = MomentAccumulator(6, 3, intercept=True, keep_rows=True)
-    monkeypatch.setattr(MomentAccumulator, "_make_sums", full)
     for accumulator in (expected, kept):
         accumulator.update(rows[:8], targets[:8])
     assert kept.kept_rows is not None
-    for accumulator in (expected, kept):
-        accumulator.update(rows[8:], targets[8:])
-    assert kept.kept_rows is None and not failures
+    with Full() as full:
+        for accumulator in (expected, kept):
+            accumulator.update(rows[8:], targets[8:])
+    assert kept.kept_rows is None and full.failures == 1
     one, other = (accumulator.moments(last=True) for accumulator in (expected, kept))
     assert torch.allclose(one.H, other.H) and torch.allclose(one.C, other.C) and one.rows == other.rows == 40
 

@@ -12,7 +12,7 @@ from hf_subprune.solver.reweighting import (
     relative_error,
     relative_error_of_rows,
     reweight,
-    solve,
+    solve_normal_equations,
 )
 
 
@@ -151,7 +151,7 @@ def test_dependent_and_dead_columns_are_solved_with_a_recorded_jitter(dtype):
     B[:, 4] = B[:, 3]
     B[:, 9] = 0
     H, C = (B.T @ B).to(dtype), (B.T @ (B @ W)).to(dtype)
-    V, jitter = solve(H[COLUMNS][:, COLUMNS], C[COLUMNS])
+    V, jitter = solve_normal_equations(H[COLUMNS][:, COLUMNS], C[COLUMNS])
     assert 0 < jitter < 1e-3
     assert float(V[3].abs().max()) == 0.0
     best = torch.linalg.lstsq(B[:, [0, 3, 15]], B @ W).solution
@@ -168,11 +168,11 @@ def test_scales_do_not_matter():
 
 def test_failures_are_errors_and_never_the_identity():
     with pytest.raises(RuntimeError, match="not positive semi-definite"):
-        solve(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.ones(2, 1))
+        solve_normal_equations(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.ones(2, 1))
     with pytest.raises(RuntimeError, match="not finite"):
-        solve(torch.eye(2), torch.tensor([[float("nan")], [1.0]]))
+        solve_normal_equations(torch.eye(2), torch.tensor([[float("nan")], [1.0]]))
     with pytest.raises(RuntimeError, match="negative diagonal"):
-        solve(-torch.eye(2), torch.ones(2, 1))
+        solve_normal_equations(-torch.eye(2), torch.ones(2, 1))
 
 
 def test_the_grid_holds_the_extremes():

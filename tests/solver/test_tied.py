@@ -1,264 +1,16 @@
+"""Units of several blocks at once, against brute force."""
+
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from batches import ready_batches
-from same import assert_same_weights
-from tiny import tiny
-from torch import nn
-from transformers import T5Config, T5Model
 
-import hf_subprune.pruning as pruning
-import hf_subprune.solver.tied as tied
-from hf_subprune import PruneConfig, prune
-from hf_subprune.blocks import by_tie
-from hf_subprune.discovery.discover import discover
-from hf_subprune.discovery.probe_inputs import probe_inputs
-from hf_subprune.models.running import floating_tensors
-from hf_subprune.pruning import prune_sizes
-from hf_subprune.solver.moments import MomentAccumulator, combine
-from hf_subprune.solver.problem import columns_of
-from hf_subprune.solver.selection import nested, objective
-from hf_subprune.solver.solve import regularise
-from hf_subprune.solver.tied import Problem, choose_together, order_together
-from hf_subprune.surgery.verification import verify
-
-QUICK = {"samples": 20, "held_out": 4, "batch_size": 4}
-
-TIES = {
-    "t5": {
-        "encoder.block.*.layer.0.SelfAttention",
-        "decoder.block.*.layer.0.SelfAttention",
-        "decoder.block.*.layer.1.EncDecAttention",
-    },
-    "mpnet": {"encoder.layer.*.attention.attn"},
-}
-
-
-def heads(model):
-    return [block for block in discover(model).blocks if block.kind == "attention"]
-
-
-@pytest.mark.parametrize("family", TIES)
-def test_the_heads_of_all_layers_of_a_stack_are_tied(family):
-    discovery = discover(tiny(family))
-    assert not discovery.refusals
-    groups = [group for group in by_tie(discovery.blocks) if group[0].kind == "attention"]
-    assert {group[0].tie for group in groups} == TIES[family]
-    assert all(len(group) == 3 for group in groups)
-    assert all(block.tie is None for block in discovery.blocks if block.kind == "mlp")
-
-
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_heads_that_hand_on_their_number_are_tied_however_few_they_are(count):
-    # The bias of the first decoder layer's attention to the encoder is zero, but has as many entries as it has heads.
-    model = tiny("t5", num_heads=count, num_layers=2)
-    found = [block.tie for block in heads(model) if block.name.endswith("EncDecAttention")]
-    assert found == ["decoder.block.*.layer.1.EncDecAttention"] * 2
-
-
-@pytest.mark.parametrize("family", TIES)
-def test_the_bias_table_belongs_to_the_first_layer_alone(family):
-    model = tiny(family)
-    tables = {name for name, _ in model.named_parameters() if "relative_attention_bias" in name}
-    shared = {piece.tensor: block for block in heads(model) for piece in block.slices if piece.shared}
-    assert set(shared) == tables
-    for table, block in shared.items():
-        first, *others = (one for one in heads(model) if one.tie == block.tie)
-        assert first.name == block.name
-        columns = model.get_parameter(table).shape[0]
-        assert {one.parameters_per_unit for one in others} == {first.parameters_per_unit - columns}
-
-
-def test_tied_blocks_can_only_be_verified_with_equal_units():
-    model = tiny("mpnet")
-    blocks = heads(model)
-    kept = {block.name: [0, i + 1] for i, block in enumerate(blocks)}
-    with pytest.raises(ValueError, match=r"are tied \('encoder\.layer\.\*\.attention\.attn'\)"):
-        verify(model, blocks, kept, probe_inputs(model))
-    with pytest.raises(RuntimeError, match="cannot run"):
-        verify(model, blocks[1:2], kept, probe_inputs(model))
-
-
-class Table(nn.Module):
-    """A gate for each neuron, read by all layers."""
-
-    def __init__(self, elsewhere: bool = False, reverse: bool = False):
-        super().__init__()
-        self.gate = nn.Parameter(torch.randn(20))
-        self.ups, self.downs = (nn.ModuleList(nn.Linear(*size) for _ in range(3)) for size in ((12, 20), (20, 12)))
-        self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in zip(self.ups, self.downs, strict=True))
-        del self.ups, self.downs
-        self.elsewhere, self.reverse = elsewhere, reverse
-
-    def forward(self, x):
-        for i, (up, down) in enumerate(self.layers):
-            gate = self.gate.flip(0) if self.reverse and i == 1 else self.gate
-            x = x + down(up(x).relu() * gate)
-        return x * self.gate.sum() if self.elsewhere else x
-
-
-X = {"x": torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))}
-
-
-def test_neurons_that_share_a_gate_are_tied():
-    blocks = discover(Table(), X).blocks
-    assert {block.tie for block in blocks} == {"layers.*.mlp"} and len(blocks) == 3
-    assert [any(piece.tensor == "gate" for piece in block.slices) for block in blocks] == [True, False, False]
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [({"elsewhere": True}, '"the model\'s output"'), ({"reverse": True}, "rows of 'gate'")],
-)
-def test_what_is_shared_otherwise_is_refused(settings, reason):
-    discovery = discover(Table(**settings), X)
-    assert not discovery.blocks
-    assert len(discovery.refusals) == 3 and all(reason in one.reason for one in discovery.refusals)
-
-
-def outputs(model):
-    with torch.no_grad():
-        return list(floating_tensors(model(**probe_inputs(model))))
-
-
-def kept_by_tie(model, report):
-    ties = {block.name: block.tie for block in discover(model).blocks}
-    kept = {}
-    for block in report.blocks:
-        if ties[block.name]:
-            kept.setdefault(ties[block.name], []).append(block.kept_units)
-    return kept
-
-
-@pytest.mark.parametrize("variant", ["layer", "seq", "asym"])
-@pytest.mark.parametrize("family", TIES)
-def test_all_layers_of_a_stack_keep_the_same_heads(family, variant):
-    model = tiny(family)
-    report = prune(model, ready_batches(model), PruneConfig(**QUICK, variant=variant))
-    kept = kept_by_tie(tiny(family), report)
-    assert set(kept) == TIES[family]
-    assert all(len(set(heads)) == 1 and len(heads[0]) == 2 for heads in kept.values())
-    tied_reports = [block for block in report.blocks if block.kind == "attention"]
-    assert {block.method for block in tied_reports} == {"greedy, tied"}
-    assert all(0 < block.guarantee <= 1 and block.held_out_error > 0 for block in tied_reports)
-
-
-@pytest.mark.parametrize("family", TIES)
-def test_new_weights_beat_plain_removal(family):
-    errors = {}
-    for reweight in (True, False):
-        model = tiny(family)
-        config = PruneConfig(**QUICK, reweight=reweight, units=("attention",))
-        errors[reweight] = [block.fitted_error for block in prune(model, ready_batches(model), config).blocks]
-    assert all(new <= old for new, old in zip(errors[True], errors[False], strict=True))  # alike where they stay
-    assert sum(errors[True]) < 0.8 * sum(errors[False])
-
-
-@pytest.mark.parametrize("settings", [{"layout": "ragged", "budget": "global"}, {"macs": 0.7}, {"params": 36_000}])
-def test_every_target_and_budget_keeps_ties_together(settings):
-    model = tiny("t5")
-    report = prune(model, ready_batches(model), PruneConfig(**QUICK, **settings))
-    kept = kept_by_tie(tiny("t5"), report)
-    assert all(len(set(heads)) == 1 for heads in kept.values())
-    assert any(len(heads[0]) < 4 for heads in kept.values())
-    assert report.allocation.reached <= report.allocation.limit
-
-
-def test_losses_of_a_tie_are_measured_with_all_of_it_pruned():
-    model, calls = tiny("mpnet"), []
-
-    def quality(model):
-        calls.append({layer.attention.attn.num_attention_heads for layer in model.encoder.layer})
-        return -float(outputs(model)[0].square().mean())
-
-    config = PruneConfig(**QUICK, budget="equal_loss", units=("attention",))
-    report = prune(model, ready_batches(model), config, evaluation=quality)
-    assert calls[0] == {4} and {frozenset(heads) for heads in calls[1:]} == {frozenset({1})}
-    assert len({block.predicted for block in report.blocks}) == 1
-
-
-@pytest.mark.parametrize(("family", "layout"), [("t5", "stock"), ("t5", "ragged"), ("mpnet", "ragged")])
-def test_what_was_pruned_loads_again(tmp_path, family, layout):
-    model = tiny(family)
-    report = prune(model, ready_batches(model), PruneConfig(**QUICK, layout=layout, budget="uniform"))
-    assert report.layout == layout
-    model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path).eval()
-    assert_same_weights(again, model)
-    torch.testing.assert_close(outputs(again), outputs(model))
-    if layout == "stock":
-        assert again.config.num_heads == 2 and not hasattr(again.config, "quantization_config")
-
-
-def test_encoder_and_decoder_may_keep_different_numbers_of_heads(tmp_path):
-    model = tiny("t5")
-    config = PruneConfig(**QUICK, include=("encoder.*SelfAttention",))
-    assert prune(model, ready_batches(model), config).layout == "ragged"
-    model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path).eval()
-    assert_same_weights(again, model)
-    torch.testing.assert_close(outputs(again), outputs(model))
-    assert model.encoder.block[2].layer[0].SelfAttention.n_heads == 2
-    assert model.decoder.block[2].layer[0].SelfAttention.n_heads == 4
-
-
-def test_a_pruned_t5_generates_the_same_with_a_cache_and_without():
-    model = tiny("t5")
-    prune(model, ready_batches(model), PruneConfig(**QUICK))
-    prompt = {"input_ids": torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(0))}
-    arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    cached = model.generate(**prompt, **arguments, use_cache=True)
-    assert torch.equal(cached, model.generate(**prompt, **arguments, use_cache=False))
-
-
-@pytest.mark.parametrize("family", TIES)
-def test_a_size_is_taken_back_exactly(family):
-    model = tiny(family)
-    before, expected = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}, outputs(model)
-    for report in prune_sizes(model, ready_batches(model), [PruneConfig(**QUICK), PruneConfig(**QUICK, keep=0.75)]):
-        assert {len(heads[0]) for heads in kept_by_tie(tiny(family), report).values()} < {2, 3}
-        assert not torch.equal(outputs(model)[0], expected[0])
-    for name, parameter in model.named_parameters():
-        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
-    assert all(torch.equal(one, other) for one, other in zip(outputs(model), expected, strict=True))
-
-
-@pytest.mark.parametrize("stage", ["choose_together", "solve", "verify", "drift"])
-@pytest.mark.parametrize("variant", ["layer", "asym"])
-def test_a_failure_restores_the_model(monkeypatch, stage, variant):
-    model = tiny("mpnet")
-    before, calls = dict(model.named_parameters()), []
-    passes = {"solve": 4}.get(stage, 0)  # the fourth solution is that of the first block without a tie
-    run = getattr(pruning, stage)
-
-    def fail(*args, **kwargs):
-        calls.append(1)
-        if len(calls) > passes:
-            raise RuntimeError("on purpose")
-        return run(*args, **kwargs)
-
-    monkeypatch.setattr(pruning, stage, fail)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        prune(model, ready_batches(model), PruneConfig(**QUICK, variant=variant))
-    assert all(parameter is before[name] for name, parameter in model.named_parameters())
-    assert {layer.attention.attn.num_attention_heads for layer in model.encoder.layer} == {4}
-
-
-@pytest.mark.parametrize("settings", [{"include": ("encoder.layer.1.*",)}, {"exclude": ("*.0.attention.attn",)}])
-def test_a_part_of_a_tie_cannot_be_pruned(settings):
-    model = tiny("mpnet")
-    with pytest.raises(
-        ValueError, match=r"'encoder\.layer\.\*\.attention\.attn' must all keep the same units.*all of them"
-    ):
-        prune(model, ready_batches(model), PruneConfig(**QUICK, **settings))
-
-
-def test_a_tie_can_be_left_whole_by_its_pattern():
-    model = tiny("mpnet")
-    report = prune(model, ready_batches(model), PruneConfig(**QUICK, exclude=tuple(TIES["mpnet"])))
-    assert {block.kind for block in report.blocks} == {"mlp"}
+from hf_subprune.solver.moments import MomentAccumulator
+from hf_subprune.solver.objective import Objective, regularise
+from hf_subprune.solver.problem import Problem
+from hf_subprune.solver.settings import Settings, Tuning
+from hf_subprune.solver.tied import choose_together, order_together
 
 
 def problems(units=4, outputs=(5, 5), scales=(1.0, 1.0)):
@@ -280,8 +32,8 @@ def captured(problems, kept):
     """The sum of the relative captured energies, block by block."""
     total = 0.0
     for problem in problems:
-        H, C, t = regularise(combine(problem.folds), problem.W, 0.1)
-        total += objective(H, C, columns_of(torch.tensor(kept), problem.groups)) / t
+        H, C, t = regularise(problem.total(), problem.W, 0.1)
+        total += Objective(H, C, problem.groups).value(torch.tensor(kept)) / t
     return total
 
 
@@ -289,63 +41,43 @@ def captured(problems, kept):
 def test_the_units_chosen_capture_most_in_all_blocks_together(outputs):
     blocks = problems(outputs=outputs)
     for k in (1, 3):  # greedy is exact for one unit, and backward for all but one
-        kept, method = choose_together(blocks, k)
+        choice = choose_together(blocks, k, Settings())
         best = max(itertools.combinations(range(4), k), key=lambda units: captured(blocks, units))
-        assert tuple(kept.tolist()) == best
-        assert method == ("greedy, tied" if k == 1 else "backward, tied")
+        assert tuple(choice.kept.tolist()) == best
+        assert choice.method == ("greedy, tied" if k == 1 else "backward, tied")
 
 
 def test_large_outputs_count_no_more_than_others_unless_a_metric_says_so():
     plain, loud = problems(), problems(scales=(1.0, 100.0))
-    orders = [order_together(blocks).tolist() for blocks in (plain, loud)]
+    orders = [order_together(blocks, Settings()).tolist() for blocks in (plain, loud)]
     assert orders[0] == orders[1]
     weighed = [replace(block, output_metric=torch.eye(5)) for block in loud]
-    alone = order_together(weighed[1:]).tolist()
-    assert order_together(weighed).tolist() == alone != orders[0]
+    alone = order_together(weighed[1:], Settings()).tolist()
+    assert order_together(weighed, Settings()).tolist() == alone != orders[0]
 
 
-def test_large_problems_rank_units_by_what_removing_each_costs(monkeypatch):
-    monkeypatch.setattr(tied, "_JOINTLY", 4)
-    blocks = problems()
-    kept, method = choose_together(blocks, 3)
-    assert tuple(kept.tolist()) == max(itertools.combinations(range(4), 3), key=lambda units: captured(blocks, units))
-    assert method == "removal costs, tied"
-    order = order_together(blocks)
-    assert set(order[:3].tolist()) == set(kept.tolist())
+def test_large_problems_rank_units_by_what_removing_each_costs():
+    blocks, settings = problems(), Settings(tuning=Tuning(jointly=4))
+    choice = choose_together(blocks, 3, settings)
+    assert tuple(choice.kept.tolist()) == max(
+        itertools.combinations(range(4), 3), key=lambda units: captured(blocks, units)
+    )
+    assert choice.method == "removal costs, tied"
+    order = order_together(blocks, settings)
+    assert set(order[:3].tolist()) == set(choice.kept.tolist())
     drops = [captured(blocks, range(4)) - captured(blocks, sorted({0, 1, 2, 3} - {u})) for u in order.tolist()]
     assert drops == sorted(drops, reverse=True)
 
 
 def test_importances_are_added_up_over_the_blocks():
-    kept, method = choose_together(problems(), 2, importance="weight_norm")
+    choice = choose_together(problems(), 2, Settings(importance="weight_norm"))
     norms = [p.W.double()[p.groups].square().sum((1, 2)).sqrt() for p in problems()]
     shares = sum(norm / norm.sum() for norm in norms)
-    assert kept.tolist() == shares.topk(2).indices.sort().values.tolist()
-    assert method == "weight_norm, tied"
+    assert choice.kept.tolist() == shares.topk(2).indices.sort().values.tolist()
+    assert choice.method == "weight_norm, tied"
 
 
 def test_blocks_of_different_numbers_of_units_are_refused():
     one, other = problems()[0], problems(units=2)[1]
     with pytest.raises(ValueError, match=r"got \[4, 2\]"):
-        choose_together([one, other], 1)
-
-
-def test_the_path_of_a_given_order_has_the_objective_of_its_sets():
-    block = problems()[0]
-    H, C, t = regularise(combine(block.folds), block.W, 0.1)
-    order = torch.tensor([2, 0, 3, 1])
-    path = nested(H, C, order, block.groups, t)
-    for k in range(1, 5):
-        expected = objective(H, C, columns_of(order[:k].sort().values, block.groups))
-        assert float(path.objective[k]) == pytest.approx(expected, rel=1e-6)
-    assert float(path.objective[0]) == 0 and path.kept(2).tolist() == [0, 2]
-
-
-def test_layers_that_share_a_bias_are_tied_without_a_check_of_each():
-    config = T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=8, num_heads=4, vocab_size=100)
-    model = T5Model(config).eval()
-    forwards = []
-    model.register_forward_pre_hook(lambda *_: forwards.append(None))
-    blocks = discover(model).blocks
-    assert len(forwards) < len(blocks) == 40
-    assert {block.tie for block in blocks} > {"encoder.block.*.layer.0.SelfAttention"}
+        choose_together([one, other], 1, Settings())
