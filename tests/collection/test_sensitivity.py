@@ -188,7 +188,8 @@ def test_activation_gradients_are_those_at_the_consumer_s_input(monkeypatch, fam
     model = tiny(family)
     batches = padded_batches(model)
     blocks = discover(model).blocks
-    found = activation_gradients(Samples.of(model, batches), blocks, seed=3)
+    samples = Samples.of(model, batches)
+    found = activation_gradients(samples, blocks, seed=3)
     for block in blocks:
         consumer = model.get_submodule(block.consumer)
         total, rows = 0.0, 0
@@ -197,7 +198,7 @@ def test_activation_gradients_are_those_at_the_consumer_s_input(monkeypatch, fam
             hook = consumer.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
             output = model(**batch)
             hook.remove()
-            value = sensitivity._probe(model, batch, output, torch.Generator().manual_seed(3 + 2**32 * number))
+            value = sensitivity._probe(samples, batch, output, torch.Generator().manual_seed(3 + 2**32 * number))
             (gradient,) = torch.autograd.grad(value, seen)
             mask = token_mask(model, block.consumer, batch, seen[0].shape)
             kept = slice(None) if mask is None else mask

@@ -45,7 +45,7 @@ def batches(model, count=8, rows=8, length=16):
 
 def first_tokens(model, config=CONFIG):
     layers, _ = routed_layers(model, probe_inputs(model))
-    return next(tokens_of(model, layers, read(model, batches(model), config)))
+    return next(tokens_of(layers, read(model, batches(model), config)))
 
 
 def routed_output(model, batch):
