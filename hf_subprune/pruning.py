@@ -1,10 +1,10 @@
 """`prune` and `prune_sizes`: the five stages in their order.
 
-samples = read(model, data, config, processing_class)         # batches for the model
-survey = take_survey(samples, configs, ..., work)      # blocks, targets, what each block would lose
-widths = choose(survey, config, work)                         # who keeps how much
-solved = solve(survey, widths, work)                          # units and new weights, installed block by block
-report = outcome(survey, widths, solved, work)                # proved, made ready to be saved, measured
+samples = read(model, data, config, processing_class)      # batches for the model
+survey = take_survey(samples, configs, evaluation, work)   # blocks, targets, what each block would lose
+widths = choose(survey, config, work)                      # who keeps how much
+solved = solve(survey, widths, work)                       # units and new weights, installed block by block
+report = outcome(survey, widths, solved, work)             # proved, made ready to be saved, measured
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
