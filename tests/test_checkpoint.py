@@ -187,7 +187,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(tmp_path, monkeypatch, com
         with pytest.raises(OSError, match=r"out could not be written: .*No space left.*Make room"):
             prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert len(computed.of_blocks(computed.start_anew())) == 6
+    assert len(computed.of_blocks(computed.start_anew())) == 4
     prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
     assert not computed.names  # nothing a second time
     prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "again")
@@ -271,10 +271,13 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_files(tmp_path):
         while kills < 20:
             assert runs < 100
             runs += 1
+            fresh, start = not (tmp_path / ".b.partial").exists(), time.monotonic()
             (code,) = server.run(*command, seconds=random_instants.uniform(0, 1.05 * whole))
             assert code in (0, -signal.SIGKILL)
             kills += code != 0
             if code == 0:
+                if fresh:  # the first run may have been slowed down by whatever else the machine did
+                    whole = min(whole, time.monotonic() - start)
                 assert files(tmp_path / "b") == expected
                 shutil.rmtree(tmp_path / "b")
         assert server.run(*command) == [0]

@@ -35,9 +35,9 @@ ANY_KEYWORDS = {
     "loading:_PrunedFirst.__init__": READ,
     "loading:_PrunedFirst._process_model_before_weight_loading": READ,
     "loading:_PrunedThenQuantized._process_model_after_weight_loading": READ,
-    "models.experts:Apart.__call__": REPLACED,
+    "models.experts:StackedExperts.__call__": REPLACED,
     "models.forwards:_cutting.cutting": REPLACED,
-    "models.listed:Listed.__call__": REPLACED,
+    "models.listed:ListedExperts.__call__": REPLACED,
     "routing.tokens:RoutedTokens.route.record": REPLACED,
 }
 """Functions that take any keywords, and why; public ones and commands apart."""

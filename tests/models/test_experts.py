@@ -344,7 +344,7 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
 
     for stage in ("verify", "choose_layout", "drift"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"hf_subprune.pruning.{stage}", fail)
+            patch.setattr(f"hf_subprune.solving.outcome.{stage}", fail)
             with pytest.raises(EquivalenceError):
                 prune(model, batches(model), PruneConfig(**QUICK))
         after = dict(model.named_parameters())

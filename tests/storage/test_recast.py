@@ -13,7 +13,7 @@ def test_three_heads_of_four_are_saved_as_mistral(inner, tmp_path):
     model = FAMILIES["llama"].pruned(heads=[3, 3], mlp=[40, 40])
     model = model.model if inner else model
     with pytest.raises(
-        ValueError, match=r"refuses num_attention_heads=3.*hf_subprune\.recast\.as_mistral\(model, inputs"
+        ValueError, match=r"refuses num_attention_heads=3.*hf_subprune\.storage\.recast\.as_mistral\(model, inputs"
     ):
         choose_layout(model, "stock", inputs=TOKENS)
     twin = as_mistral(model, TOKENS)
