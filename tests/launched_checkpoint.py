@@ -10,7 +10,7 @@ from runs_of import QUICK
 from tiny import tiny
 
 from hf_subprune import PruneConfig, prune_checkpoint
-from hf_subprune.collection import walk as collection
+from hf_subprune.runs import store
 from hf_subprune.runs.processes import state
 
 VARIANTS = ("layer", "asym")
@@ -30,9 +30,9 @@ def stop_at_second_commit(path, values):
 
 
 if __name__ == "__main__":
-    write_json = collection.write_json
+    write_json = store.write_json
     if sys.argv[3:] == ["stop"] and state().process_index == 1:
-        collection.write_json = stop_at_second_commit
+        store.write_json = stop_at_second_commit
     for variant in VARIANTS:
         checkpoint_pruned(sys.argv[1], Path(sys.argv[2]) / variant, variant)
     state().destroy_process_group()

@@ -150,8 +150,8 @@ class Survey:
         if self.stored is not None:
             return StoredWalk(self.stored, blocks)
         parts = self.plan if list(blocks) == list(self.candidates) else plan(self.samples, blocks)
-        place = work.place(name) if name else None
-        return walk(variant, self.samples, parts, self.owners, beforehand=beforehand, folder=place)
+        store = work.store(name) if name else None
+        return walk(variant, self.samples, parts, self.owners, beforehand=beforehand, store=store)
 
     def latency(self, edits: Mapping[str, Edit]) -> Change | None:
         """Seconds of a forward without and with the edits; `None` where weights are read from elsewhere meanwhile."""

@@ -174,7 +174,7 @@ def _sensitivities(survey: Survey, work: Workspace | None) -> Means:
         survey.candidates,
         seed=survey.configs[0].seed,
         recomputed=_recomputed(survey),
-        folder=None if work is None else work.place("sensitivities"),
+        store=None if work is None else work.store("sensitivities"),
     )
     silent = [name for name, M in metrics.items() if not float(M.diagonal().sum()) > 0]
     if silent:

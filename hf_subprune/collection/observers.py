@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ..models.experts import routed_tokens
 from ..models.linears import feature_axis, input_rows, matrix_shape, output_positions, output_rows
 from ..models.offload import device_of
 from ..models.running import around, stop
-from ..runs.durable import read_objects, write_objects
+from ..runs.store import Store
 from .additions import Addition, first_tensor
 from .block_moments import FOLDS, BlockMoments, accumulator
 
@@ -27,34 +26,27 @@ Hooks = list[tuple[str, Callable[[Any], None]]]
 
 
 class Targets:
-    """What consumers put out in the original model, until the pruned one has come as far; in files if asked for.
+    """What consumers put out in the original model, until the pruned one has come as far.
 
     Args:
-        folder: For the files.
+        store: Of the outputs.
     """
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
+    def __init__(self, store: Store):
+        self.store = store
         self._waiting: dict[tuple[str, int], list[Any]] = defaultdict(list)
 
     def put(self, block: str, index: int, target: tuple[torch.Tensor, torch.Tensor | None]) -> None:
         """Keep one call's target of batch `index`."""
         waiting = self._waiting[block, index]
-        if self.folder is not None:
-            path = self.folder / f"{block}-{index}-{len(waiting)}.pt"
-            write_objects(path, target)
-            waiting.append(path)
-        else:
-            waiting.append(target)
+        waiting.append(self.store.keep(f"{block}-{index}-{len(waiting)}", target))
 
     def pop(self, block: str, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The targets in the order in which they came."""
-        target = self._waiting[block, index].pop(0)
-        if self.folder is None:
-            return target
-        read = read_objects(target)
-        target.unlink()  # what is mapped into memory stays until it is let go of
-        return read
+        kept = self._waiting[block, index].pop(0)
+        target = self.store.read(kept)
+        self.store.drop(kept)
+        return target
 
 
 class Observer:

@@ -1,14 +1,11 @@
 """How much an error at each consumer's output changes the model's output, without labels."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
@@ -21,7 +18,8 @@ from ..models.linears import feature_axis, input_rows, matrix_shape, weight_matr
 from ..models.offload import device_of
 from ..models.precision import fast_products
 from ..models.running import Batch, forward_replaced, hooked, input_device, modules_by_path, placed, undisturbed
-from ..runs.processes import own_share, processes, summed
+from ..runs.processes import own_share, summed
+from ..runs.store import MatrixSum, Store
 
 # Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output.
 _ROUNDS = 4
@@ -35,7 +33,7 @@ def output_metrics(
     probes: int = 1,
     seed: int = 0,
     recomputed: Sequence[str] = (),
-    folder: Path | None = None,
+    store: Store | None = None,
 ) -> "Means":
     """`M = E[g g']` at each consumer's output, `g` the gradient there of a label-free function of the model's output.
 
@@ -60,19 +58,19 @@ def output_metrics(
         seed: Of the draws.
         recomputed: Paths of modules that are run once more in the backward, so that it holds no more of them than what
             they read: neither activations nor weights that are read when they are needed.
-        folder: Where the sums are held, in files; in memory without one.
+        store: Of the sums; in memory without one.
 
     Returns:
         By block name, `(m, m)` on the consumer's device in float64; zeros where the output does not depend on it. The
         experts of one layer have one matrix, of the tokens of all of them: some get very few.
     """
     groups = by_layer(modules_by_path(samples.model), blocks)
-    files = [None if folder is None else folder / f"{index}.bin" for index in range(len(groups))]
-    sums = [_GradientSum(samples, group, file) for group, file in zip(groups, files, strict=True)]
+    store = store or Store()
+    sums = [_OuterSum(samples, group, store, str(index)) for index, group in enumerate(groups)]
     _run_backwards(samples, sums, probes=probes, seed=seed, recomputed=recomputed)
     for total in sums:
         total.add_up()
-    return Means({block.name: total.result() for total in sums for block in total.blocks})
+    return Means({block.name: (total.outer, total.rows) for total in sums for block in total.blocks})
 
 
 def activation_gradients(
@@ -92,7 +90,7 @@ def activation_gradients(
     Returns:
         By block name, `(n,)` float64, by column of the consumer.
     """
-    sums = [_ActivationGradientSum(samples, [block], None) for block in blocks]
+    sums = [_ActivationGradientSum(samples, [block]) for block in blocks]
     _run_backwards(samples, sums, probes=1, seed=seed, recomputed=recomputed)
     for total in sums:
         total.add_up()
@@ -165,17 +163,15 @@ class Means(Mapping[str, torch.Tensor]):
     """The matrices by block name; those in files are read when they are asked for.
 
     Args:
-        parts: By name the sum, or the file that holds it, its size `m`, its rows and its device.
+        parts: By name the sum, and the number of rows that it is of.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[torch.Tensor | Path, int, int, torch.device]]):
+    def __init__(self, parts: Mapping[str, tuple[MatrixSum, int]]):
         self.parts = dict(parts)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        total, m, rows, device = self.parts[name]
-        if isinstance(total, Path):
-            total = mapped(total, m)
-        return (total / max(rows, 1)).to(device)
+        outer, rows = self.parts[name]
+        return (outer.total() / max(rows, 1)).to(outer.device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)
@@ -188,30 +184,17 @@ class Means(Mapping[str, torch.Tensor]):
         return Means({name: part for name, part in self.parts.items() if name not in names})
 
 
-def mapped(path: Path, m: int) -> torch.Tensor:
-    """`(m, m)` float64 in a file, zeros where there is none yet, mapped into memory for as long as it is held."""
-    return torch.from_file(str(path), shared=True, size=m * m, dtype=torch.float64).view(m, m)
-
-
 class _GradientSum:
-    """Sums `g g'` over rows of a consumer's output, or of those of the experts of one layer; in a file if given."""
+    """Sums something of the gradients over rows of a consumer's output, or of those of the experts of one layer."""
 
-    def __init__(self, samples: Samples, blocks: Sequence[Block], file: Path | None):
+    def __init__(self, samples: Samples, blocks: Sequence[Block]):
         consumer: Any = samples.model.get_submodule(blocks[0].consumer)
-        _, self.m = matrix_shape(consumer)
-        self.samples, self.blocks, self.rows, self.file = samples, blocks, 0, file
+        self.samples, self.blocks, self.rows, self.consumer = samples, blocks, 0, consumer
+        self.n, self.m = matrix_shape(consumer)
         self._axis = feature_axis(consumer)
         self.batch: Batch = {}
         self.held: torch.Tensor | None = None
         self.device = device_of(consumer.weight)
-        if file is None:
-            self.total = self._zeros(consumer)
-        else:
-            with file.open("wb") as opened:  # now: to write into a mapped file on a full disk kills the process
-                os.posix_fallocate(opened.fileno(), 0, self.m * self.m * 8)
-
-    def _zeros(self, consumer: nn.Module) -> torch.Tensor:
-        return torch.zeros(self.m, self.m, dtype=torch.float64, device=self.device)
 
     def hold(self, inputs: torch.Tensor) -> None:
         """Keep what of a consumer's input the backward needs, until its output comes."""
@@ -237,37 +220,46 @@ class _GradientSum:
 
     def _add(self, g: torch.Tensor, inputs: Any, real: Any) -> None:
         """Gradients `(rows, m)` at the real tokens."""
-        total = self.total if self.file is None else mapped(self.file, self.m)
-        total += (g.T @ g).to(total.device)
+        raise NotImplementedError
 
     def add_up(self) -> None:
         """Add the sums of all processes."""
-        if self.file is None:
-            self.total = summed(self.total)
-        elif processes() > 1:
-            total = mapped(self.file, self.m)
-            total.copy_(summed(total.to(self.device)))
         self.rows = int(summed(torch.tensor(self.rows, device=self.device)))
 
-    def result(self) -> tuple[torch.Tensor | Path, int, int, torch.device]:
-        """As `Means` takes it."""
-        return (self.total if self.file is None else self.file), self.m, self.rows, self.device
+
+class _OuterSum(_GradientSum):
+    """Sums `g g'`."""
+
+    def __init__(self, samples: Samples, blocks: Sequence[Block], store: Store, name: str):
+        super().__init__(samples, blocks)
+        self.outer = store.sum(name, self.m, self.device)
+
+    def _add(self, g: torch.Tensor, inputs: Any, real: Any) -> None:
+        self.outer.add(g.T @ g)
+
+    def add_up(self) -> None:
+        self.outer.add_up()
+        super().add_up()
 
 
 class _ActivationGradientSum(_GradientSum):
-    """Sums `|x * (W g)|` over rows, `x` a consumer's input and `g` the gradient at its output; in memory."""
+    """Sums `|x * (W g)|`, `x` a consumer's input and `g` the gradient at its output."""
 
-    def _zeros(self, consumer: nn.Module) -> torch.Tensor:
-        return torch.zeros(matrix_shape(consumer)[0], dtype=torch.float64, device=self.device)
+    def __init__(self, samples: Samples, blocks: Sequence[Block]):
+        super().__init__(samples, blocks)
+        self.total = torch.zeros(self.n, dtype=torch.float64, device=self.device)
 
     def hold(self, inputs: torch.Tensor) -> None:
         self.held = inputs.detach()
 
     def _add(self, g: torch.Tensor, inputs: torch.Tensor, real: Any) -> None:
-        consumer = self.samples.model.get_submodule(self.blocks[0].consumer)
-        x = torch.cat(list(input_rows(consumer, inputs)))[real].float()
-        W = weight_matrix(consumer).to(g)
+        x = torch.cat(list(input_rows(self.consumer, inputs)))[real].float()
+        W = weight_matrix(self.consumer).to(g)
         self.total += (x * (g @ W.T)).abs().sum(0, dtype=torch.float64).to(self.device)
+
+    def add_up(self) -> None:
+        self.total = summed(self.total)
+        super().add_up()
 
 
 def _probe(samples: Samples, batch: Batch, output: Any, generator: torch.Generator) -> torch.Tensor | None:

@@ -12,17 +12,15 @@ that are not pruned) are not run again once that segment is finished.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..data.batches import Samples
 from ..models.running import call, forward_replaced, hooked, input_device, stop
-from ..runs.durable import read_objects, write_objects
+from ..runs.store import Store
 from .segments import Plan, Segment
 
 
@@ -33,14 +31,14 @@ class Stream:
         samples: The batches, and their model, in eval mode. The weights that it has when a segment runs are the ones
             that are used.
         plan: From `planning.plan`.
-        folder: For files of the stored outputs; they stay in memory without one.
+        store: Of the outputs.
     """
 
-    def __init__(self, samples: Samples, plan: Plan, folder: Path | None = None):
-        self.model, self.plan, self.folder = samples.model, plan, folder
+    def __init__(self, samples: Samples, plan: Plan, store: Store | None = None):
+        self.model, self.plan, self.store = samples.model, plan, store or Store()
         batches = self.batches = [*samples.fit, *samples.held_out]
         self.position = 0
-        self._outputs: list[dict[str, Any]] = [{} for _ in batches]
+        self.kept: Sequence[Mapping[str, Any]] = [{} for _ in batches]  # by segment, what stands for its output
         self._stand_ins: list[dict[str, Any]] = [{} for _ in batches]  # what makes them, by lead
         self._next: list[Any] = [None] * len(batches)
 
@@ -70,7 +68,7 @@ class Stream:
         segment = self.segment
 
         def finished(output: Any) -> None:
-            self._next[index] = self._stored(index, output)
+            self._next[index] = self.store.keep(f"{index}-{self.position}", output)
             stop()
 
         if stop_at is None:
@@ -79,7 +77,8 @@ class Stream:
             if stop_at is not None:
                 calls = dict(zip((b.consumer for b in segment.blocks), segment.calls, strict=True))[stop_at]
                 stack.enter_context(_ended_at_call(calls, self.model.get_submodule(stop_at)))
-            before = {path: self._read(output) for path, output in self._outputs[index].items()}
+            device = input_device(self.model)
+            before = {path: self.store.read(kept, device) for path, kept in self.kept[index].items()}
             stack.enter_context(self._stubbed(before))
             stack.enter_context(self._led(self._stand_ins[index]))
             call(self.model, self.batches[index])
@@ -115,34 +114,18 @@ class Stream:
 
     def step(self) -> None:
         """Go on to the next segment, once every batch has been run to the end of the current one."""
-        segment = self.segment
-        for stored, output in zip(self._outputs, self._next, strict=True):
-            if not self.plan.retain_all:
-                for other in [p for p in stored if p.rpartition(".")[0] == segment.chain]:
-                    del stored[other]
-            stored[segment.path] = output
+        path, chain = self.segment.path, self.segment.chain
+        stays = [
+            {p: held for p, held in kept.items() if self.plan.retain_all or p.rpartition(".")[0] != chain}
+            for kept in self.kept
+        ]
+        self.kept = [{**kept, path: output} for kept, output in zip(stays, self._next, strict=True)]
         self._next = [None] * len(self.batches)
         self.position += 1
 
-    @property
-    def files(self) -> list[dict[str, str]]:
-        """By batch and segment, the file of each stored output, as plain JSON types; of batches that were run here."""
-        return [{path: file.name for path, file in stored.items() if file is not None} for stored in self._outputs]
-
-    def resume(self, position: int, files: Sequence[Mapping[str, str]]) -> None:
-        """Go on at a segment, with the outputs in the folder's files, which `files` named then."""
-        self.position = position
-        self._outputs = [{path: self.folder / name for path, name in stored.items()} for stored in files]  # type: ignore
-
-    def _stored(self, index: int, output: Any) -> Any:
-        if self.folder is None:
-            return output
-        path = self.folder / f"{index}-{self.position}.pt"
-        write_objects(path, output)
-        return path
-
-    def _read(self, output: Any) -> Any:
-        return send_to_device(read_objects(output), input_device(self.model)) if self.folder else output
+    def resume(self, position: int, kept: Sequence[Mapping[str, Any]]) -> None:
+        """Go on at a segment, with what the store kept then."""
+        self.position, self.kept = position, kept
 
 
 def _return(output: Any, *_args: Any, **_kwargs: Any) -> Any:

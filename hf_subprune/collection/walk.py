@@ -12,26 +12,22 @@ for a convolution:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from ..blocks import Block
 from ..data.batches import Samples
 from ..models.offload import loaded
-from ..runs.durable import write_json
-from ..runs.processes import add_up, from_all, own_share, processes
+from ..runs.processes import add_up, own_share
+from ..runs.store import Store
 from ..surgery.edits import Edit, taken_back
 from .additions import Addition, find_additions
 from .block_moments import BlockMoments
 from .observers import Hooks, Observer, PairedObserver, ResidualObserver, Targets
 from .segments import Plan, Segment
 from .stream import Stream
-
-_STATE = "state.json"
 
 
 class Walk:
@@ -43,7 +39,7 @@ class Walk:
         samples: The batches, and their model, in eval mode.
         plan: The segments, holding exactly the blocks to prune.
         owners: By block name, the process that gets the block's moments; each runs its share of the batches.
-        folder: Where the state after each segment is made durable; nothing is written without one.
+        store: Where the state after each segment is kept.
 
     Attributes:
         independent: Whether what one block reads depends on no other block of the walk.
@@ -51,8 +47,8 @@ class Walk:
 
     independent = True
 
-    def __init__(self, samples: Samples, plan: Plan, owners: Mapping[str, int], folder: Path | None = None) -> None:
-        self.samples, self.plan, self.owners, self.folder = samples, plan, owners, folder
+    def __init__(self, samples: Samples, plan: Plan, owners: Mapping[str, int], store: Store | None = None) -> None:
+        self.samples, self.plan, self.owners, self.store = samples, plan, owners, store or Store()
         self.current = self._stream("current")
         self.streams = {"current": self.current}
         fitted, held_out = len(samples.fit), len(samples.held_out)
@@ -60,15 +56,15 @@ class Walk:
         self._observers: dict[str, Observer] = {}
 
     def _stream(self, name: str) -> Stream:
-        return Stream(self.samples, self.plan, _made(self.folder, name))
+        return Stream(self.samples, self.plan, self.store.part(name))
 
     def resume(self) -> Sequence[Segment]:
         """Go on behind the last segment that every process has finished; returns those that are finished."""
-        position = finished_segments(self.folder)
+        position = self.store.finished()
         if position:
-            files = next(state["files"] for state in _states(self.folder) if state["position"] == position)
+            kept = self.store.resume(position)
             for name, stream in self.streams.items():
-                stream.resume(position, files[name])
+                stream.resume(position, kept[name])
         return self.plan.segments[:position]
 
     @property
@@ -132,19 +128,7 @@ class Walk:
         return moments
 
     def _commit(self) -> None:
-        """One rename makes the segment finished for all streams; then what only earlier ones needed can go."""
-        if self.folder is None:
-            return
-        position = self.current.position
-        before = [state for state in _states(self.folder) if state["position"] == position - 1]
-        files = {name: stream.files for name, stream in self.streams.items()}
-        states = [*(before if processes() > 1 else []), {"position": position, "files": files}]
-        write_json(self.folder / _STATE, states)
-        for name in self.streams:
-            needed = {file for state in states for batch in state["files"][name] for file in batch.values()}
-            for path in (self.folder / name).iterdir():
-                if path.name not in needed:
-                    path.unlink()
+        self.store.commit(self.current.position, {name: stream.kept for name, stream in self.streams.items()})
 
 
 class SequentialWalk(Walk):
@@ -172,7 +156,7 @@ class PairedWalk(SequentialWalk):
     """Two streams: targets come from the original model, inputs from the model as pruned so far (variant `asym`).
 
     Args:
-        samples, plan, owners, folder: As of `Walk`.
+        samples, plan, owners, store: As of `Walk`.
         beforehand: Edits of blocks outside of the plan, which are taken back for the original.
     """
 
@@ -181,16 +165,16 @@ class PairedWalk(SequentialWalk):
         samples: Samples,
         plan: Plan,
         owners: Mapping[str, int],
-        folder: Path | None = None,
+        store: Store | None = None,
         *,
         beforehand: Mapping[str, Edit],
     ) -> None:
-        super().__init__(samples, plan, owners, folder)
+        super().__init__(samples, plan, owners, store)
         self.original = self.streams["original"] = self._stream("original")
         self._beforehand = dict(beforehand)
 
     def start(self, segment: Segment) -> None:
-        self._targets = Targets(_made(self.folder, "targets"))
+        self._targets = Targets(self.store.part("targets"))
         self._watch(segment)
         observers: list[Any] = list(self._observers.values())
         # None of the segment's blocks is shrunk yet: one pass gives the targets of all.
@@ -250,32 +234,12 @@ def walk(
     owners: Mapping[str, int],
     *,
     beforehand: Mapping[str, Edit],
-    folder: Path | None = None,
+    store: Store | None = None,
 ) -> Walk:
     """The walk of a variant: `"layer"`, `"seq"`, `"asym"` or `"residual"`; arguments are those of `PairedWalk`."""
     if variant == "layer":
-        return Walk(samples, plan, owners, folder)
+        return Walk(samples, plan, owners, store)
     if variant == "seq":
-        return SequentialWalk(samples, plan, owners, folder)
+        return SequentialWalk(samples, plan, owners, store)
     kind = PairedWalk if variant == "asym" else ResidualWalk
-    return kind(samples, plan, owners, folder, beforehand=beforehand)
-
-
-def finished_segments(folder: Path | None) -> int:
-    """How many segments of the plan are finished in every process, with all blocks, in a folder of a walk."""
-    if folder is None:
-        return 0
-    return min(from_all(max((state["position"] for state in _states(folder)), default=0)))
-
-
-def _made(folder: Path | None, name: str) -> Path | None:
-    if folder is None:
-        return None
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    return folder / name
-
-
-def _states(folder: Path | None) -> list[dict[str, Any]]:
-    """The last state; the last two where there are several processes, one of which may be a segment behind."""
-    path = folder and folder / _STATE
-    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else []
+    return kind(samples, plan, owners, store, beforehand=beforehand)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from .durable import check_space, once
 from .processes import from_all, from_process, is_mine
 from .progress import Clock, progress
+from .store import Files, Store
 
 _T = TypeVar("_T")
 
@@ -53,12 +54,9 @@ class Workspace:
             self.undo.close()
             raise
 
-    def place(self, name: str) -> Path | None:
-        """A folder for files of one stage, made if need be; `None` where nothing is written."""
-        if self.folder is None:
-            return None
-        (self.folder / name).mkdir(parents=True, exist_ok=True)
-        return self.folder / name
+    def store(self, name: str) -> Store:
+        """Where one stage keeps what it makes."""
+        return Store() if self.folder is None else Files(self.folder / name)
 
     def holds(self, size: int) -> bool:
         """Whether what takes so many bytes may stay in memory from one stage to another."""

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from hf_subprune.runs.store import Files, Store
 from hf_subprune.runs.workspace import Workspace
 
 
@@ -92,10 +93,10 @@ def test_nothing_large_stays_in_memory_and_nothing_at_all_where_there_are_files(
     assert not Workspace(tmp_path).holds(1)
 
 
-def test_places_and_room_are_asked_for_only_where_there_are_files(tmp_path):
-    assert Workspace().place("walk") is None
+def test_stores_and_room_are_in_files_only_where_there_are_any(tmp_path):
+    assert type(Workspace().store("walk")) is Store
     Workspace().check_space(2**80, "this")
-    place = Workspace(tmp_path / "run").place("walk")
-    assert place == tmp_path / "run" / "walk" and place.is_dir()
+    store = Workspace(tmp_path / "run").store("walk")
+    assert isinstance(store, Files) and store.folder == tmp_path / "run" / "walk" and store.folder.is_dir()
     with pytest.raises(OSError, match=r"This can take up to .* GB"):
         Workspace(tmp_path).check_space(2**80, "this")
