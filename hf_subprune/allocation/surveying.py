@@ -137,11 +137,9 @@ def _may_shrink(block: Block, target: Target) -> bool:
 
 def _owners(blocks: Sequence[Block], curves: bool) -> dict[str, int]:
     """Processes take turns; what a curve or a selection needs of several blocks goes to one of them."""
-    shared = ("units", "width") if curves else ("units",)
-    turns: list[list[Block]] = []
-    for group in groups_of(blocks):
-        turns += [list(group.blocks)] if group.share in shared else [[block] for block in group.blocks]
-    return {block.name: turn % processes() for turn, group in enumerate(turns) for block in group}
+    groups = groups_of(blocks)
+    turns = [group.blocks for group in groups] if curves else [some for group in groups for some in group.choices]
+    return {block.name: turn % processes() for turn, some in enumerate(turns) for block in some}
 
 
 def _scratch_bytes(samples: Samples, candidates: Sequence[Block], config: PruneConfig) -> int:
