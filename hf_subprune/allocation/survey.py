@@ -28,6 +28,7 @@ from ..solver.moments import restrict
 from ..solver.problem import Problem
 from ..solver.settings import Settings
 from ..surgery.edits import Edit, kept_columns, taken_back
+from .families import Families
 from .propagation import Points
 from .targets import Target
 
@@ -48,6 +49,7 @@ class Survey:
         blocks: That the configs let us prune, in forward order.
         candidates: Those of them that some target can take units from.
         targets: What each config asks for, in their order.
+        families: How blocks are tied for each config, in their order.
         plan: The segments that hold the candidates.
         owners: By block name, the process that solves the block.
         original: What the model puts out and costs before anything goes.
@@ -67,6 +69,7 @@ class Survey:
     blocks: Sequence[Block]
     candidates: Sequence[Block]
     targets: Sequence[Target]
+    families: Sequence[Families]
     plan: Plan
     owners: Mapping[str, int]
     original: Original
@@ -91,6 +94,10 @@ class Survey:
     def target(self, config: PruneConfig) -> Target:
         """What one of the configs asks for on this model."""
         return self.targets[list(self.configs).index(config)]
+
+    def families_of(self, config: PruneConfig) -> Families:
+        """How blocks are tied for one of the configs."""
+        return self.families[list(self.configs).index(config)]
 
     def full_cost(self, target: Target) -> float:
         """What the model costs with all units, in the target's unit."""
