@@ -96,15 +96,18 @@ def has_row_per_sample(outputs: Sequence[Outputs], batches: Sequence[Batch]) -> 
     return sum(len(o.rows) for o in outputs) == sum(len(next(iter(batch.values()))) for batch in batches)
 
 
+def spread(blocks: Sequence[Block], count: int) -> set[str]:
+    """Names of `count` of the blocks at equal distances, and of those that are decided on together with them."""
+    groups = groups_of(blocks)
+    count = min(len(groups), count)
+    places = {round(i * (len(groups) - 1) / max(count - 1, 1)) for i in range(count)}
+    return {block.name for place in places for block in groups[place].blocks}
+
+
 def measured_blocks(blocks: Sequence[Block]) -> set[str]:
     """Names of the blocks to prune alone (or with their tie or stack): of each kind a dozen, at equal distances."""
-    chosen: set[str] = set()
-    for kind in {b.kind for b in blocks}:
-        groups = groups_of(b for b in blocks if b.kind == kind)
-        count = min(len(groups), _MEASURED_BLOCKS)
-        for i in range(count):
-            chosen |= {b.name for b in groups[round(i * (len(groups) - 1) / max(count - 1, 1))].blocks}
-    return chosen
+    kinds = {b.kind for b in blocks}
+    return {name for kind in kinds for name in spread([b for b in blocks if b.kind == kind], _MEASURED_BLOCKS)}
 
 
 def fill_in(blocks: Sequence[Block], factors: Mapping[str, float]) -> dict[str, float]:

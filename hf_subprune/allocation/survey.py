@@ -55,8 +55,9 @@ class Survey:
         original: What the model puts out and costs before anything goes.
         metrics: By block name, `M` of `sensitivity.output_metrics`; blocks left out weigh outputs equally.
         gradients: By block name, `sensitivity.activation_gradients`, where the importance reads them.
-        curves: By block name, the error at every width; empty when every budget is uniform.
-        losses: By block name, `(width, predicted drift)` points, made from the curves.
+        curves: By block name, the error at every width; empty when every budget is uniform. Of a family that gets one
+            width, a few blocks have one.
+        losses: By block name, `(width, predicted drift)` points, of its curve or of that of the nearest block.
         query_losses: The same of query heads, for the blocks that could lose these instead.
         stored: By block name, the moments of the original model; `None` where they are collected again for each size.
         present: By block name, `(k,)` int64, sorted: the units that are left of a block that is masked in part.
