@@ -14,7 +14,7 @@ import torch
 
 from .factorisation import factorise
 from .moments import Moments, restrict
-from .objective import Objective, objective_of, regularise
+from .objective import objective_of
 from .problem import Problem
 from .selection import greedy, nested
 from .settings import Settings
@@ -84,10 +84,9 @@ def loss_curve(
     """
     folds, groups, units = problem.folds, problem.columns, problem.units
     root = problem.metric_root()
-    H, C, _ = regularise(problem.total(), problem.W, settings.fixed_shrinkage, root)
-    objective = Objective(H, C, problem.groups)
+    objective = objective_of(replace(problem, sets=1), settings)
     path = greedy(objective, units, tuning=settings.tuning) if order is None else nested(objective, order)
-    del H, C, objective
+    del objective
     tried = {_width(units, f) for f in trial_fractions} if len(folds) > 1 else set()
     parts = _parts(problem, groups[path.order.to(groups.device)].reshape(-1), root, settings)
     energy, rows = sum(fold.t for fold in folds), sum(fold.rows for fold in folds)
@@ -112,7 +111,7 @@ def loss_curve(
 
 def losses_of_sets(problem: Problem, settings: Settings) -> tuple[tuple[int, float], ...]:
     """`LossCurve.points` where as many units of each set are kept, at every such width but the full one."""
-    objective = objective_of(problem, settings.selection_shrinkage)
+    objective = objective_of(problem, settings)
     points = []
     for width in range(problem.sets, problem.units, problem.sets):
         columns = objective.columns(greedy(objective, width, tuning=settings.tuning).kept(width))

@@ -11,6 +11,7 @@ import torch
 from .factorisation import factorise
 from .moments import Moments
 from .problem import Problem, columns_of
+from .settings import Settings
 
 
 class Objective:
@@ -75,9 +76,11 @@ def _checked(groups: torch.Tensor, n: int) -> torch.Tensor:
     return groups
 
 
-def objective_of(problem: Problem, shrinkage: float) -> Objective:
-    """The objective of a block, `l = shrinkage * mean(diag H)` and its metric included."""
-    H, C, _ = regularise(problem.total(), problem.W, shrinkage, problem.metric_root())
+def objective_of(problem: Problem, settings: Settings) -> Objective:
+    """The objective of a block, with its metric, and with the shrinkage of selection."""
+    total = problem.total()
+    shrinkage = settings.selection_shrinkage(total.rows, len(problem.W))
+    H, C, _ = regularise(total, problem.W, shrinkage, problem.metric_root())
     return Objective(H, C, problem.groups, problem.sets)
 
 

@@ -73,7 +73,7 @@ def choose(problem: Problem, k: int, settings: Settings) -> Choice:
     if settings.importance != "greedy":
         ranked = scores(problem, settings.importance, settings.generator())
         return Choice(highest(ranked, k, problem.sets), settings.importance)
-    best = select(objective_of(problem, settings.selection_shrinkage), k, settings)
+    best = select(objective_of(problem, settings), k, settings)
     gain = best.swap_gain / best.objective if best.objective > 0 else 0.0
     return Choice(best.kept, best.method, best.swaps, gain, best.guarantee)
 
@@ -145,5 +145,5 @@ def _certified(problem: Problem, chosen: Choice, settings: Settings) -> Choice:
     choice = replace(chosen, kept=chosen.kept.to(problem.W.device))
     if settings.importance != "greedy":
         return choice
-    objective = objective_of(problem, settings.selection_shrinkage)
+    objective = objective_of(problem, settings)
     return replace(choice, guarantee=certify(objective, choice.kept).fraction)

@@ -75,7 +75,8 @@ def _joint(problems: Sequence[Problem], settings: Settings) -> Objective:
 def _weighed(problem: Problem, problems: Sequence[Problem], settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     """`H` and `C` of one block's part in the objective, on the device of the first block."""
     root = problem.metric_root() if all(p.output_metric is not None for p in problems) else None
-    H, C, t = regularise(problem.total(), problem.W, settings.selection_shrinkage, root)
+    total = problem.total()
+    H, C, t = regularise(total, problem.W, settings.selection_shrinkage(total.rows, len(problem.W)), root)
     device = problems[0].W.device
     if root is None:
         C *= 1 / math.sqrt(t) if t > 0 else 0.0
