@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel
 
-from ..blocks import Group, groups_of
+from ..blocks import Block, Group, groups_of
 from ..collection.block_moments import BlockMoments
 from ..collection.planning import plan
 from ..collection.walk import Walk
@@ -17,7 +17,7 @@ from ..solver.curves import LossCurve, loss_curve, losses_of_sets
 from ..solver.problem import Problem
 from ..solver.tied import order_together
 from .budgets import interpolate
-from .propagation import TRIAL_FRACTIONS, Points, Propagation, fill_in, measured_blocks, spread
+from .propagation import TRIAL_FRACTIONS, Points, Propagation, corrected, fill_in, measured_blocks, spread
 from .survey import Survey
 
 # Blocks of a family that gets one width whose curves are made, at equal distances over the depth.
@@ -30,13 +30,13 @@ class _Losses:
 
     Args:
         curves: Error of the block's output at every width.
-        factors: Drift of the model's output over that error, of the blocks that were pruned alone.
+        factors: Drift of the model's output over that error, by width, of the blocks that were pruned alone.
         points: Losses that were measured themselves, by the caller's `evaluation`.
         queries: Error at every number of query heads.
     """
 
     curves: dict[str, LossCurve] = field(default_factory=dict)
-    factors: dict[str, float] = field(default_factory=dict)
+    factors: dict[str, Points] = field(default_factory=dict)
     points: dict[str, Points] = field(default_factory=dict)
     queries: dict[str, Points] = field(default_factory=dict)
 
@@ -68,9 +68,12 @@ def with_losses(
     looked_at = _looked_at(survey) if curves else set()
     found = work.once("curves", lambda: _pass_over(survey, looked_at, trials, stored, work))
     factors = fill_in([block for block in survey.candidates if block.name in found.curves], found.factors)
-    losses = {name: tuple((w, factors[name] * e) for w, e in curve.points) for name, curve in found.curves.items()}
+    losses = {name: corrected(curve.points, factors[name]) for name, curve in found.curves.items()}
     losses |= found.points
-    queries = {name: _scaled(found.curves[name], losses[name], own) for name, own in found.queries.items()}
+    by_name = {block.name: block for block in survey.candidates}
+    queries = {
+        name: _scaled(by_name[name], found.curves[name], losses[name], own) for name, own in found.queries.items()
+    }
     return replace(
         survey,
         curves=found.curves,
@@ -99,12 +102,13 @@ def _of_nearest(survey: Survey, points: Mapping[str, Points]) -> dict[str, Point
     return filled
 
 
-def _scaled(curve: LossCurve, losses: Points, queries: Points) -> Points:
-    """Losses of query heads in the unit of those of whole key/value heads."""
-    width, loss = losses[0]
-    (own,) = interpolate(curve.points, [width])
-    factor = loss / own if own > 0 else 1.0
-    return tuple((w, factor * e) for w, e in queries)
+def _scaled(block: Block, curve: LossCurve, losses: Points, queries: Points) -> Points:
+    """Losses of query heads in the unit of those of whole key/value heads, where as many columns are left."""
+    errors = interpolate(curve.points, [width for width, _ in losses])
+    ratios = [(width, loss / error) for (width, loss), error in zip(losses, errors, strict=True) if loss * error > 0]
+    heads = len(block.queries.columns) / block.units  # type: ignore[union-attr]
+    scaled = corrected(tuple((width / heads, error) for width, error in queries), tuple(ratios))
+    return tuple((width, loss) for (width, _), (_, loss) in zip(queries, scaled, strict=True))
 
 
 def _pass_over(
@@ -169,7 +173,7 @@ def _look_at(
         if trials is not None and trials.evaluation is not None:
             found.points.update(dict.fromkeys(names, trials.points(blocks, curves)))
         elif trials is not None:
-            found.factors.update(dict.fromkeys(names, trials.factor(blocks, curves)))
+            found.factors.update(dict.fromkeys(names, trials.factors(blocks, curves)))
     for name, curve in zip(names, curves, strict=True):
         curve.trials.clear()
         found.curves[name] = curve
