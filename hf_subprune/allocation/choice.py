@@ -13,8 +13,7 @@ from ..report.records import Allocation, Change
 from ..runs.processes import from_process
 from ..runs.workspace import Workspace
 from ..surgery.edits import narrowed
-from .budgets import interpolate
-from .query_heads import better_units, units_by_loss
+from .query_heads import alternatives, better_units, units_by_loss
 from .survey import LATENCY_SECONDS, Survey
 from .widths import choose_widths
 
@@ -47,20 +46,15 @@ class Widths:
     def allocation(self, survey: Survey, reached: float) -> Allocation:
         """The target, what was reached, and how it was shared out, for the report."""
         target = survey.target(self.config)
-        predicted = None
-        if survey.losses:
-            predicted = sum(
-                interpolate((survey.losses if b.sets == 1 else survey.query_losses)[b.name], [self.kept[b.name]])[0]
-                for b in self.blocks
-            )
         return Allocation(
             budget=self.config.allocation(),
             target=target.name,
             unit=target.unit,
             limit=target.limit,
             reached=reached,
-            predicted_drift=predicted,
+            predicted_drift=survey.predicted_loss(self.blocks, self.kept) if survey.losses else None,
             latencies=target.latencies,
+            alternatives=alternatives(survey, self.config),
         )
 
 

@@ -70,6 +70,45 @@ def units_by_loss(
         families = replace(families, refused=families.refused | set(heads))
 
 
+def alternatives(survey: Survey, config: PruneConfig) -> tuple[tuple[str, float], ...]:
+    """`Allocation.alternatives` of one size: the best that there is for each number of heads to keep."""
+    families = survey.families_of(config)
+    if not families.even or not survey.losses:
+        return ()
+    target, predicted = survey.target(config), survey.predicted()
+    of_queries = {block.name: survey.query_losses[block.name] for block in _offered(survey, families)}
+    found: dict[str, float] = {}
+    for family in families.of(survey.candidates):
+        first = family[0]
+        if first.kind != "attention":
+            continue
+        options = {(first.sets, width) for width in range(1, first.units + 1)}
+        if first.queries is not None:
+            options |= {(first.queries.sets, width) for width, _ in of_queries.get(first.name, ())}
+        for only in options:
+            others = {(block.name, *option) for block in family for option in options - {only}}
+            one = replace(families, refused=families.refused | others)
+            try:
+                chosen = choose_units(survey.blocks, target, config, one, predicted, of_queries)
+            except ValueError:  # so many heads are too many, or the config cannot say it
+                continue
+            kept = {name: width for name, (_, width) in chosen.items()}
+            found[_in_words(survey, chosen)] = survey.predicted_loss(
+                [block for block, width in chosen.values() if width < block.units], kept
+            )
+    return tuple(sorted(found.items(), key=lambda one: one[1]))
+
+
+def _in_words(survey: Survey, chosen: Mapping[str, tuple[Block, int]]) -> str:
+    """The widths of candidates, each once: `"mlp 1088 of 1536, attention 3 of 3"`."""
+    blocks = (chosen[block.name] for block in survey.candidates)
+    return ", ".join(
+        dict.fromkeys(
+            f"{block.kind}{' queries' if block.sets > 1 else ''} {width} of {block.units}" for block, width in blocks
+        )
+    )
+
+
 def _offered(survey: Survey, families: Families) -> list[Block]:
     """Blocks that may lose query heads; of those with one width in all layers, only where all alike may."""
     offered = {b.name: b.queries for b in survey.candidates if b.queries is not None and b.tie is None}

@@ -28,6 +28,7 @@ from ..solver.moments import restrict
 from ..solver.problem import Problem
 from ..solver.settings import Settings
 from ..surgery.edits import Edit, kept_columns, taken_back
+from .budgets import interpolate
 from .families import Families
 from .propagation import Points
 from .targets import Target
@@ -107,6 +108,11 @@ class Survey:
     def predicted(self) -> dict[str, Points]:
         """`losses`, and nothing to lose of blocks that no target can take units from."""
         return {b.name: self.losses.get(b.name, ((b.units, 0.0),)) for b in self.blocks}
+
+    def predicted_loss(self, blocks: Sequence[Block], kept: Mapping[str, int]) -> float:
+        """Sum of the predicted drifts of blocks, some with query heads as units, at widths by name."""
+        points = ((self.losses if block.sets == 1 else self.query_losses)[block.name] for block in blocks)
+        return sum(interpolate(p, [kept[b.name]])[0] for b, p in zip(blocks, points, strict=True))
 
     def predictions(self, block: Block) -> dict[str, Any]:
         """The block's curves, for the report; there are none of query heads."""
