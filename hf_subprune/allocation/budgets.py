@@ -53,9 +53,15 @@ def rounding(units: int, preferred: int) -> int:
     return preferred if units >= _FEWEST_STEPS * preferred else 1
 
 
-def allowed_widths(units: int, multiple: int) -> tuple[int, ...]:
-    """Multiples of `multiple`, one multiple at least, and the full width."""
-    return (*range(min(multiple, units), units, multiple), units)
+def allowed_widths(units: int, multiple: int, *, none: bool = False) -> tuple[int, ...]:
+    """Multiples of `multiple`, one multiple at least, and the full width.
+
+    Args:
+        units: Of the block.
+        multiple: What widths are rounded to.
+        none: Whether the block may go: then the first width is 0.
+    """
+    return (*((0,) if none else ()), *range(min(multiple, units), units, multiple), units)
 
 
 def interpolate(points: Sequence[tuple[int, float]], widths: Sequence[int]) -> tuple[float, ...]:

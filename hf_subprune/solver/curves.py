@@ -47,7 +47,8 @@ class LossCurve:
     """Error of a block's output on unseen rows against its width, along nested greedy sets.
 
     Args:
-        points: `(width, error)`, ascending, the full width with error 0 last; in the units of the metric, a row.
+        points: `(width, error)`, ascending from width 0, the full width with error 0 last; in the units of the metric,
+            a row.
         errors: `(width, fitted, held out)`, ascending: relative error of the output, all outputs alike, to expect of a
             fit on all rows, on these rows and on others; without the full width.
         order: `(units,)` int64; the first `k` are the greedy set of size `k`.
@@ -73,7 +74,7 @@ def loss_curve(
     trial_fractions: Sequence[float] = (),
     order: torch.Tensor | None = None,
 ) -> LossCurve:
-    """One greedy run for the nested sets, then fits on one fold scored on the other at some eight widths.
+    """One greedy run for the nested sets, then fits on one fold scored on the other at some nine widths, 0 among them.
 
     Args:
         problem: Of the block; with one fold, errors are those fitted.
@@ -91,7 +92,7 @@ def loss_curve(
     parts = _parts(problem, groups[path.order.to(groups.device)].reshape(-1), root, settings)
     energy, rows = sum(fold.t for fold in folds), sum(fold.rows for fold in folds)
     points, errors, trials = [], [], {}
-    for width in sorted({_width(units, f) for f in _FRACTIONS} | tried):
+    for width in sorted({0, *(_width(units, f) for f in _FRACTIONS)} | tried):
         if width == units:
             continue
         fits = [part.fit(width * groups.shape[1]) for part in parts]

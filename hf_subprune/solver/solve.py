@@ -29,7 +29,7 @@ class BlockSolution:
         kept_columns: `(k * c,)` int64, sorted; the rows of `V`.
         V: `(k * c, m)`, the consumer's new weight, inputs by outputs.
         bias_shift: `(m,)`, to be added to the consumer's bias; zeros without one.
-        shrinkage: lambda of the reweighting; infinity when the weights stay as they are.
+        shrinkage: lambda of the reweighting; infinity when the weights stay as they are, or none is left.
         fitted_error: Relative error on all rows fitted on.
         method: How units were chosen: `"greedy"`, `"backward"`, `"stochastic"`, or the name of an importance.
         swaps: Number of exchanges made by swap refinement.
@@ -63,6 +63,10 @@ class Choice:
     guarantee: float | None = None
 
 
+NOTHING = Choice(torch.empty(0, dtype=torch.long), "removed", guarantee=1.0)
+"""No unit, of which there is one choice."""
+
+
 def choose(problem: Problem, k: int, settings: Settings) -> Choice:
     """Choose the `k` units of a block that `solve` keeps.
 
@@ -70,6 +74,8 @@ def choose(problem: Problem, k: int, settings: Settings) -> Choice:
         ValueError: `k`, a name or a shape does not fit.
         RuntimeError: the moments are not positive semi-definite.
     """
+    if k == 0:
+        return NOTHING
     if settings.importance != "greedy":
         ranked = scores(problem, settings.importance, settings.generator())
         return Choice(highest(ranked, k, problem.sets), settings.importance)
@@ -87,7 +93,8 @@ def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = 
 
     Args:
         problem: Of the block.
-        k: Number of units to keep; all of them leaves the block exactly as it is.
+        k: Number of units to keep; all of them leaves the block exactly as it is, none leaves the mean of the target
+            to the bias, if there is one.
         settings: How.
         chosen: Units to keep, for a block that must keep what others keep (`tied.choose_together`): selection is left
             out, and the guarantee is that of these units in this block.
@@ -96,11 +103,15 @@ def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = 
         ValueError: `k`, a name or a shape does not fit.
         RuntimeError: the moments are not positive semi-definite.
     """
-    if not 1 <= k <= problem.units:
-        raise ValueError(f"A block of {problem.units} units can keep 1 to {problem.units} of them, not {k}.")
+    if not 0 <= k <= problem.units:
+        raise ValueError(f"A block of {problem.units} units can keep 0 to {problem.units} of them, not {k}.")
     if k == problem.units:
         return _whole(problem)
-    choice = choose(problem, k, settings) if chosen is None else _certified(problem, chosen, settings)
+    if chosen is None or k == 0:
+        chosen = choose(problem, k, settings)
+        choice = replace(chosen, kept=chosen.kept.to(problem.W.device))
+    else:
+        choice = _certified(problem, chosen, settings)
     columns = columns_of(choice.kept, problem.groups)
     shrinkage = _shrinkage(problem, columns, settings)
     total = problem.total()
@@ -125,7 +136,7 @@ def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = 
 
 def _shrinkage(problem: Problem, columns: torch.Tensor, settings: Settings) -> float:
     """lambda of the fit on the kept columns; infinity where the weights stay as they are."""
-    if not settings.reweight:
+    if not settings.reweight or len(columns) == 0:
         return math.inf
     if settings.shrinkage == "auto" and len(problem.folds) > 1:
         return cross_fit(problem.folds, problem.W, columns).shrinkage

@@ -12,7 +12,7 @@ from .objective import Objective, regularise
 from .problem import Problem
 from .selection import greedy, select
 from .settings import Settings
-from .solve import Choice
+from .solve import NOTHING, Choice
 
 
 def choose_together(problems: Sequence[Problem], k: int, settings: Settings) -> Choice:
@@ -36,6 +36,8 @@ def choose_together(problems: Sequence[Problem], k: int, settings: Settings) -> 
     """
     if len({problem.units for problem in problems}) != 1:
         raise ValueError(f"Tied blocks have one number of units, got {[problem.units for problem in problems]}.")
+    if k == 0:
+        return NOTHING
     if settings.importance != "greedy":
         generator = settings.generator()  # one for all: each block draws anew
         ranks = [scores(problem, settings.importance, generator).cpu() for problem in problems]

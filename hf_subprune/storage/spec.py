@@ -9,14 +9,18 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..models.forwards import CUT_ARGUMENTS, INNER_WIDTH, adapted, kept_entries
+from ..models.forwards import BYPASSED, CUT_ARGUMENTS, INNER_WIDTH, adapted, kept_entries
 
 FORMAT = 1
 """Version of the stored entry; files of a later version are refused."""
+
+_SECTIONS = ("format", "shapes", "attributes", "arguments", "bypassed")
+"""What the digest is of."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,23 @@ class LayoutSpec:
             `{"in_features": 40}`. A name `"config.x"` is the value `x` of a config that this module alone reads.
         arguments: Dotted path of a module -> what its forward is given and cuts: argument -> `(dim, entries, kept)`,
             the dimension, how many entries the argument has along it, and how many of them are kept.
+        bypassed: Dotted path of a module that has no unit left and is not run -> `(consumer, entries)`: the path in it
+            of the linear that gives its bias, `"."` for itself and `""` for none, and the entries of the tuple that it
+            returns, or 0.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)
     arguments: dict[str, dict[str, tuple[int, int, int]]] = field(default_factory=dict)
+    bypassed: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.shapes or self.attributes or self.arguments)
+        return bool(self.shapes or self.attributes or self.arguments or self.bypassed)
 
     @property
     def modules(self) -> dict[str, set[str]]:
         """Dotted path of each module that differs -> names of its tensors that differ."""
-        names: dict[str, set[str]] = {path: set() for path in (*self.attributes, *self.arguments)}
+        names: dict[str, set[str]] = {path: set() for path in (*self.attributes, *self.arguments, *self.bypassed)}
         for tensor in self.shapes:
             path, _, leaf = tensor.rpartition(".")
             names.setdefault(path, set()).add(leaf)
@@ -49,11 +57,11 @@ class LayoutSpec:
 
     def restricted_to(self, prefix: str) -> "LayoutSpec":
         """The entries below the module `prefix`, under their full names."""
-        shapes = {name: shape for name, shape in self.shapes.items() if _is_below(name, prefix)}
-        attributes = {path: values for path, values in self.attributes.items() if _is_below(path, prefix)}
-        return LayoutSpec(
-            shapes, attributes, {path: cut for path, cut in self.arguments.items() if _is_below(path, prefix)}
-        )
+
+        def below(entries: dict[str, Any]) -> dict[str, Any]:
+            return {path: value for path, value in entries.items() if _is_below(path, prefix)}
+
+        return LayoutSpec(below(self.shapes), below(self.attributes), below(self.arguments), below(self.bypassed))
 
     def to_dict(self) -> dict:
         """JSON-ready form, with a digest that betrays later damage."""
@@ -66,6 +74,8 @@ class LayoutSpec:
             content["arguments"] = {
                 path: {name: list(sizes) for name, sizes in cut.items()} for path, cut in self.arguments.items()
             }
+        if self.bypassed:
+            content["bypassed"] = {path: list(how) for path, how in self.bypassed.items()}
         return {**content, "digest": _digest(content)}
 
     @classmethod
@@ -87,12 +97,12 @@ class LayoutSpec:
                 raise ValueError(damaged.format(f"{key!r} is missing"))
         shapes, attributes = entry["shapes"], entry["attributes"]
         for name, shape in shapes.items() if isinstance(shapes, dict) else [("shapes", shapes)]:
-            if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size > 0 for size in shape):
-                raise ValueError(damaged.format(f"shape of {name!r} is {shape!r}, not a list of positive integers"))
+            if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size >= 0 for size in shape):
+                raise ValueError(damaged.format(f"shape of {name!r} is {shape!r}, not a list of sizes"))
         for path, values in attributes.items() if isinstance(attributes, dict) else [("attributes", attributes)]:
             if not isinstance(values, dict) or not all(type(value) is int for value in values.values()):
                 raise ValueError(damaged.format(f"attributes of {path!r} are {values!r}, not names with integers"))
-        content = {key: entry[key] for key in ("format", "shapes", "attributes", "arguments") if key in entry}
+        content = {key: entry[key] for key in _SECTIONS if key in entry}
         if _digest(content) != entry["digest"]:
             raise ValueError(damaged.format("its digest does not match its shapes and attributes"))
         return cls(
@@ -102,6 +112,7 @@ class LayoutSpec:
                 path: {name: (dim, entries, kept) for name, (dim, entries, kept) in cut.items()}
                 for path, cut in entry.get("arguments", {}).items()
             },
+            {path: (consumer, entries) for path, (consumer, entries) in entry.get("bypassed", {}).items()},
         )
 
 
@@ -137,30 +148,41 @@ def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
             applied.attributes[rename[path]] = dict(values)
     for path in spec.modules:
         width, cut = spec.attributes.get(path, {}).get(INNER_WIDTH), spec.arguments.get(path, {})
-        if path in rename and (width is not None or cut):
-            _adapt(model.get_submodule(rename[path]), width, cut)
+        bypassed = spec.bypassed.get(path)
+        if path in rename and (width is not None or cut or bypassed):
+            _adapt(model.get_submodule(rename[path]), width, cut, bypassed)
             if cut:
                 applied.arguments[rename[path]] = dict(cut)
+            if bypassed:
+                applied.bypassed[rename[path]] = bypassed
     return applied
 
 
-def _adapt(module: nn.Module, width: int | None, cut: dict[str, tuple[int, int, int]]) -> None:
-    """Let the forward of `module` follow an inner width and cut arguments; which entries, the checkpoint says."""
+def _adapt(
+    module: nn.Module,
+    width: int | None,
+    cut: dict[str, tuple[int, int, int]],
+    bypassed: tuple[str, int] | None,
+) -> None:
+    """Let the forward of `module` be as `LayoutSpec` says; which entries of arguments, the checkpoint says."""
     device = next(module.parameters()).device
     for name, (_, _, kept) in cut.items():
         if kept_entries(name) not in module._buffers:
             module.register_buffer(kept_entries(name), torch.arange(kept, device=device))
-    vars(module).update(adapted(module, width, {name: (dim, entries) for name, (dim, entries, _) in cut.items()}))
+    sizes = {name: (dim, entries) for name, (dim, entries, _) in cut.items()}
+    vars(module).update(adapted(module, width, sizes, bypassed))
 
 
-def adaptations(module: nn.Module) -> tuple[dict[str, int], dict[str, tuple[int, int, int]]]:
-    """How the forward of `module` was adapted, as in a `LayoutSpec`: attributes, and arguments."""
+def adaptations(
+    module: nn.Module,
+) -> tuple[dict[str, int], dict[str, tuple[int, int, int]], tuple[str, int] | None]:
+    """How the forward of `module` was adapted, as in a `LayoutSpec`: attributes, arguments, and how it is bypassed."""
     held = vars(module)
     cut = {
         name: (dim, entries, len(module.get_buffer(kept_entries(name))))
         for name, (dim, entries) in held.get(CUT_ARGUMENTS, {}).items()
     }
-    return ({INNER_WIDTH: held[INNER_WIDTH]} if INNER_WIDTH in held else {}), cut
+    return ({INNER_WIDTH: held[INNER_WIDTH]} if INNER_WIDTH in held else {}), cut, held.get(BYPASSED)
 
 
 def _set_integer(module: nn.Module, name: str, value: int, path: str) -> None:

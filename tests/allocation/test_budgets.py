@@ -110,6 +110,7 @@ def test_rounding_is_used_where_blocks_are_large_enough():
     assert [rounding(units, 8) for units in (127, 128)] == [1, 8]
     assert allowed_widths(20, 8) == (8, 16, 20)
     assert allowed_widths(4, 8) == (4,)
+    assert allowed_widths(20, 8, none=True) == (0, 8, 16, 20)
 
 
 def test_what_loses_more_than_something_cheaper_is_no_choice():
