@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..blocks import Block, groups_of
 from ..models.forms import together
 from ..models.running import Batch, inside
-from ..storage.layout import choose_layout
+from ..storage.layout import choose_layout, config_says
 from ..surgery.edits import narrowed
 
 
@@ -58,31 +58,30 @@ def prove_stock(model: PreTrainedModel, blocks: Sequence[Block], widths: Mapping
         choose_layout(model, "stock", inputs=probe).undo()
 
 
-def even_families(model: PreTrainedModel, blocks: Sequence[Block], probe: Batch) -> Families:
+def even_families(model: PreTrainedModel, blocks: Sequence[Block]) -> Families:
     """The families of a model whose widths its config is to say.
 
     Blocks at the same place of equal layers are one family, and those of several places are where the config has one
-    number for them. Which it has is found by trial: each is narrowed for the time being.
+    number for them. Which it has is found by trial, by the shapes of tensors: each is narrowed for the time being.
 
     Args:
         model: In a `session`.
         blocks: That may be pruned.
-        probe: A small batch, on the model's device.
     """
     places: dict[tuple[str, str, int], list[Block]] = {}
     for block in blocks:
         places.setdefault((re.sub(r"\d+", "*", block.name), block.kind, block.units), []).append(block)
     said: list[list[Block]] = []
-    together: dict[tuple[str, int], list[list[Block]]] = {}
+    unsaid: dict[tuple[str, int], list[list[Block]]] = {}
     for (_, kind, units), family in places.items():
-        if _is_said(model, family, probe):
+        if _is_said(model, family):
             said.append(family)
         else:
-            together.setdefault((kind, units), []).append(family)
+            unsaid.setdefault((kind, units), []).append(family)
     whole: list[Block] = []
-    for parts in together.values():
+    for parts in unsaid.values():
         family = [block for block in blocks if any(block in part for part in parts)]
-        if len(parts) > 1 and _is_said(model, family, probe):
+        if len(parts) > 1 and _is_said(model, family):
             said.append(family)
         else:
             whole += family
@@ -91,10 +90,13 @@ def even_families(model: PreTrainedModel, blocks: Sequence[Block], probe: Batch)
     return Families(tuple(names), frozenset(block.name for block in whole), even=True)
 
 
-def _is_said(model: PreTrainedModel, family: Sequence[Block], probe: Batch) -> bool:
+def _is_said(model: PreTrainedModel, family: Sequence[Block]) -> bool:
     """Whether the config has a number for the width of all of the family, by the trial of one width."""
     width = narrow_width(family[0])
-    return width < family[0].units and loads_as_stock(model, family, {block.name: width for block in family}, probe)
+    if width == family[0].units:
+        return False
+    with narrowed(model, family, {block.name: width for block in family}), together(inside(model)):
+        return config_says(model)
 
 
 def narrow_width(block: Block) -> int:

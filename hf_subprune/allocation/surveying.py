@@ -139,7 +139,7 @@ def _families(
     """
     single = Families.single(blocks)
     if any(config.is_even() for config in configs):
-        even = even_families(model, blocks, probe)
+        even = even_families(model, blocks)
     found = []
     for config, target in zip(configs, targets, strict=True):
         chosen = even if config.is_even() else single

@@ -102,6 +102,17 @@ def choose_layout(model: PreTrainedModel, layout: str = "auto", *, inputs: Mappi
     return Layout(kind, reason + chosen, undo)
 
 
+def config_says(model: PreTrainedModel) -> bool:
+    """Whether the config can say the widths that `model` has, by the shapes of its tensors: nothing is run."""
+    undo = _snapshot(model)
+    try:
+        _drop_entries(model)
+        spec = describe(model)
+        return not spec or find_stock_config(type(model), model.config, spec, sizes(model, spec)).config is not None
+    finally:
+        undo()
+
+
 def _follow_choices(model: PreTrainedModel) -> str:
     """Let configs name the variants that a model switched to since it was built, as BigBird does on short texts.
 
