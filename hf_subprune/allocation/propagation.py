@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..blocks import Block, groups_of
 from ..collection.block_moments import FOLDS
 from ..data.batches import Samples, pieces
-from ..evaluation.drift import Drift, Outputs, drift, iter_outputs
+from ..evaluation.drift import Drift, Outputs, drift, model_outputs
 from ..models.running import Batch
 from ..solver.curves import LossCurve, Trial
 from ..surgery.edits import shrink
@@ -53,9 +53,9 @@ class Propagation:
         unseen = [one for index, batch in enumerate(samples.fit) if index % FOLDS for one in _few_rows(batch)]
         order = sorted(range(len(unseen)), key=lambda i: abs(i - len(unseen) // 2))  # of middling length first
         unseen = [unseen[index] for index in order]
-        for batch, outputs in zip(unseen, iter_outputs(model, unseen), strict=True):
+        for batch in unseen:
             self.batches.append(batch)
-            self._reference.append(outputs)
+            self._reference += model_outputs(model, [batch])
             if sum(len(one.rows) for one in self._reference) >= _MEASURED_ROWS:
                 break
         self._per_sample = has_row_per_sample(self._reference, self.batches)
