@@ -14,7 +14,7 @@ from ..models.running import Batch, floating_tensors, forward_outputs
 from ..runs.processes import from_all
 
 # Bytes of reference outputs that are held for one batch list; beyond that, evenly spaced tokens stand for all.
-_STORED_BYTES = 64 * 2**20
+_STORED_BYTES = 100 * 2**20
 _ROWS_AT_ONCE = 256
 
 
