@@ -195,6 +195,9 @@ class PruneConfig:
             Patterns (`fnmatch`) of block names; when given, only matching blocks are pruned.
         exclude (`tuple[str, ...]`, default `()`):
             Patterns (`fnmatch`) of block names that are left whole.
+        remove (`tuple[str, ...]`, default `()`):
+            Patterns (`fnmatch`) of the names of blocks that keep no unit: their sublayers are gone, and where those of
+            a whole layer are, so is the layer. What is left of the budget is shared out among the others.
         seed (`int`, default `0`):
             Seed of the shuffling of streamed data and of every random choice.
 
@@ -225,6 +228,7 @@ class PruneConfig:
     round_to: Annotated[int | None, _optional(_whole(1))] = None
     include: Annotated[tuple[str, ...], _PATTERNS] = ()
     exclude: Annotated[tuple[str, ...], _PATTERNS] = ()
+    remove: Annotated[tuple[str, ...], _PATTERNS] = ()
     seed: Annotated[int, _whole(0)] = 0
 
     def __post_init__(self) -> None:

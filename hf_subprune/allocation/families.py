@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
@@ -23,18 +23,26 @@ class Families:
         names: Of the blocks of each family, in forward order; every block that may be pruned is in one.
         whole: Of the blocks that stay whole, since no number of the config says how wide they are.
         even: Whether the config says the width of each family; blocks have widths of their own otherwise.
+        gone: Of the blocks that keep no unit, each in a family of its own.
         refused: Widths that the config cannot say all the same: name of a block, sets of its units, number of these.
     """
 
     names: tuple[tuple[str, ...], ...]
     whole: frozenset[str] = frozenset()
     even: bool = False
+    gone: frozenset[str] = frozenset()
     refused: frozenset[tuple[str, int, int]] = frozenset()
 
     @classmethod
     def single(cls, blocks: Sequence[Block]) -> Families:
         """Each block with a width of its own, but for those that share their units or are stored together."""
         return cls(tuple(tuple(block.name for block in group.blocks) for group in groups_of(blocks)))
+
+    def without(self, gone: Sequence[Block]) -> Families:
+        """The families, of which some blocks keep no unit."""
+        names = frozenset(block.name for block in gone)
+        left = (tuple(name for name in family if name not in names) for family in self.names)
+        return replace(self, names=(*filter(None, left), *((name,) for name in names)), gone=names)
 
     def of(self, blocks: Iterable[Block]) -> list[list[Block]]:
         """Some of the blocks, family by family."""

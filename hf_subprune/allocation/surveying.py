@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..blocks import Block, Discovery, choose_blocks, groups_of, some_of
+from ..blocks import Block, Discovery, choose_blocks, groups_of, removed_blocks, some_of
 from ..collection.block_moments import FOLDS
 from ..collection.planning import plan
 from ..collection.segments import Plan
@@ -119,7 +119,7 @@ def _find(
         targets = resolve(samples, blocks, configs)
         families = _families(model, blocks, targets, configs, probe)
     sizes = list(zip(targets, families, strict=True))
-    candidates = [b for b in blocks if any(_may_shrink(b, target) and b.name not in f.whole for target, f in sizes)]
+    candidates = [b for b in blocks if any(_may_shrink(b, target, tied) for target, tied in sizes)]
     with work.clock("discovery"):
         segments = plan(samples, candidates)
     return found, blocks, targets, families, candidates, segments
@@ -137,9 +137,10 @@ def _families(
     Raises:
         ValueError: a target cannot be met, or, for layout `"stock"`, not with widths that the config says.
     """
-    single = Families.single(blocks)
+    gone = removed_blocks(blocks, configs[0])
+    single = Families.single(blocks).without(gone)
     if any(config.is_even() for config in configs):
-        even = even_families(model, blocks)
+        even = even_families(model, blocks).without(gone)
     found = []
     for config, target in zip(configs, targets, strict=True):
         chosen = even if config.is_even() else single
@@ -154,14 +155,16 @@ def _families(
                 raise
             chosen = single
             widths = check_target(blocks, target, config, chosen)
-        if config.layout == "stock" and chosen is single:  # refused now rather than after the work
+        if config.layout == "stock" and chosen is single and not gone:  # refused now rather than after the work
             prove_stock(model, blocks, widths, probe)
         found.append(chosen)
     return found
 
 
-def _may_shrink(block: Block, target: Target) -> bool:
+def _may_shrink(block: Block, target: Target, families: Families) -> bool:
     """Whether a target can take units from a block."""
+    if block.name in families.gone | families.whole:
+        return block.name in families.gone
     return any(
         block.name in part.blocks and part.limit < sum(target.costs[name][-1] for name in part.blocks)
         for part in target.parts

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..blocks import Block
 from ..config import PruneConfig
@@ -79,7 +79,11 @@ def choose_widths(
     for part in target.parts:
         inside = [block for block in blocks if block.name in part.blocks]
         if config.allocation() == "uniform":
-            widths |= _uniform(inside, part, target, config)
+            left = [block for block in inside if block.name not in families.gone]
+            widths |= dict.fromkeys(families.gone & {block.name for block in inside}, 0)
+            if left:
+                some = part if len(left) == len(inside) else replace(part, asked=None)
+                widths |= _uniform(left, some, target, config)
         else:
             chosen = _ByLoss(part, target, config, families, losses or {}, {}).share(inside)
             widths |= {name: width for name, (_, width) in chosen.items()}
@@ -196,6 +200,8 @@ class _ByLoss:
     def _choices(self, block: Block, step: int, full: float) -> Choices:
         """The widths of a block, named by the number of sets of its units and how many units are kept."""
         costs = self.target.costs[block.name]
+        if block.name in self.families.gone:
+            return Choices(((block.sets, 0),), (costs[0],), (0.0,))
         if block.name in self.families.whole:
             return Choices(((block.sets, block.units),), (costs[-1],), (0.0,))
         share = min(1.0, self.part.limit / full) if full > 0 else 1.0
