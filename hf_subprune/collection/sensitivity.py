@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from ..blocks import Block
-from ..data.batches import Samples, is_divisible
+from ..data.batches import Samples
 from ..data.padding import token_mask
+from ..data.probe import is_divisible
 from ..evaluation.drift import compared_output
 from ..models.experts import by_layer
 from ..models.linears import feature_axis, input_rows, matrix_shape, weight_matrix

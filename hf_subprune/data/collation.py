@@ -12,8 +12,9 @@ from torch import nn
 
 from ..config import PruneConfig
 from ..models.running import Batch
-from .batches import cut_batches, is_divisible, samples_in
+from .batches import cut_batches
 from .features import Accepts, Features
+from .probe import is_divisible, samples_in
 
 # Ready batches that are read, however many samples they hold, where they cannot be cut: for two folds and to hold out.
 _FEWEST_UNCUT = 3

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_utils import is_pil_image
 
 from ..models.sizes import Sizes
@@ -31,6 +32,16 @@ def text_config(config: Any) -> Any:
         config.get_text_config(decoder=True),
     )
     return next((side for side in sides if getattr(side, "vocab_size", None) is not None), config)
+
+
+def most_positions(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest text that the positions of a model allow; `None` where they allow any."""
+    limits = [getattr(text_config(model.config), "max_position_embeddings", None)]
+    for name, module in model.named_modules():
+        # RoBERTa numbers positions from the padding index on: so many rows of the table are never reached.
+        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((limit for limit in limits if limit is not None and limit > 0), default=None)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..models.sizes import Sizes
 from .batches import Samples
 from .collation import Encoded, Ready, collate, read_ready
 from .decoding import add_decoder_inputs
-from .features import Accepts, Features, example_columns, make_encoder, text_config
+from .features import Accepts, Features, example_columns, make_encoder, most_positions, text_config
 
 logger = logging.get_logger(__name__)
 
@@ -212,15 +212,7 @@ def _encoded(
 def _max_length(model: PreTrainedModel, processing_class: Any, asked: int) -> int:
     """Tokens that a text is truncated to: the least that is asked for, or that tokenizer or positions allow."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    limits = [
-        asked,
-        getattr(tokenizer, "model_max_length", None),
-        getattr(text_config(model.config), "max_position_embeddings", None),
-    ]
-    for name, module in model.named_modules():
-        # RoBERTa numbers positions from the padding index on: so many rows of the table are never reached.
-        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            limits.append(module.num_embeddings - module.padding_idx - 1)
+    limits = (asked, getattr(tokenizer, "model_max_length", None), most_positions(model))
     return int(min(limit for limit in limits if limit is not None and limit > 0))
 
 
