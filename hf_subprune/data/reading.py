@@ -23,6 +23,7 @@ from .batches import Samples
 from .collation import Encoded, Ready, collate, read_ready
 from .decoding import add_decoder_inputs
 from .features import Accepts, Features, example_columns, make_encoder, most_positions, text_config
+from .trial import largest
 
 logger = logging.get_logger(__name__)
 
@@ -62,6 +63,21 @@ def read(model: PreTrainedModel, data: Any, config: PruneConfig, processing_clas
     for batch in fit + held_out:
         _complete(model, batch)
     return Samples(fit, held_out, *counts, source=_describe(data), model=model)
+
+
+def read_few(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> Samples:
+    """Two samples of the data to try the model on, once it is certain that `read` would find enough.
+
+    Args:
+        model, data, config, processing_class: As for `read`.
+
+    Raises:
+        ValueError, TypeError: as in `read`.
+    """
+    fit, held_out, _ = _found(model, data, config, processing_class, config.samples + config.held_out).split(config)
+    few = largest(fit + held_out)
+    _complete(model, few)
+    return Samples.of(model, [few])
 
 
 def batch_some(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> list[Batch]:

@@ -46,25 +46,46 @@ def adapted(module: Any, inner_width: int | None, cut: Mapping[str, tuple[int, i
     Raises:
         ValueError: the forward does not take apart the shape of what it is given.
     """
-    forward = type(module).forward
-    entries: dict[str, Any] = {}
-    if forward is nn.MultiheadAttention.forward:
-        forward = multihead_attention
-    if inner_width is not None:
-        rewritten = forward if forward is multihead_attention else reading_inner_width(forward)
-        if rewritten is None:
-            raise ValueError(
-                f"the forward of {type(module).__name__} was adapted to an inner width of {inner_width}, but here it "
-                "takes no shape apart: load with the version of transformers that config.json names"
-            )
-        forward = rewritten
-        entries[INNER_WIDTH] = inner_width
+    entries: dict[str, Any] = {} if inner_width is None else {INNER_WIDTH: inner_width}
     if cut:
-        forward = _cutting(forward)
         entries[CUT_ARGUMENTS] = dict(cut)
     # Where accelerate runs a module through hooks of its own, the module's forward has this name.
     name = "_old_forward" if "_old_forward" in vars(module) else "forward"
-    return {**entries, name: MethodType(forward, module)}
+    return {**entries, name: AdaptedForward(module, inner_width is not None, bool(cut))}
+
+
+class AdaptedForward:
+    """The forward of one module, made from that of its class; copies and pickles of the module make their own.
+
+    Args:
+        module: The module; it is not changed, and may be without anything but its class as yet.
+        follows: Whether it reads its inner width.
+        cuts: Whether it cuts its arguments.
+
+    Raises:
+        ValueError: as `adapted`.
+    """
+
+    def __init__(self, module: Any, follows: bool, cuts: bool) -> None:
+        forward = type(module).forward
+        if forward is nn.MultiheadAttention.forward:
+            forward = multihead_attention
+        if follows and forward is not multihead_attention:
+            forward = reading_inner_width(forward)
+            if forward is None:
+                raise ValueError(
+                    f"the forward of {type(module).__name__} was adapted to an inner width, but here it takes no "
+                    "shape apart: load with the version of transformers that config.json names"
+                )
+        self.function = _cutting(forward) if cuts else forward
+        self.module, self.follows, self.cuts = module, follows, cuts
+        self.__signature__ = inspect.signature(MethodType(self.function, module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.module, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module, self.follows, self.cuts)
 
 
 @functools.cache
