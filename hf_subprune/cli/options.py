@@ -69,6 +69,8 @@ def _parse(name: str, text: str) -> Any:
     default = getattr(PruneConfig, name)
     if isinstance(default, tuple):
         return tuple(part.strip() for part in text.split(",") if part.strip())
+    if name == "packing":
+        return {"true": True, "false": False}.get(text.lower(), text)
     if name in ("macs", "latency", "shrinkage", "params", "round_to", "size"):
         for number in (int, float):
             try:

@@ -33,6 +33,7 @@ class Samples:
         held_out_samples: Samples in `held_out`.
         source: What the data was, in words.
         model: The model the batches are for; it knows which consumers lie in a decoder or an image tower.
+        cut: What part of the samples' tokens (of waveforms, their values) did not get into the batches.
     """
 
     fit: list[Batch]
@@ -41,6 +42,7 @@ class Samples:
     held_out_samples: int
     source: str
     model: PreTrainedModel = field(repr=False)
+    cut: float = 0.0
 
     @classmethod
     def of(cls, model: PreTrainedModel, batches: Sequence[Batch]) -> "Samples":
@@ -69,13 +71,18 @@ class Samples:
 
     @property
     def description(self) -> dict[str, Any]:
-        """The data in plain JSON types: where it came from, its samples, and its tokens where it has any."""
+        """The data in plain JSON types: where it came from, its samples, and its tokens where it has any.
+
+        `cut` is what part of the samples was left out, `padded` what part of the batches is padding.
+        """
         return {
             "source": self.source,
             "fit_samples": self.fit_samples,
             "held_out_samples": self.held_out_samples,
             "fit_tokens": _tokens(self.fit),
             "held_out_tokens": _tokens(self.held_out),
+            "cut": self.cut,
+            "padded": _padded([*self.fit, *self.held_out]),
         }
 
     def mask(self, shape: Sequence[int], index: int, consumer: str) -> torch.Tensor | None:
@@ -104,6 +111,12 @@ def _tokens(batches: list[Batch]) -> int | None:
     if not batches or "input_ids" not in batches[0]:
         return None
     return sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
+
+
+def _padded(batches: list[Batch]) -> float:
+    """What part of the batches' tokens is padding."""
+    tokens = _tokens(batches)
+    return 0.0 if not tokens else 1 - tokens / sum(batch["input_ids"].numel() for batch in batches)
 
 
 def _pieces(batch: Batch, size: int) -> list[Batch]:

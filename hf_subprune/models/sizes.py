@@ -30,7 +30,7 @@ class Sizes:
 
     def tokens(self, shape: Sequence[int], vocabulary: int) -> torch.Tensor:
         """Random ids, int64, of ordinary tokens among the first 1000 of a vocabulary."""
-        special = {token for one in self.configs for token in _special_ids(one)}
+        special = {token for one in self.configs for token in special_ids(one)}
         usual = torch.tensor([i for i in range(min(vocabulary, 1000)) if i not in special] or [0])
         return usual[torch.randint(len(usual), tuple(shape), generator=self.random)]
 
@@ -85,7 +85,8 @@ def _all_configs(config: Any) -> Iterator[Any]:
             yield from _all_configs(getattr(config, key))
 
 
-def _special_ids(config: Any) -> Iterator[int]:
+def special_ids(config: Any) -> Iterator[int]:
+    """Ids of special tokens that a config names."""
     for name, value in vars(config).items():
         if name.endswith(("token_id", "token_index", "_token_ids")):
             yield from (v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int))
