@@ -155,10 +155,10 @@ def check_shards(folder: Path) -> list[Path]:
     others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
     if others and not index.is_file() and not paths[0].is_file():
         raise FileNotFoundError(
-            f"The checkpoint {folder} has its weights in {some_of(others)} and not in {SAFE_WEIGHTS_NAME}, of which one "
-            "layer at a time can be read. Convert it once, with room for all of it in memory: load the model with "
-            "from_pretrained (variant='fp16' for files of that name), save_pretrained it to a new folder together with "
-            "its tokenizer or processor, and prune that folder."
+            f"The checkpoint {folder} has its weights in {some_of(others)} and not in {SAFE_WEIGHTS_NAME}, of which "
+            "one layer at a time can be read. Convert it once, with room for all of it in memory: load the model with "
+            "from_pretrained (variant='fp16' for files of that name), save it to a new folder with save_pretrained, "
+            "its tokenizer or processor too, and prune that folder."
         )
     for path in paths:
         if not path.is_file():

@@ -33,6 +33,7 @@ ANY_KEYWORDS = {
     "loading:SubpruneQuantizer.__new__": READ,
     "loading:SubpruneQuantizer._process_model_after_weight_loading": READ,
     "loading:_PrunedFirst.__init__": READ,
+    "loading:_from_config": REPLACED,
     "loading:_PrunedFirst._process_model_before_weight_loading": READ,
     "loading:_PrunedThenQuantized._process_model_after_weight_loading": READ,
     "models.experts:StackedExperts.__call__": REPLACED,

@@ -1,5 +1,6 @@
 """Plain texts one behind the other, cut into windows without padding."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,19 +32,26 @@ class Packer:
 
     def add(self, text: str) -> Iterator[Sample]:
         """The windows that a further text fills up."""
-        room = self.length - len(self.start)
-        left = self.most * room
+        left = self.most * self._room
         for begin in range(0, len(text), _PIECE):
             ids = _bare(self.tokenizer, text[begin : begin + _PIECE])[:left]
             left -= len(ids)
             self._tokens += ids
-            while len(self._tokens) >= room:
-                window, self._tokens = self._tokens[:room], self._tokens[room:]
-                ids = torch.tensor(self.start + window)
-                yield Sample({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            yield from self._full()
             if left == 0:
                 break
         self._tokens += self.end
+        yield from self._full()
+
+    @property
+    def _room(self) -> int:
+        return self.length - len(self.start)
+
+    def _full(self) -> Iterator[Sample]:
+        while len(self._tokens) >= self._room:
+            window, self._tokens = self._tokens[: self._room], self._tokens[self._room :]
+            ids = torch.tensor(self.start + window)
+            yield Sample({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 def _bare(tokenizer: Any, text: str) -> list[int]:
@@ -53,11 +61,11 @@ def _bare(tokenizer: Any, text: str) -> list[int]:
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What a tokenizer puts before a text and, where it puts nothing behind it, the token that ends one."""
-    bare = _bare(tokenizer, "a")
     with unchanged(tokenizer):
-        whole = tokenizer("a", verbose=False)["input_ids"]
-    begin = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-    end = whole[begin + len(bare) :]
+        whole = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    ids, special = whole["input_ids"], whole["special_tokens_mask"]
+    start = [token for token, _ in itertools.takewhile(lambda pair: pair[1], zip(ids, special, strict=True))]
+    end = [token for token, added in zip(ids, special, strict=True) if added][len(start) :]
     if not end and tokenizer.eos_token_id is not None:
         end = [tokenizer.eos_token_id]
-    return whole[:begin], end
+    return start, end

@@ -130,7 +130,7 @@ class Classification(Task):
         numbers = np.array([known[label] if isinstance(label, str) else label for label in labels])
         if outside := sorted(set(numbers[(numbers < 0) | (numbers >= model.config.num_labels)].tolist())):
             raise ValueError(
-                f"The labels of {self.dataset} hold {', '.join(map(str, outside[:3]))}, and {type(model).__name__} has "
+                f"The labels of {self.dataset} hold {', '.join(map(str, outside[:3]))}; {type(model).__name__} has "
                 f"classes 0 to {model.config.num_labels - 1}: where labels are hidden (-1, as in test splits) choose "
                 "another split, else a model that was trained for this data."
             )
