@@ -98,8 +98,8 @@ def make_encoder(accepts: Accepts, item: Any, processing_class: Any, longest: in
     text = None
     if "text" in modalities:
         text = text_columns(row, accepts, getattr(processing_class, "tokenizer", processing_class))
-    others = {kind: _column(kind, row, accepts) for kind in modalities if kind != "text"}
-    others = {kind: column for kind, column in others.items() if column is not None}
+    beside = ((kind, _column(kind, row, accepts)) for kind in modalities if kind != "text")
+    others = {kind: column for kind, column in beside if column is not None}
     if text is None and not others:
         main = next((kind for kind in modalities if accepts.main in INPUTS[kind]), "text")
         raise ValueError(

@@ -207,7 +207,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
             config has special ones.
     """
     refused = f"{type(tokenizer).__name__} is not the tokenizer of {type(model).__name__}: "
-    origin = model.name_or_path
+    origin = model.name_or_path or ""
     if origin and origin == tokenizer.name_or_path:
         return
     own = _tokenizer_at(origin)

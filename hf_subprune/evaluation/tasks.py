@@ -128,11 +128,12 @@ class Classification(Task):
                 f"{', '.join(map(repr, list(known)[:10]))}."
             )
         numbers = np.array([known[label] if isinstance(label, str) else label for label in labels])
-        if outside := sorted(set(numbers[(numbers < 0) | (numbers >= model.config.num_labels)].tolist())):
+        classes = model.config.num_labels or 0
+        if outside := sorted(set(numbers[(numbers < 0) | (numbers >= classes)].tolist())):
             raise ValueError(
                 f"The labels of {self.dataset} hold {', '.join(map(str, outside[:3]))}; {type(model).__name__} has "
-                f"classes 0 to {model.config.num_labels - 1}: where labels are hidden (-1, as in test splits) choose "
-                "another split, else a model that was trained for this data."
+                f"classes 0 to {classes - 1}: where labels are hidden (-1, as in test splits) choose another split, "
+                "else a model that was trained for this data."
             )
         return numbers
 
