@@ -113,6 +113,7 @@ _MACS = Rule(
 _SIZES = Rule("a number of bytes, or text such as '500 MB' or '0.5 GiB in bf16'", (int, str), _is_size)
 _FRACTION = Rule("a fraction in (0, 1]", (int, float), _is_fraction)
 _SHRINKAGE = Rule("'auto' or a finite number, 0 or more", (str, int, float), _is_shrinkage)
+_PACKING = Rule("'auto', True or False", (str, bool), lambda value: value in ("auto", True, False))
 _SWITCH = Rule("True or False", (bool,), lambda value: True)
 _PATTERNS = Rule(
     "a tuple of block name patterns, such as ('encoder.layer.0.*',)",
@@ -168,6 +169,9 @@ class PruneConfig:
             fewer than `samples + held_out`, a fifth of what there is is held out (at least one sample).
         max_length (`int`, default `256`):
             Tokens a text sample is truncated to; fewer where the model or its tokenizer takes fewer.
+        packing (`bool` or `"auto"`, default `"auto"`):
+            Join plain texts, for causal language models, and cut them into windows of `max_length` tokens, so that
+            none is padding and less of long texts is cut. `"auto"` does so where most texts are longer than that.
         batch_size (`int`, default `16`):
             Most samples in one calibration batch; few samples make smaller ones, so that both folds have some.
         importance (`str`, default `"greedy"`):
@@ -198,6 +202,8 @@ class PruneConfig:
         remove (`tuple[str, ...]`, default `()`):
             Patterns (`fnmatch`) of the names of blocks that keep no unit: their sublayers are gone, and where those of
             a whole layer are, so is the layer. What is left of the budget is shared out among the others.
+        skip_unreadable (`bool`, default `False`):
+            Pass over samples that cannot be read, with a warning each, instead of an error that names the first one.
         seed (`int`, default `0`):
             Seed of the shuffling of streamed data and of every random choice.
 
@@ -218,6 +224,7 @@ class PruneConfig:
     samples: Annotated[int, _whole(1)] = 128
     held_out: Annotated[int, _whole(1)] = 32
     max_length: Annotated[int, _whole(1)] = 256
+    packing: Annotated[bool | str, _PACKING] = "auto"
     batch_size: Annotated[int, _whole(1)] = 16
     importance: Annotated[str, _one_of(IMPORTANCES)] = "greedy"
     method: Annotated[str, _one_of(METHODS)] = "auto"
@@ -229,6 +236,7 @@ class PruneConfig:
     include: Annotated[tuple[str, ...], _PATTERNS] = ()
     exclude: Annotated[tuple[str, ...], _PATTERNS] = ()
     remove: Annotated[tuple[str, ...], _PATTERNS] = ()
+    skip_unreadable: Annotated[bool, _SWITCH] = False
     seed: Annotated[int, _whole(0)] = 0
 
     def __post_init__(self) -> None:

@@ -299,3 +299,13 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_files(tmp_path):
         assert server.run(*command) == [0]
     assert files(tmp_path / "b") == expected
     assert not (tmp_path / ".b.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.fp16.safetensors"])
+def test_weights_of_another_format_are_refused_with_how_to_convert_them(tmp_path, name):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / name)
+    with pytest.raises(
+        FileNotFoundError, match=rf"weights in '{name}' and not in model\.safetensors.*save_pretrained"
+    ):
+        prune_checkpoint(tmp_path / "model", ready_batches(tiny("llama")), PruneConfig(**QUICK), tmp_path / "out")

@@ -17,13 +17,16 @@ from ..collection.segments import Plan
 from ..collection.sensitivity import Means, activation_gradients, output_metrics
 from ..config import TWO_STREAMS, PruneConfig
 from ..data.batches import Samples
+from ..data.trial import check_forward
 from ..discovery.discover import discover
 from ..evaluation.original import Original
+from ..models.forms import together
 from ..models.linears import matrix_shape
-from ..models.running import Batch, input_device, is_offloaded
+from ..models.running import Batch, input_device, inside, is_offloaded
 from ..runs.memory import release_memory
 from ..runs.processes import from_process, processes
 from ..runs.workspace import Workspace
+from ..storage.layout import choose_layout
 from .families import Families, even_families, narrow_width, prove_stock
 from .losses import with_losses
 from .survey import Survey
@@ -56,10 +59,9 @@ def take_survey(
     if "experts" in first.units:
         raise ValueError("Whole experts are removed by `prune`, to one size, not in training: leave them out.")
     probe = send_to_device(samples.probe, input_device(samples.model))
-    found, blocks, targets, families, candidates, segments = (
-        work.once(  # in one file: a block is one object everywhere
-            "blocks", lambda: _find(samples, configs, probe, work)
-        )
+    # In one file: a block is one object everywhere.
+    found, blocks, targets, families, candidates, segments = work.once(
+        "blocks", lambda: find(samples, configs, probe, work)
     )
     targets = from_process(0, targets)  # latencies differ from process to process
     needs_curves = needs_losses(configs) and bool(candidates)
@@ -108,11 +110,24 @@ def looked_at_again(survey: Survey) -> Survey:
     )
 
 
-def _find(
+def find(
     samples: Samples, configs: Sequence[PruneConfig], probe: Batch, work: Workspace
 ) -> tuple[Discovery, list[Block], list[Target], list[Families], list[Block], Plan]:
+    """What can be pruned of a model, how small it is to be, and in which order its parts run.
+
+    Args:
+        samples, configs, work: As for `take_survey`.
+        probe: Of the samples, on the model's device.
+
+    Raises:
+        ValueError: as `take_survey`; the data does not fit the model, or what is pruned could not be saved.
+    """
     model = samples.model
     with work.clock("discovery"):
+        check_forward(samples)
+        if not is_offloaded(model):  # else this would read all of it, twice
+            with together(inside(model)):  # what could not be saved is refused now rather than after the work
+                choose_layout(model, inputs=probe).undo()
         found = discover(model, probe)
         blocks = choose_blocks(found.blocks, found.refusals, configs[0])
     with work.clock("targets"):

@@ -24,6 +24,7 @@ from .options import (
     Dtype,
     Label,
     MetricName,
+    Mixture,
     Model,
     Quiet,
     Split,
@@ -122,7 +123,7 @@ def _survey(out: Path | None, heads: Sequence[str]) -> None:
 def prune(
     configs: list[PruneConfig],
     model: Model,
-    data: Data,
+    data: Mixture,
     out: Annotated[Path, typer.Option(help="Folder to write the pruned model, its processor and the report to.")],
     split: Split = None,
     column: Column = None,
@@ -138,7 +139,7 @@ def prune(
 ) -> None:
     """Prune a model on unlabeled samples and save it; with several values of --keep, each size in a folder of OUT."""
     from ..checkpoint import prune_checkpoint
-    from ..data.datafiles import load_data, load_model
+    from ..data.datafiles import load_mixture, load_model
     from ..pruning import prune as prune_model
     from ..report.hub import check_repo_name, push_folder
     from ..report.saving import check_output, check_shard_size, save_pruned
@@ -157,7 +158,7 @@ def prune(
             raise ValueError("Several processes prune to one size at a time: give one value of --keep.")
         check_sizes(out, configs)
         loaded, processing_class = load_model(model, dtype=dtype)
-        samples = load_data(data, split=split, column=column)
+        samples = load_mixture(data, split=split, column=column, seed=configs[0].seed)
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "command": command_line()}
         reports = save_sizes(out, loaded, samples, configs, processing_class, **options)
         console.print(size_table(list(reports.values())))
@@ -167,7 +168,7 @@ def prune(
     check_output(out)
     if push is not None:
         check_repo_name(push)
-    samples = load_data(data, split=split, column=column)
+    samples = load_mixture(data, split=split, column=column, seed=configs[0].seed)
     if offload:
         options = {"dtype": dtype, "max_shard_size": max_shard_size, "command": command_line()}
         report = prune_checkpoint(model, samples, config, out, **options)

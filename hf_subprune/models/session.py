@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
 from transformers import PreTrainedModel
 
 from ..blocks import some_of
 from .forms import apart
+from .linears import is_convolution, linear_of
 from .offload import taken_over, without_values
 from .precision import precise_products
-from .running import evaluating, inside, modules_by_path
+from .running import evaluating, forward_replaced, input_device, inside, modules_by_path
 
 
 @contextmanager
@@ -24,7 +29,7 @@ def session(
     """Within the context a model can be observed and shrunk; what then comes back is as it was set up before.
 
     Products are those of `precise_products`, weights that accelerate offloaded are placeholders (`taken_over`), every
-    module is in evaluation mode, and what `forms` understands is apart.
+    module is in evaluation mode, no autocast is on, and what `forms` understands is apart.
 
     Args:
         model: One that `check_prunable` lets pass.
@@ -40,12 +45,31 @@ def session(
         ValueError: on exit, experts of one layer have different widths.
     """
     with (
+        own_forward(model),
         precise_products(model.parameters()) if precise else nullcontext(),
         taken_over(modules_by_path(model), getattr(model, "all_tied_weights_keys", {}), folder) as handed_over,
         evaluating(model),
         nullcontext() if whole else apart(inside(model)),
     ):
         yield handed_over
+
+
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Without autocast, neither around the caller nor, as accelerate puts it, around the model's forward.
+
+    Moments and proofs need full precision.
+    """
+    wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    off = (torch.autocast(kind, enabled=False) for kind in {"cpu", input_device(model).type} - {"meta"})
+    with ExitStack() as stack:
+        for context in off:
+            stack.enter_context(context)
+        if wrapped is None or original is None:
+            yield
+        else:
+            with forward_replaced(model, original):
+                yield
 
 
 def check_prunable(model: Any, offloaded: bool = False) -> None:
@@ -57,8 +81,8 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
 
     Raises:
         TypeError: not a `PreTrainedModel`.
-        ValueError: quantized, PEFT-wrapped, compiled, on the meta device, made in inference mode or given within it;
-            the message says what to do instead.
+        ValueError: quantized, PEFT-wrapped, compiled, on the meta device, made in inference mode or given within it,
+            or with weights that are computed anew for every forward; the message says what to do instead.
     """
     if hasattr(model, "peft_config"):
         raise ValueError(
@@ -79,6 +103,13 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
         name or type(model).__name__ for name, module in model.named_modules() if module._compiled_call_impl
     ]:
         raise ValueError(f"{some_of(compiled)} is compiled: load the model anew, prune it, and call `compile` then.")
+    if computed := [name for name, module in model.named_modules() if _computes_weight(module)]:
+        raise ValueError(
+            f"The weight of {some_of(computed)} is computed from other tensors for every forward, as a mask of "
+            "torch.nn.utils.prune or a parametrization does: make it permanent first, with "
+            "torch.nn.utils.prune.remove(module, 'weight') or "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
+        )
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
         raise ValueError(
             "Pruning takes gradients, which torch.inference_mode() rules out: load and prune the model outside of it."
@@ -88,3 +119,14 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
     on_meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if on_meta is not None and not offloaded:
         raise ValueError(f"Parameter {on_meta} is offloaded: load the whole model into memory for this.")
+
+
+def _computes_weight(module: Any) -> bool:
+    """Whether a layer computes its weight for every forward, and not as speech models normalise their convolutions."""
+    if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+        return True
+    if is_convolution(module):
+        return is_parametrized(module) and not all(
+            isinstance(part, _WeightNorm) for parts in module.parametrizations.values() for part in parts
+        )
+    return linear_of(module) is not None and "weight" not in module._parameters

@@ -36,12 +36,18 @@ def test_strings_become_batches_of_like_length_padded_on_the_right(bert):
     fitted, held_out = texts_of(prepared.fit, tokenizer), texts_of(prepared.held_out, tokenizer)
     assert set(fitted + held_out) <= set(TEXTS)
     assert tokenizer.padding_side == "left"
+    batches = prepared.fit + prepared.held_out
+    padding, every = (
+        sum(count(b["attention_mask"]) for b in batches) for count in (lambda m: (m == 0).sum(), torch.numel)
+    )
     assert prepared.description == {
         "source": "list of str",
         "fit_samples": 8,
         "held_out_samples": 4,
         "fit_tokens": sum(len(text.split()) + 1 for text in fitted),
         "held_out_tokens": sum(len(text.split()) + 1 for text in held_out),
+        "cut": 0.0,
+        "padded": pytest.approx(int(padding) / every),
     }
 
 
