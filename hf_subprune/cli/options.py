@@ -18,6 +18,15 @@ Model = Annotated[str, typer.Argument(help="Local folder or Hub id of a model.",
 Data = Annotated[
     str, typer.Option(help="Hub data set id, a .txt, .jsonl, .csv or .parquet file, or a folder of images.")
 ]
+SomeData = Annotated[
+    str | None,
+    typer.Option(
+        "--data", help="Hub data set id, a .txt, .jsonl, .csv or .parquet file, or a folder of images; or --data-free."
+    ),
+]
+DataFree = Annotated[
+    bool, typer.Option("--data-free", help="In place of --data: text that MODEL, a language model, makes up itself.")
+]
 Split = Annotated[str | None, typer.Option(help="Split of a Hub data set; train, or its first one, when left out.")]
 Column = Annotated[str | None, typer.Option(help="Column to read; found by its type when left out.")]
 Columns = Annotated[

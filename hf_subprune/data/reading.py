@@ -100,7 +100,7 @@ def batch_all(
         ValueError, TypeError: as in `read`; also a blank text, which would shift the samples against their labels.
     """
     pad_id = _pad_id(model, processing_class)
-    longest = _max_length(model, processing_class, max_length)
+    longest = longest_text(model, processing_class, max_length)
     encoded = _encoded(_accepts(model), iter(data), processing_class, longest)
     while group := list(itertools.islice(encoded, batch_size)):
         if None in group:
@@ -132,7 +132,7 @@ def _found(
     items = itertools.chain([first], items)
     if accepts.is_batch(first):
         return Ready(read_ready(items, accepts, wanted))
-    longest = _max_length(model, processing_class, config.max_length)
+    longest = longest_text(model, processing_class, config.max_length)
     encoded = _encoded(accepts, items, processing_class, longest)
     return Encoded(list(itertools.islice(filter(None, encoded), wanted)), _pad_id(model, processing_class))
 
@@ -209,7 +209,7 @@ def _encoded(
     yield from (encode(example_columns(item)) for item in itertools.chain(head, items))
 
 
-def _max_length(model: PreTrainedModel, processing_class: Any, asked: int) -> int:
+def longest_text(model: PreTrainedModel, processing_class: Any, asked: int) -> int:
     """Tokens that a text is truncated to: the least that is asked for, or that tokenizer or positions allow."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     limits = [
