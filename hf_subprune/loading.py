@@ -16,6 +16,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .models.quantized import remove_marks
 from .storage.layout import QUANT_METHOD, entry, write_ragged
 from .storage.spec import LayoutSpec, apply_spec
 
@@ -144,12 +145,7 @@ class SubpruneQuantizer(_PrunedFirst):
         return type(f"Pruned{quantizer.__name__}", (_PrunedThenQuantized, quantizer), {})(config, **kwargs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        """Make it an ordinary model again: `.half()`, `.float()` and Trainer refuse what is marked as quantized."""
-        for name in ("is_quantized", "quantization_method", "hf_quantizer"):
-            vars(model).pop(name, None)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                vars(module.config).pop("_is_quantized", None)
+        remove_marks(model)
         write_ragged(model, self.applied)
         return model
 

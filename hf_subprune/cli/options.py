@@ -18,10 +18,11 @@ Model = Annotated[str, typer.Argument(help="Local folder or Hub id of a model.",
 _SOURCE = "Hub data set, id or id:config; a .txt, .jsonl, .csv or .parquet file; or a folder of these or of images."
 Data = Annotated[str, typer.Option(help=_SOURCE)]
 Mixture = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--data",
-        help=f"{_SOURCE} Given several times, a mixture; SOURCE=WEIGHT says how often samples of each come up.",
+        help=f"{_SOURCE} Given several times, a mixture; SOURCE=WEIGHT says how often samples of each come up. Or "
+        "--data-free.",
     ),
 ]
 Split = Annotated[
@@ -30,6 +31,9 @@ Split = Annotated[
 ]
 Column = Annotated[
     str | None, typer.Option(help="Column to read, 'first,second' for pairs of sentences; found when left out.")
+]
+DataFree = Annotated[
+    bool, typer.Option("--data-free", help="In place of --data: text that MODEL, a language model, makes up itself.")
 ]
 Columns = Annotated[
     str | None, typer.Option("--column", help="Column to read, 'first,second' for sts; found by its type if left out.")

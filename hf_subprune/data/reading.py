@@ -122,7 +122,7 @@ def batch_all(
         ValueError, TypeError: as in `read`; also a blank text, which would shift the samples against their labels.
     """
     pad_id, accepts = _pad_id(model, processing_class), _accepts(model)
-    rows = Rows(model, accepts, processing_class, _max_length(model, processing_class, max_length))
+    rows = Rows(model, accepts, processing_class, longest_text(model, processing_class, max_length))
     samples = rows.samples(enumerate(data))
     while group := list(itertools.islice(samples, batch_size)):
         if None in group:
@@ -158,7 +158,7 @@ def _found(
     items = itertools.chain([first], items)
     if accepts.is_batch(first[1]):
         return Ready(read_ready((item for _, item in items), accepts, wanted))
-    rows = Rows(model, accepts, processing_class, _max_length(model, processing_class, config.max_length))
+    rows = Rows(model, accepts, processing_class, longest_text(model, processing_class, config.max_length))
     most = -(-wanted // len(data)) if hasattr(data, "__len__") else 0
     samples = rows.samples(items, packing=config.packing, most=most, skip=config.skip_unreadable)
     read = list(itertools.islice(filter(None, samples), wanted))
@@ -228,7 +228,7 @@ def _describe(data: Any) -> str:
     return kind
 
 
-def _max_length(model: PreTrainedModel, processing_class: Any, asked: int) -> int:
+def longest_text(model: PreTrainedModel, processing_class: Any, asked: int) -> int:
     """Tokens that a text is truncated to: the least that is asked for, or that tokenizer or positions allow."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     limits = (asked, getattr(tokenizer, "model_max_length", None), most_positions(model))

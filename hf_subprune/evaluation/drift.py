@@ -54,6 +54,11 @@ class Drift:
     cosine: float | None = None
     embedding_cosine: float | None = None
 
+    @property
+    def distance(self) -> float:
+        """What repairs are to lower: the divergence where there is one, else the relative error."""
+        return self.relative_error if self.kl is None else self.kl
+
     def to_dict(self) -> dict[str, float]:
         """The figures that apply to this kind of output."""
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -19,6 +19,7 @@ from .forms import apart
 from .linears import is_convolution, linear_of
 from .offload import taken_over, without_values
 from .precision import precise_products
+from .quantized import is_unpacked
 from .running import evaluating, forward_replaced, input_device, inside, modules_by_path
 
 
@@ -94,10 +95,11 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
             f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}. A wrapper such as a "
             "SentenceTransformer holds one: pass that."
         )
-    if getattr(model, "is_quantized", False):
+    method = getattr(model, "quantization_method", "unknown method")
+    if getattr(model, "is_quantized", False) and not is_unpacked(model, method):
         raise ValueError(
-            f"{type(model).__name__} is quantized ({getattr(model, 'quantization_method', 'unknown method')}): prune "
-            "the full-precision checkpoint, then quantize the pruned one."
+            f"{type(model).__name__} is quantized ({getattr(method, 'value', method)}): prune the full-precision "
+            "checkpoint, then quantize the pruned one."
         )
     if compiled := [
         name or type(model).__name__ for name, module in model.named_modules() if module._compiled_call_impl

@@ -35,6 +35,8 @@ def summary_table(report: Record) -> Table:
         table.add_row(f"held-out {name.replace('_', ' ')}", "", f"{value:.4g}", "")
     measured = f"Latency: {in_words(report.measured_on)}. " if report.latency else ""
     table.caption = f"{measured}{calibrated_on(report.data)} Layout: {report.layout_reason}{_alternatives(report)}"
+    if report.renewed_norms:
+        table.caption += f". Running statistics of {report.renewed_norms} batch norms are those of the samples"
     table.caption_justify = "left"
     return table
 

@@ -109,16 +109,12 @@ def recover(
         with _in_float32(model), _adapted(model, lora) as student:
             losses = tuple(_train(student, teacher, calibration, steps, learning_rate, config.seed))
         after = drift(model, calibration.held_out, reference)
-        kept = _distance(after) < _distance(before)
+        kept = after.distance < before.distance
         if kept:
             keep()
         else:
             logger.warning("Recovery did not lower the drift on held-out samples: the weights are put back.")
     return Recovery(before, after, kept, losses, calibration.description)
-
-
-def _distance(change: Drift) -> float:
-    return change.relative_error if change.kl is None else change.kl
 
 
 def _train(
