@@ -23,6 +23,7 @@ from .batches import Samples
 from .collation import Encoded, Ready, collate, read_ready
 from .decoding import add_decoder_inputs
 from .features import Accepts, most_positions, text_config
+from .probe import samples_in
 from .rows import Rows
 from .trial import largest
 
@@ -72,7 +73,9 @@ def read(model: PreTrainedModel, data: Any, config: PruneConfig, processing_clas
 
 
 def read_few(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> Samples:
-    """Two samples of the data to try the model on, once it is certain that `read` would find enough.
+    """Two samples of the data, to try the model on, once it is certain that `read` would find enough.
+
+    They are both those to fit on and those held out.
 
     Args:
         model, data, config, processing_class: As for `read`.
@@ -83,7 +86,8 @@ def read_few(model: PreTrainedModel, data: Any, config: PruneConfig, processing_
     fit, held_out, *_ = _found(model, data, config, processing_class, config.samples + config.held_out).split(config)
     few = largest(fit + held_out)
     _complete(model, few)
-    return Samples.of(model, [few])
+    count = samples_in(few)
+    return Samples([few], [few], count, count, source=_describe(data), model=model)
 
 
 def batch_some(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> list[Batch]:
