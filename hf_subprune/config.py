@@ -131,8 +131,9 @@ class PruneConfig:
             Fraction, in (0, 1], of the prunable blocks' parameters to keep; or one fraction per unit kind,
             `{"mlp": 0.5, "attention": 0.75}`, where a kind left out is kept whole. Where whole experts go besides
             other units it is such a dict, whose other fractions are of what is left then. `None` when another target
-            is set: exactly one of `keep`, `params`, `macs`, `latency` and `size` says how small the model is to be,
-            and it is met from below, to within one rounding step.
+            is set: exactly one of `keep`, `params`, `macs`, `latency` and `size` says how small the model is to be.
+            It is met from below: what blocks keep is within 0.5% of what they may, where steps of a unit are as fine;
+            by budget `"uniform"`, or with `round_to`, within one rounding step; a latency within 6%.
         units (`tuple[str, ...]`, default `("mlp", "attention")`):
             Which kinds of units may be removed: `"mlp"` (neurons), `"attention"` (heads; under grouped-query
             attention, key/value heads with all of their query heads, or as many query heads of each of them, whichever
@@ -146,13 +147,17 @@ class PruneConfig:
             fastest, at half of the forwards, and several sizes share its moments.
         layout (`str`, default `"auto"`):
             How the pruned model is stored. `"stock"`: equal widths in every layer, loads without this package;
-            `"ragged"`: widths differ by layer; `"auto"`: stock where the architecture's config can say the widths.
+            `"ragged"`: widths differ by layer; `"auto"`: stock where the architecture's config can say the widths,
+            which budget `"auto"` chooses so that it can, unless the size is out of reach then.
         budget (`str`, default `"auto"`):
             Who keeps how much. `"global"`: every block the width at which the predicted drift of the model's output
             is least; `"equal_loss"`: the smallest widths at which no block alone loses more than a common amount
-            (Kuzmin et al.); `"uniform"`: the same fraction everywhere; `"auto"`: `"global"` with layout `"ragged"` or
-            `"stock"`, else `"uniform"`. With layout `"stock"`, `"global"` and `"equal_loss"` give all layers one
-            width and choose how much goes to MLPs and how much to attention.
+            (Kuzmin et al.); `"uniform"`: the same fraction everywhere; `"auto"`: `"global"`. By `"auto"` with layout
+            `"auto"`, and by any but `"uniform"` with layout `"stock"`, all layers get one width for each number that
+            the model's config has: of neurons (those of an encoder and a decoder are two in some), of key/value
+            heads, of query heads. What is shared out is how much goes to each; blocks for which the config has no
+            number, as BERT's heads, stay whole. By `"auto"` with layout `"auto"`, layers get widths of their own
+            where the size is out of reach otherwise.
         params (`int`, default `None`):
             Target: parameters of the whole model.
         macs (`float`, default `None`):
@@ -193,8 +198,9 @@ class PruneConfig:
             by a label-free Fisher or Gauss-Newton matrix, one backward a calibration batch.
         round_to (`int`, default `None`):
             Widths of MLP blocks are rounded down to a multiple of this many units (never below one multiple; blocks
-            that have fewer units are not rounded); by default 64 where all layers keep the same fraction, 8 where they
-            do not, 1 where blocks are too small.
+            that have fewer units are not rounded). By default, where all layers get one width, the first of 64, 8 and
+            1 that comes within 0.5% of the target; of 8 and 1 where they do not; 64 by budget `"uniform"`. 1 where
+            blocks are too small.
         include (`tuple[str, ...]`, default `()`):
             Patterns (`fnmatch`) of block names; when given, only matching blocks are pruned.
         exclude (`tuple[str, ...]`, default `()`):

@@ -87,7 +87,7 @@ def test_batches_are_halved_before_the_first_of_several_sizes(room_for, variant)
 def test_batches_are_halved_between_sizes_and_stay_so(room_for):
     model, others = tiny("llama", num_hidden_layers=1), [tiny("llama", num_hidden_layers=1) for _ in range(3)]
     batches, before = ready_batches(model), snapshot(model)
-    settings = {**QUICK, "variant": "seq"}
+    settings = {**QUICK, "variant": "seq", "budget": "uniform"}
     expected = [prune(others[0], batches, PruneConfig(**settings, keep=0.8))]
     expected += [
         pruned_one_by_one(other, batches, **settings, keep=keep)

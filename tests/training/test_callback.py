@@ -27,7 +27,7 @@ from hf_subprune.config import PruneConfig
 from hf_subprune.training.callback import SubpruneCallback, collated
 from hf_subprune.training.schedules import Schedule
 
-CONFIG = PruneConfig(samples=12, held_out=6, batch_size=6)
+CONFIG = PruneConfig(samples=12, held_out=6, batch_size=6, budget="uniform")
 SCHEDULE = Schedule("cubic", start=0.0, end=0.5, steps=3)
 
 
