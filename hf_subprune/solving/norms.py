@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -45,8 +46,8 @@ def renew_statistics(samples: Samples, original: Original, work: Workspace) -> t
             for batch in batches:
                 call(samples.model, batch)
         for norm in norms:
-            for mean in (norm.running_mean, norm.running_var):
-                mean.copy_(summed(mean * len(batches)) / count)  # type: ignore[arg-type,operator,union-attr]
+            for mean in filter(torch.is_floating_point, norm.buffers()):  # all but the count of batches
+                mean.copy_(summed(mean * len(batches)) / count)
         after = _drift(samples, original)
         if after.distance >= before.distance:
             return before, 0
