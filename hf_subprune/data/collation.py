@@ -17,8 +17,8 @@ from .probe import is_divisible, samples_in
 
 # Ready batches that are read, however many samples they hold, where they cannot be cut: for two folds and to hold out.
 _FEWEST_UNCUT = 3
-# Part of a group of waveforms that may be cut.
-_MOST_CUT = 0.1
+# Part of batches that may be padding, or of waveforms that may be cut.
+_MOST_WASTED = 0.04
 
 
 def _fewest_to_fit(found: int, config: PruneConfig, kind: str) -> int:
@@ -41,27 +41,45 @@ def counts_of(found: int, config: PruneConfig) -> tuple[int, int]:
     return fit, min(config.held_out, found - fit)
 
 
-def group_by_length(samples: list[Sample], batch_size: int, folds: int = 1, token_axis: int = 0) -> list[list[Sample]]:
-    """Samples of like length together, in equal groups whose number is a multiple of `folds` where it can be.
+def group_by_length(
+    samples: Sequence[Sample], batch_size: int, folds: int = 1, token_axis: int = 0
+) -> list[list[Sample]]:
+    """Samples of like length together, dealt out so that each fold gets as many, of the same lengths.
 
-    Groups of samples without tokens, which are cut to their shortest, are parted where much of them would be cut.
+    Args:
+        samples: In any order.
+        batch_size: Most samples in a group; there are fewer where too much would be padding, or be cut.
+        folds: Every one of so many groups that follow one another is of another fold.
+        token_axis: As for `collate`.
     """
+    if not samples:
+        return []
     ordered = sorted(samples, key=lambda sample: _length(sample, token_axis))
-    count = -(-len(ordered) // (batch_size * folds)) * folds
-    bounds = np.linspace(0, len(ordered), min(count, len(ordered)) + 1).astype(int)
-    groups = [ordered[start:stop] for start, stop in itertools.pairwise(bounds)]
-    if samples and "input_ids" in samples[0].features:
-        return groups
-    return [part for group in groups for part in _parted(group)]
+    lanes = [ordered[fold::folds] for fold in range(folds)]
+    lengths = np.array([_length(sample, token_axis) for sample in lanes[0]])
+    bounds = _bounds(lengths, batch_size, padded="input_ids" in samples[0].features)
+    return [lane[start:stop] for start, stop in itertools.pairwise(bounds) for lane in lanes if lane[start:stop]]
 
 
-def _parted(group: list[Sample]) -> list[list[Sample]]:
-    """A sorted group, in as many parts as it takes for little of each to be cut."""
-    lengths = [_length(sample) for sample in group]
-    if len(group) * lengths[0] >= (1 - _MOST_CUT) * sum(lengths):
-        return [group]
-    at = max(range(1, len(group)), key=lambda i: i * lengths[0] + (len(group) - i) * lengths[i])
-    return [*_parted(group[:at]), *_parted(group[at:])]
+def _bounds(lengths: np.ndarray, batch_size: int, padded: bool) -> list[int]:
+    """Where to part sorted lengths: equally, and on wherever most is gained until little is padding, or is cut."""
+
+    def wasted(start: int, stop: int) -> int:
+        part = lengths[start:stop]
+        return int(len(part) * part[-1] - part.sum() if padded else part.sum() - len(part) * part[0])
+
+    def gain(start: int, at: int, stop: int) -> int:
+        return wasted(start, stop) - wasted(start, at) - wasted(at, stop)
+
+    bounds = np.linspace(0, len(lengths), -(-len(lengths) // batch_size) + 1).astype(int).tolist()
+    while True:
+        parts = list(itertools.pairwise(bounds))
+        waste = sum(itertools.starmap(wasted, parts))
+        whole = lengths.sum() + (waste if padded else 0)
+        if waste <= _MOST_WASTED * whole:
+            return bounds
+        places = [(start, at, stop) for start, stop in parts for at in range(start + 1, stop)]
+        bounds = sorted([*bounds, max(places, key=lambda place: gain(*place))[1]])
 
 
 def _length(sample: Sample, token_axis: int = 0) -> int:
@@ -197,7 +215,7 @@ class Encoded:
         first, second = self._batches(used[:fit], config, folds=2), self._batches(used[fit:], config)
         return first, second, (fit, held_out), _share_cut(used, first + second, self.token_axis)
 
-    def _batches(self, samples: list[Sample], config: PruneConfig, folds: int = 1) -> list[Batch]:
+    def _batches(self, samples: Sequence[Sample], config: PruneConfig, folds: int = 1) -> list[Batch]:
         groups = group_by_length(samples, config.batch_size, folds, self.token_axis)
         return [collate(group, self.pad_id, self.token_axis) for group in groups]
 

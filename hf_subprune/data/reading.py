@@ -37,13 +37,14 @@ _FIRST_WAIT = 1.0
 def read(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> Samples:
     """Read `config.samples + config.held_out` samples and batch them for the model.
 
-    Data with a length is sampled without replacement, streams are shuffled through a buffer of as many samples as
-    are read, other iterables and ready batches are read in order. Blank texts and rows that lack a value are passed
-    over. Plain texts are packed, as `packing` says; other samples are sorted by length and padded on the right to the
+    Data with a length is sampled without replacement, streams are shuffled through a buffer of as many samples as are
+    read, other iterables and ready batches are read in order. Blank texts and rows that lack a value are passed over.
+    Plain texts are packed, as `packing` says; other samples are sorted by length and padded on the right to the
     longest of their batch, whatever the tokenizer's padding side is: without `position_ids` only then are a token's
-    positions those it has alone. Waveforms are cut to the shortest instead, in batches of which that is no more than a
-    tenth. Columns with labels are dropped, so that no loss is computed. Encoder-decoder models without decoder inputs
-    get the text shifted right where both sides share a vocabulary, or what the model generates (speech, images).
+    positions those it has alone. Waveforms are cut to the shortest instead. Batches are made smaller where more than a
+    twenty-fifth would be padding, or be cut. Columns with labels are dropped, so that no loss is computed.
+    Encoder-decoder models without decoder inputs get the text shifted right where both sides share a vocabulary, or
+    what the model generates (speech, images).
 
     Args:
         model: Any pretrained model; not changed.
