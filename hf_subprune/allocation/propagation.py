@@ -106,11 +106,21 @@ def has_row_per_sample(outputs: Sequence[Outputs], batches: Sequence[Batch]) -> 
     return sum(len(o.rows) for o in outputs) == sum(len(next(iter(batch.values()))) for batch in batches)
 
 
-def spread(blocks: Sequence[Block], count: int) -> set[str]:
-    """Names of `count` of the blocks at equal distances, and of those that are decided on together with them."""
+def spread(blocks: Sequence[Block], count: int, *, ends: bool = True) -> set[str]:
+    """Names of `count` of the blocks at equal distances, and of those that are decided on together with them.
+
+    Args:
+        blocks: In forward order.
+        count: Of blocks, or of groups of them.
+        ends: Whether the first and the last are among them. Else each is in the middle of its part of the depth, and
+            typical of it: the first layers of a model and its last one are like no others.
+    """
     groups = groups_of(blocks)
     count = min(len(groups), count)
-    places = {round(i * (len(groups) - 1) / max(count - 1, 1)) for i in range(count)}
+    if ends:
+        places = {round(i * (len(groups) - 1) / max(count - 1, 1)) for i in range(count)}
+    else:
+        places = {int((i + 0.5) * len(groups) / count) for i in range(count)}
     return {block.name for place in places for block in groups[place].blocks}
 
 
