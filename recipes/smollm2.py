@@ -11,8 +11,8 @@ With `--data-free`, or with another text to calibrate on, it shows what the doma
 
 Beside this package's ways there are two others, written down here for Llamas:
 
-- `flap`: FLAP (An et al., AAAI 2024, arXiv 2312.11983), WIFV scores, standardised in each layer and compared over all
-  (AL-AM), groups of heads and neurons; what goes is replaced by its mean, in biases.
+- `flap`: FLAP (An et al., AAAI 2024, arXiv 2312.11983), WIFV scores of channels, standardised in each layer and
+  compared over all (AL-AM), those of a group of heads by their mean; what goes is replaced by its mean, in biases.
 - `osscar`: OSSCAR (Meng et al., ICML 2024, arXiv 2403.12983), neurons only, equally many in each layer: backward
   elimination and least squares, on what the model as pruned so far makes of the samples.
 """
@@ -151,14 +151,17 @@ def flap(model: PreTrainedModel, calibration: Calibration, parameters: int) -> N
         blocks += [(layer, layer.self_attn.o_proj, groups, attention), (layer, layer.mlp.down_proj, neurons, mlp)]
     found = statistics(model, [linear for _, linear, *_ in blocks], calibration.fit)
     scores = []
-    for (_, linear, units, _), (_, variance) in zip(blocks, found, strict=True):
-        score = (variance * linear.weight.square().sum(0)).view(units, -1).sum(1)
-        score = (score - score.mean()) / score.std()
+    for (layer, linear, units, _), (_, variance) in zip(blocks, found, strict=True):
+        score = variance * linear.weight.square().sum(0)
+        if linear is layer.self_attn.o_proj:
+            score = score.square()  # as its authors' code has it
+        score = ((score - score.mean()) / score.std()).view(units, -1).mean(1)
         score[score.argmax()] = math.inf
         scores.append(score)
     order = torch.cat(scores).argsort()
     costs = torch.cat([torch.full((units,), size / units) for *_, units, size in blocks])[order]
-    removed = int((costs.cumsum(0) < in_blocks(model) - parameters).sum()) + 1
+    biases = sum(linear.out_features for _, linear, *_ in blocks)
+    removed = int((costs.cumsum(0) < in_blocks(model) + biases - parameters).sum()) + 1
     kept = torch.ones(len(order), dtype=torch.bool).index_fill(0, order[:removed], False)
     of_blocks = kept.split([units for *_, units, _ in blocks])
     for (layer, linear, units, _), (average, _), kept_units in zip(blocks, found, of_blocks, strict=True):
