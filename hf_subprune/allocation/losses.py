@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-
-from transformers import PreTrainedModel
 
 from ..blocks import Group, groups_of
 from ..collection.block_moments import BlockMoments
@@ -16,7 +14,7 @@ from ..solver.curves import LossCurve, loss_curve, losses_of_sets
 from ..solver.problem import Problem
 from ..solver.tied import order_together
 from .budgets import interpolate
-from .propagation import TRIAL_FRACTIONS, Points, Propagation, fill_in, measured_blocks
+from .propagation import TRIAL_FRACTIONS, Points, Propagation, Quality, fill_in, measured_blocks
 from .survey import Survey
 
 
@@ -44,7 +42,7 @@ class _Losses:
 
 def with_losses(
     survey: Survey,
-    evaluation: Callable[[PreTrainedModel], float] | None,
+    evaluation: Quality | None,
     work: Workspace,
     *,
     curves: bool,
