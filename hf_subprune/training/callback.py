@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..config import PruneConfig
+from ..models.intact import intact
 from ..models.running import Batch
 from ..models.session import check_prunable
 from ..pruning import prune
@@ -154,8 +155,12 @@ class SubpruneCallback(TrainerCallback, ExportableState):
         due = self.schedule.due(state.global_step, state.max_steps)
         if self._gradual is None or due <= self._done:
             return
-        with _own_forward(self._gradual.model):
-            changed = self._gradual.step(self.schedule.removed(due))
+        gradual = self._gradual
+        with _own_forward(gradual.model):
+            # Edits in training write values: a step that is interrupted takes all of them back.
+            changed = intact(
+                gradual.model, lambda: gradual.step(self.schedule.removed(due)), written=gradual.model.parameters()
+            )
         self._done = due
         if not changed:
             return
@@ -187,7 +192,9 @@ class SubpruneCallback(TrainerCallback, ExportableState):
                     f"{self.schedule.steps} pruning steps: the others are made at once, with no training behind them."
                 )
             with self._pruning(self._gradual.model):
-                self.report = self._gradual.finish()
+                self.report = intact(
+                    self._gradual.model, self._gradual.finish, written=self._gradual.model.parameters()
+                )
             self.progress = self._gradual = None
             self._log_report(state)
 
