@@ -6,6 +6,8 @@ that a pruned model also loads where hf_subprune is not installed.
 
 import copy
 import hashlib
+import inspect
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +19,9 @@ from ..models.forwards import CUT_ARGUMENTS, INNER_WIDTH, adapted, kept_entries
 
 FORMAT = 1
 """Version of the stored entry; files of a later version are refused."""
+
+# More than any model has; an entry that somebody made up must not take long to refuse.
+_MOST_DIMS, _MOST_RENAMES = 8, 256
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class LayoutSpec:
             ValueError: The entry is of a later format, incomplete, of wrong types, or changed since it was written.
         """
         version = entry.get("format")
-        if isinstance(version, int) and version > FORMAT:
+        if type(version) is int and version > FORMAT:
             raise ValueError(
                 f"this model's subprune entry has format {version}, this hf_subprune reads up to {FORMAT}: "
                 "pip install -U hf_subprune"
@@ -92,6 +97,12 @@ class LayoutSpec:
         for path, values in attributes.items() if isinstance(attributes, dict) else [("attributes", attributes)]:
             if not isinstance(values, dict) or not all(type(value) is int for value in values.values()):
                 raise ValueError(damaged.format(f"attributes of {path!r} are {values!r}, not names with integers"))
+        arguments = entry.get("arguments", {})
+        for path, cut in arguments.items() if isinstance(arguments, dict) else [("arguments", arguments)]:
+            if not isinstance(cut, dict) or not all(map(_are_sizes, cut.values())):
+                raise ValueError(damaged.format(f"arguments of {path!r} are {cut!r}, not names with three integers"))
+        if type(version) is not int:
+            raise ValueError(damaged.format(f"its format is {version!r}"))
         content = {key: entry[key] for key in ("format", "shapes", "attributes", "arguments") if key in entry}
         if _digest(content) != entry["digest"]:
             raise ValueError(damaged.format("its digest does not match its shapes and attributes"))
@@ -100,9 +111,16 @@ class LayoutSpec:
             {path: dict(values) for path, values in attributes.items()},
             {
                 path: {name: (dim, entries, kept) for name, (dim, entries, kept) in cut.items()}
-                for path, cut in entry.get("arguments", {}).items()
+                for path, cut in arguments.items()
             },
         )
+
+
+def _are_sizes(values: object) -> bool:
+    """Whether something is a dimension, a number of entries and how many of them are kept."""
+    if not isinstance(values, (list, tuple)) or len(values) != 3 or any(type(value) is not int for value in values):
+        return False
+    return 0 <= values[2] <= values[1] and values[1] > 0
 
 
 def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
@@ -120,9 +138,14 @@ def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
 
     Raises:
         ValueError: `spec` names nothing of this model, could mean several parts of it, or does not fit its tensors.
+            Nothing is larger than the config builds it, and no name is set that is not a size there: whoever wrote the
+            entry can make a model narrower, and no more.
     """
     rename = _match(spec, model)
     applied = LayoutSpec()
+    for path, names in spec.arguments.items():
+        if path in rename:
+            _check_arguments(model.get_submodule(rename[path]), names, path)
     for tensor, shape in spec.shapes.items():
         path, _, leaf = tensor.rpartition(".")
         if path in rename:
@@ -134,6 +157,8 @@ def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
             for name, value in values.items():
                 if name != INNER_WIDTH:
                     _set_integer(module, name, value, path)
+                elif not 0 <= value <= sum(p.numel() for p in module.parameters()):
+                    raise ValueError(f"{path} was saved with an inner width of {value}, which no part of it has")
             applied.attributes[rename[path]] = dict(values)
     for path in spec.modules:
         width, cut = spec.attributes.get(path, {}).get(INNER_WIDTH), spec.arguments.get(path, {})
@@ -165,16 +190,29 @@ def adaptations(module: nn.Module) -> tuple[dict[str, int], dict[str, tuple[int,
 
 def _set_integer(module: nn.Module, name: str, value: int, path: str) -> None:
     """Set an integer attribute that exists; `"config.x"` is set in a copy of the config for this module alone."""
-    owner: object = module
     attribute = name.removeprefix("config.")
-    if attribute != name:
-        owner = module.config = copy.deepcopy(module.config)
-    if not hasattr(owner, attribute):
+    owner = module if attribute == name else vars(module).get("config")
+    built = vars(owner).get(attribute) if owner is not None and not attribute.startswith("_") else None
+    if type(built) is not int or not 0 <= value <= built:
         raise ValueError(
-            f"{path} was saved with {name}={value}, but {type(module).__name__} has no {name} here: load with the "
-            "version of transformers that config.json names"
+            f"{path} was saved with {name}={value}, but {type(module).__name__} has no {name} of that size or more "
+            "here: load with the version of transformers that config.json names, or restore config.json"
         )
+    if owner is not module:
+        owner = module.config = copy.deepcopy(module.config)
     setattr(owner, attribute, value)
+
+
+def _check_arguments(module: nn.Module, names: dict[str, tuple[int, int, int]], path: str) -> None:
+    """Refuse what the forward is not given, and more entries than a module can have units for."""
+    given = inspect.signature(type(module).forward).parameters
+    most = sum(parameter.numel() for parameter in module.parameters())
+    for name, (dim, entries, _) in names.items():
+        if name not in given or not -_MOST_DIMS <= dim < _MOST_DIMS or entries > most:
+            raise ValueError(
+                f"{path} was saved with {entries} entries of its argument {name!r} along dimension {dim}, which "
+                f"{type(module).__name__} is not given: restore config.json as it was saved"
+            )
 
 
 def _narrow(module: nn.Module, leaf: str, shape: tuple[int, ...], name: str) -> None:
@@ -207,7 +245,8 @@ def _match(spec: LayoutSpec, model: nn.Module) -> dict[str, str]:
     wanted = spec.modules
 
     def fits(path: str, names: set[str]) -> bool:
-        return path in found and names <= {*found[path]._parameters, *found[path]._buffers}
+        held = {**found[path]._parameters, **found[path]._buffers} if path in found else {}
+        return path in found and all(held.get(name) is not None for name in names)
 
     def renamed(strip: str, add: str) -> dict[str, str]:
         pairs = {path: _join(add, _strip(path, strip)) for path in wanted if _is_below(path, strip)}
@@ -217,7 +256,8 @@ def _match(spec: LayoutSpec, model: nn.Module) -> dict[str, str]:
     usual = [renamed("", ""), renamed("", base), renamed(base, "")]
     if any(usual):
         return max(usual, key=len)
-    matches = [matched for rename in _renames(wanted, found) if (matched := renamed(*rename))]
+    possible = (matched for rename in _renames(wanted, found) if (matched := renamed(*rename)))
+    matches = list(itertools.islice(possible, 2))
     if len(matches) == 1:
         return matches[0]
     example = repr(next(iter(wanted)))
@@ -235,15 +275,21 @@ def _match(spec: LayoutSpec, model: nn.Module) -> dict[str, str]:
 
 def _renames(wanted: Iterable[str], found: Iterable[str]) -> set[tuple[str, str]]:
     """Leading paths to strip from, or to add to, the `wanted` paths so that some of them are among the `found`."""
-    found = set(found)
-    renames = set()
-    for path in wanted:
-        parts = path.split(".")
-        for cut in range(1, len(parts)):
-            if ".".join(parts[cut:]) in found:
-                renames.add((".".join(parts[:cut]), ""))
-        renames |= {("", target.removesuffix("." + path)) for target in found if target.endswith("." + path)}
+    found, wanted = set(found), set(wanted)
+    renames = {(path[: -len(end) - 1], "") for path in wanted for end in _endings(path) if end in found}
+    renames |= {("", path[: -len(end) - 1]) for path in found for end in _endings(path) if end in wanted}
+    if len(renames) > _MOST_RENAMES:
+        raise ValueError(
+            f"the pruned widths could mean {len(renames)} different parts of this model: restore config.json as it "
+            "was saved, or load the class that was pruned"
+        )
     return renames
+
+
+def _endings(path: str) -> list[str]:
+    """`"a.b.c"` -> `["b.c", "c"]`."""
+    parts = path.split(".")
+    return [".".join(parts[cut:]) for cut in range(1, len(parts))]
 
 
 def _is_below(path: str, prefix: str) -> bool:
