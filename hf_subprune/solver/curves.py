@@ -14,7 +14,7 @@ import torch
 
 from .factorisation import factorise
 from .moments import Moments, restrict
-from .objective import Objective, objective_of, regularise
+from .objective import Objective, objective_of, regularised
 from .problem import Problem
 from .selection import greedy, nested
 from .settings import Settings
@@ -84,7 +84,7 @@ def loss_curve(
     """
     folds, groups, units = problem.folds, problem.columns, problem.units
     root = problem.metric_root()
-    H, C, _ = regularise(problem.total(), problem.W, settings.fixed_shrinkage, root)
+    H, C = regularised(problem, settings.fixed_shrinkage)
     objective = Objective(H, C, problem.groups)
     path = greedy(objective, units, tuning=settings.tuning) if order is None else nested(objective, order)
     del H, C, objective
@@ -131,7 +131,8 @@ def expected_loss(problem: Problem, columns: torch.Tensor, settings: Settings) -
 
 def _parts(problem: Problem, along: torch.Tensor, root: torch.Tensor | None, settings: Settings) -> list["_Fold"]:
     shrinkage = settings.fixed_shrinkage if settings.reweight else None
-    return [_Fold(fold, problem.W, along, root, shrinkage) for fold in problem.folds]
+    W = problem.W if shrinkage is None else problem.redundancy.folded(problem.W)
+    return [_Fold(fold, W, along, root, shrinkage) for fold in problem.folds]
 
 
 def _table(parts: Sequence["_Fold"], fits: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

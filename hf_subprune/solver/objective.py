@@ -76,9 +76,23 @@ def _checked(groups: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def objective_of(problem: Problem, shrinkage: float) -> Objective:
-    """The objective of a block, `l = shrinkage * mean(diag H)` and its metric included."""
-    H, C, _ = regularise(problem.total(), problem.W, shrinkage, problem.metric_root())
-    return Objective(H, C, problem.groups, problem.sets)
+    """The objective of a block, `l = shrinkage * mean(diag H)` and its metric included.
+
+    Units that are dead or copies add nothing to it: the first unit of a copy stands for both.
+    """
+    return Objective(*regularised(problem, shrinkage), problem.groups, problem.sets)
+
+
+def regularised(problem: Problem, shrinkage: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`H` and `C` of `objective_of`."""
+    redundant = problem.redundancy
+    H, C, _ = regularise(problem.total(), redundant.folded(problem.W), shrinkage, problem.metric_root())
+    silent = redundant.columns
+    if len(silent):
+        mean = H.diagonal().mean()
+        H[silent], H[:, silent], C[silent] = 0, 0, 0
+        H[silent, silent] = mean
+    return H, C
 
 
 def regularise(
