@@ -20,7 +20,7 @@ _MARKUP = re.compile(r"[`<]|\{[{%#]|(^|\s)#")
 # A path from a root, a home or a folder above, but for its last part.
 _FOLDERS = re.compile(
     r"(?<![\w/\\.-])(?:file:/+|~[\w.-]*[\\/]|[A-Za-z]:[\\/]|(?:\.\.[\\/])+|[\\/](?![\\/]))"
-    r"(?:[^\\/\s'\",;:=|<>()\[\]{}]+[\\/])*"
+    r"(?:[^\\/\s'\",;:=|<>()\[\]{}]*[\\/])*"
 )
 _ROOTED_WORD = re.compile(r"(--?[\w-]+=|\w+:(?!//))?(file:/|~|[A-Za-z]:[\\/]|\.\.?[\\/]|[\\/])")
 

@@ -253,9 +253,15 @@ def _match(spec: LayoutSpec, model: nn.Module) -> dict[str, str]:
         return {path: target for path, target in pairs.items() if fits(target, wanted[path])}
 
     base = getattr(model, "base_model_prefix", "")
-    usual = [renamed("", ""), renamed("", base), renamed(base, "")]
-    if any(usual):
-        return max(usual, key=len)
+    strip, add = max([("", ""), ("", base), (base, "")], key=lambda rename: len(renamed(*rename)))
+    if usual := renamed(strip, add):
+        for path in wanted.keys() - usual.keys():
+            if _is_below(path, strip) and _join(add, _strip(path, strip)) in found:
+                raise ValueError(
+                    f"the pruned widths are of {', '.join(sorted(wanted[path]))} in {path!r}, where "
+                    f"{type(model).__name__} has no such tensors: restore config.json as it was saved"
+                )
+        return usual
     possible = (matched for rename in _renames(wanted, found) if (matched := renamed(*rename)))
     matches = list(itertools.islice(possible, 2))
     if len(matches) == 1:
