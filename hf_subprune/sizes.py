@@ -56,7 +56,7 @@ def save_sizes(
         sizes = prune_sizes(model, data, configs, processing_class)
         for path, place, report in zip(folders, places, sizes, strict=True):
             reports[path] = replace(report, command=command)
-            save_to(place, model, processing_class, reports[path], max_shard_size=max_shard_size)
+            save_to(place, model, processing_class, reports[path], {"max_shard_size": max_shard_size})
     if find_spec("matplotlib"):
         from .report.plots import plot_tradeoff
 

@@ -6,6 +6,7 @@ whatever the terminal's.
 
 import collections
 import functools
+import gc
 import multiprocessing
 import os
 
@@ -21,6 +22,12 @@ from hf_subprune.evaluation import costs
 from hf_subprune.report import page
 from hf_subprune.runs.workspace import Workspace
 from hf_subprune.storage import stock
+
+
+def pytest_collection_finish():
+    """What has been imported stays, so that collections of garbage need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ Run as a script it imports the package once and forks for every line that it rea
 as the main program, by one process or by several that find each other as those that `accelerate launch` starts do.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -36,10 +37,10 @@ class Forks:
 
 
 @contextmanager
-def forks() -> Iterator[Forks]:
-    """A server, which has imported what the command line needs."""
+def forks(**environment: str) -> Iterator[Forks]:
+    """A server, which has imported what the command line needs, with `environment` in addition to this process's."""
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, str(HERE / "forked.py")]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -71,6 +72,7 @@ def _forked(arguments: Sequence[str], environment: dict[str, str]) -> int:
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
     return process
@@ -104,14 +106,23 @@ def _environments(processes: int) -> list[dict[str, str]]:
 
 
 IMPORTED = (
+    "PIL.BmpImagePlugin",
+    "PIL.GifImagePlugin",
+    "PIL.JpegImagePlugin",
+    "PIL.PpmImagePlugin",
     "datasets",
     "hf_subprune.checkpoint",
     "hf_subprune.data.datafiles",
     "hf_subprune.report.card",
     "hf_subprune.report.hub",
     "hf_subprune.report.plots",
+    "hf_subprune.sizes",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
+    "pydantic.type_adapter",
+    "scipy.io",
+    "threadpoolctl",
+    "torch._subclasses.schema_check_mode",
     "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama",
     "transformers.trainer",
@@ -122,6 +133,7 @@ IMPORTED = (
 if __name__ == "__main__":
     for module in IMPORTED:
         import_module(module)
+    gc.freeze()
     for line in sys.stdin:
         order = json.loads(line)
         several = [_forked(order["arguments"], one) for one in _environments(order["processes"])]

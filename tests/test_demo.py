@@ -10,7 +10,7 @@ from hf_subprune.report.tables import render
 
 @pytest.mark.slow
 def test_the_demo_beats_the_baseline_on_unseen_text_and_loads_again(tmp_path):
-    printed = render(run_demo(tmp_path / "out"), width=200)
+    printed = render(run_demo(tmp_path / "out", fitted=64, held_out=16, unseen=128), width=200)
     row = next(line for line in printed.splitlines() if "cosine to the original" in line)
     original, ours, baseline = map(float, re.findall(r"\d\.\d+", row))
     assert original == 1

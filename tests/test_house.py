@@ -36,6 +36,7 @@ ANY_KEYWORDS = {
     "loading:_PrunedFirst._process_model_before_weight_loading": READ,
     "loading:_PrunedThenQuantized._process_model_after_weight_loading": READ,
     "models.experts:StackedExperts.__call__": REPLACED,
+    "models.forwards:_bypassing.bypassing": REPLACED,
     "models.forwards:_cutting.cutting": REPLACED,
     "models.listed:ListedExperts.__call__": REPLACED,
     "routing.tokens:RoutedTokens.route.record": REPLACED,

@@ -1,11 +1,15 @@
 """How many units each block keeps. Numbers only: no model, no data."""
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+# So many combinations of widths are looked at one by one.
+_MOST_COMBINATIONS = 50_000
 
 # The automatic rounding is used where a block has at least this many steps of it.
 _FEWEST_STEPS = 16
@@ -49,16 +53,23 @@ def rounding(units: int, preferred: int) -> int:
     return preferred if units >= _FEWEST_STEPS * preferred else 1
 
 
-def allowed_widths(units: int, multiple: int) -> tuple[int, ...]:
-    """Multiples of `multiple`, one multiple at least, and the full width."""
-    return (*range(min(multiple, units), units, multiple), units)
+def allowed_widths(units: int, multiple: int, *, none: bool = False) -> tuple[int, ...]:
+    """Multiples of `multiple`, one multiple at least, and the full width.
+
+    Args:
+        units: Of the block.
+        multiple: What widths are rounded to.
+        none: Whether the block may go: then the first width is 0.
+    """
+    return (*((0,) if none else ()), *range(min(multiple, units), units, multiple), units)
 
 
 def interpolate(points: Sequence[tuple[int, float]], widths: Sequence[int]) -> tuple[float, ...]:
     """Losses at `widths` between measured `(width, loss)` points, ascending; constant outside of them.
 
     Losses are made to fall with the width first (monotone envelope): a wider block is never worse, as measured losses
-    may say by chance.
+    may say by chance. In between they fall by equal parts for equal widths, as errors decay exponentially with the
+    units kept (El Halabi et al. 2022, section 4); evenly towards a loss of 0.
     """
     falling: list[tuple[int, float]] = []
     for width, loss in reversed(points):
@@ -70,22 +81,40 @@ def interpolate(points: Sequence[tuple[int, float]], widths: Sequence[int]) -> t
             right += 1
         (x1, y1), (x0, y0) = falling[right], falling[max(right - 1, 0)]
         share = min(max((width - x0) / (x1 - x0), 0.0), 1.0) if x1 > x0 else 1.0
-        losses.append(y0 + share * (y1 - y0))
+        losses.append(y0 * (y1 / y0) ** share if y0 > 0 and y1 > 0 else y0 + share * (y1 - y0))
     return tuple(losses)
 
 
 def least_loss(choices: Sequence[Choices], budget: float) -> list[Any]:
     """Widths of the least total loss whose total cost is within the budget (`global`).
 
-    Every block starts at its smallest width. Steps on the lower convex hulls of the blocks' curves of loss against
-    cost are taken, the steepest first, while they fit. This is the optimum of the hulls up to the last step, and no
-    block could be one step wider.
+    Where they are few, all combinations are looked at. Else every block starts at its smallest width. Steps on the
+    lower convex hulls of the blocks' curves of loss against cost are taken, the steepest first, while they fit. This
+    is the optimum of the hulls up to the last step, and no block could be one step wider.
 
     Raises:
         ValueError: the smallest widths exceed the budget.
     """
+    if math.prod(len(c.widths) for c in choices) <= _MOST_COMBINATIONS:
+        return _best_combination(choices, budget)
     rates = [_hull_rates(c) for c in choices]
     return _grow(choices, budget, [0] * len(choices), lambda block, at: rates[block][at])
+
+
+def _best_combination(choices: Sequence[Choices], budget: float) -> list[Any]:
+    """The combination of least total loss, and of those that lose alike the dearest."""
+
+    options = [list(zip(c.losses, c.costs, c.widths, strict=True)) for c in choices]
+    best: tuple[float, float, list[Any]] | None = None
+    for combination in itertools.product(*options):
+        losses, costs, widths = zip(*combination, strict=True)
+        rank = (sum(losses), -sum(costs), list(widths))
+        if sum(costs) <= budget * (1 + 1e-9) and (best is None or rank[:2] < best[:2]):
+            best = rank
+    if best is None:
+        least = sum(c.costs[0] for c in choices)
+        raise ValueError(f"The smallest widths cost {least:.6g}, the budget is {budget:.6g}.")
+    return best[2]
 
 
 def equal_loss(choices: Sequence[Choices], budget: float) -> list[Any]:

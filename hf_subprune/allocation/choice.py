@@ -13,8 +13,7 @@ from ..report.records import Allocation, Change
 from ..runs.processes import from_process
 from ..runs.workspace import Workspace
 from ..surgery.edits import narrowed
-from .budgets import interpolate
-from .query_heads import better_units
+from .query_heads import alternatives, better_units, units_by_loss
 from .survey import LATENCY_SECONDS, Survey
 from .widths import choose_widths
 
@@ -47,20 +46,15 @@ class Widths:
     def allocation(self, survey: Survey, reached: float) -> Allocation:
         """The target, what was reached, and how it was shared out, for the report."""
         target = survey.target(self.config)
-        predicted = None
-        if survey.losses:
-            predicted = sum(
-                interpolate((survey.losses if b.sets == 1 else survey.query_losses)[b.name], [self.kept[b.name]])[0]
-                for b in self.blocks
-            )
         return Allocation(
             budget=self.config.allocation(),
             target=target.name,
             unit=target.unit,
             limit=target.limit,
             reached=reached,
-            predicted_drift=predicted,
+            predicted_drift=survey.predicted_loss(self.blocks, self.kept) if survey.losses else None,
             latencies=target.latencies,
+            alternatives=alternatives(survey, self.config),
         )
 
 
@@ -82,7 +76,10 @@ def choose(survey: Survey, config: PruneConfig, work: Workspace) -> Widths:
 def whole_heads(survey: Survey, config: PruneConfig) -> dict[str, int]:
     """The width of every block, by name, where grouped-query attention loses whole key/value heads."""
     target, losses = survey.target(config), survey.predicted()
-    widths = choose_widths(survey.blocks, target, config, losses)
+    families = survey.families_of(config)
+    if families.even and target.name != "latency":
+        return from_process(0, units_by_loss(survey, target, config)[1])
+    widths = choose_widths(survey.blocks, target, config, families, losses)
     if target.name != "latency":
         return from_process(0, widths)
     # What blocks save together is not quite the sum of what was timed: aim again at what was missed.
@@ -99,7 +96,7 @@ def whole_heads(survey: Survey, config: PruneConfig) -> dict[str, int]:
         limit = part.limit + (1 + _LATENCY_SLACK) / 2 * target.limit - taken
         aimed = replace(aimed, parts=(replace(part, limit=limit),))
         try:
-            widths = choose_widths(survey.blocks, aimed, config, losses)
+            widths = choose_widths(survey.blocks, aimed, config, families, losses)
         except ValueError:
             break
     *_, nearest = max(tried, key=lambda one: one[:2])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..blocks import Group, groups_of
+from ..blocks import Block, Group, groups_of
 from ..collection.block_moments import BlockMoments
+from ..collection.planning import plan
 from ..collection.walk import Walk
 from ..runs.processes import from_all, is_mine
 from ..runs.workspace import Workspace
@@ -14,8 +15,11 @@ from ..solver.curves import LossCurve, loss_curve, losses_of_sets
 from ..solver.problem import Problem
 from ..solver.tied import order_together
 from .budgets import interpolate
-from .propagation import TRIAL_FRACTIONS, Points, Propagation, Quality, fill_in, measured_blocks
+from .propagation import TRIAL_FRACTIONS, Points, Propagation, Quality, corrected, fill_in, measured_blocks, spread
 from .survey import Survey
+
+# Blocks of a family that gets one width whose curves are made, at equal distances over the depth.
+_STANDING_FOR_ALL = 4
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,13 @@ class _Losses:
 
     Args:
         curves: Error of the block's output at every width.
-        factors: Drift of the model's output over that error, of the blocks that were pruned alone.
+        factors: Drift of the model's output over that error, by width, of the blocks that were pruned alone.
         points: Losses that were measured themselves, by the caller's `evaluation`.
         queries: Error at every number of query heads.
     """
 
     curves: dict[str, LossCurve] = field(default_factory=dict)
-    factors: dict[str, float] = field(default_factory=dict)
+    factors: dict[str, Points] = field(default_factory=dict)
     points: dict[str, Points] = field(default_factory=dict)
     queries: dict[str, Points] = field(default_factory=dict)
 
@@ -59,37 +63,68 @@ def with_losses(
     """
     stored: dict[str, BlockMoments] | None = {} if keep else None
     trials = Propagation(survey.samples, evaluation) if curves else None
-    found = work.once("curves", lambda: _pass_over(survey, trials, stored, work))
-    factors = fill_in(survey.candidates, found.factors)
-    losses = {name: tuple((w, factors[name] * e) for w, e in curve.points) for name, curve in found.curves.items()}
+    looked_at = _looked_at(survey) if curves else set()
+    found = work.once("curves", lambda: _pass_over(survey, looked_at, trials, stored, work))
+    factors = fill_in([block for block in survey.candidates if block.name in found.curves], found.factors)
+    losses = {name: corrected(curve.points, factors[name]) for name, curve in found.curves.items()}
     losses |= found.points
+    by_name = {block.name: block for block in survey.candidates}
+    queries = {
+        name: _scaled(by_name[name], found.curves[name], losses[name], own) for name, own in found.queries.items()
+    }
     return replace(
         survey,
         curves=found.curves,
-        losses=losses,
-        query_losses={name: _scaled(found.curves[name], losses[name], own) for name, own in found.queries.items()},
+        losses=_of_nearest(survey, losses),
+        query_losses=_of_nearest(survey, queries),
         stored=stored,
     )
 
 
-def _scaled(curve: LossCurve, losses: Points, queries: Points) -> Points:
-    """Losses of query heads in the unit of those of whole key/value heads."""
-    width, loss = losses[0]
-    (own,) = interpolate(curve.points, [width])
-    factor = loss / own if own > 0 else 1.0
-    return tuple((w, factor * e) for w, e in queries)
+def _looked_at(survey: Survey) -> set[str]:
+    """Names of the blocks whose curves are made: of a family that gets one width, a few stand for all."""
+    if not all(families.even for families in survey.families):
+        return {block.name for block in survey.candidates}
+    families = [family for one in survey.families for family in one.of(survey.candidates)]
+    return {name for family in families for name in spread(family, _STANDING_FOR_ALL)}
+
+
+def _of_nearest(survey: Survey, points: Mapping[str, Points]) -> dict[str, Points]:
+    """Points of all blocks of families in which some have them: the others take those of the nearest one."""
+    filled = dict(points)
+    for family in (family for one in survey.families for family in one.of(survey.candidates)):
+        known = [place for place, block in enumerate(family) if block.name in points]
+        for place, block in enumerate(family if known else []):
+            nearest = min(known, key=lambda other: abs(other - place))
+            filled.setdefault(block.name, points[family[nearest].name])
+    return filled
+
+
+def _scaled(block: Block, curve: LossCurve, losses: Points, queries: Points) -> Points:
+    """Losses of query heads in the unit of those of whole key/value heads, where as many columns are left."""
+    errors = interpolate(curve.points, [width for width, _ in losses])
+    ratios = [(width, loss / error) for (width, loss), error in zip(losses, errors, strict=True) if loss * error > 0]
+    heads = len(block.queries.columns) / block.units  # type: ignore[union-attr]
+    scaled = corrected(tuple((width / heads, error) for width, error in queries), tuple(ratios))
+    return tuple((width, loss) for (width, _), (_, loss) in zip(queries, scaled, strict=True))
 
 
 def _pass_over(
-    survey: Survey, trials: Propagation | None, stored: dict[str, BlockMoments] | None, work: Workspace
+    survey: Survey,
+    looked_at: Collection[str],
+    trials: Propagation | None,
+    stored: dict[str, BlockMoments] | None,
+    work: Workspace,
 ) -> _Losses:
     found = _Losses()
-    groups = {block.name: group for group in groups_of(survey.candidates) for block in group.blocks}
+    few = [block for block in survey.candidates if block.name in looked_at]
+    groups = {block.name: group for group in groups_of(few) for block in group.blocks}
     waiting: dict[str, list[tuple[Problem, int]]] = {}
     everywhere = trials is not None and trials.evaluation is not None
-    measured = set(groups) if everywhere else measured_blocks(survey.candidates)
-    walk = Walk(survey.samples, survey.plan, survey.owners)
-    with work.bar(len(survey.plan.segments), "Calibrating") as bar:
+    measured = set(groups) if everywhere else measured_blocks(few)
+    parts = survey.plan if stored is not None or len(few) == len(survey.candidates) else plan(survey.samples, few)
+    walk = Walk(survey.samples, parts, survey.owners)
+    with work.bar(len(parts.segments), "Calibrating") as bar:
         for segment in walk.left:
             with work.clock("calibration"):
                 walk.start(segment)
@@ -100,7 +135,7 @@ def _pass_over(
                     continue
                 if stored is not None:
                     stored[block.name] = moments
-                if trials is None:
+                if trials is None or block.name not in groups:
                     continue
                 group = groups[block.name]
                 together = waiting.setdefault(group.blocks[0].name, [])
@@ -136,7 +171,7 @@ def _look_at(
         if trials is not None and trials.evaluation is not None:
             found.points.update(dict.fromkeys(names, trials.points(blocks, curves)))
         elif trials is not None:
-            found.factors.update(dict.fromkeys(names, trials.factor(blocks, curves)))
+            found.factors.update(dict.fromkeys(names, trials.factors(blocks, curves)))
     for name, curve in zip(names, curves, strict=True):
         curve.trials.clear()
         found.curves[name] = curve

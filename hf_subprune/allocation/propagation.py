@@ -3,21 +3,25 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import TypeVar
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from ..blocks import Block, groups_of
 from ..collection.block_moments import FOLDS
-from ..data.batches import Samples
+from ..data.batches import Samples, pieces
 from ..evaluation.drift import Drift, Outputs, drift, iter_outputs
 from ..models.running import Batch
 from ..solver.curves import LossCurve, Trial
 from ..surgery.edits import shrink
 
+_W = TypeVar("_W", int, float)
+
 Points = tuple[tuple[int, float], ...]
 """`(width, loss)`, ascending, the full width with loss 0 last."""
 
-TRIAL_FRACTIONS = (0.15, 0.35)
+TRIAL_FRACTIONS = (0.35, 0.7)
 """Of a block's units: widths at which it is pruned alone, to see what its error does to the model's output."""
 
 # Blocks of one kind that are pruned alone, at equal distances over the depth, and rows of the output that they are
@@ -58,8 +62,8 @@ class Propagation:
     """What a block's error does to the model's output, measured by pruning the block alone, or with its tie.
 
     The metric that weighs errors (`collection.sensitivity`) is a linearisation at the original model; early blocks
-    exceed it, since what they do wrong goes through all others. The factor between measured and predicted drift
-    corrects a block's whole curve.
+    exceed it, since what they do wrong goes through all others. The factors between measured and predicted drift, at
+    two widths, correct a block's whole curve.
 
     Args:
         samples: Of the original; batches of all but the first fold are run, the trials having been fitted on that.
@@ -73,7 +77,7 @@ class Propagation:
         self._reference: list[Outputs] = []
         if evaluation is not None:
             return
-        unseen = [batch for index, batch in enumerate(samples.fit) if index % FOLDS]
+        unseen = [one for index, batch in enumerate(samples.fit) if index % FOLDS for one in _few_rows(batch)]
         order = sorted(range(len(unseen)), key=lambda i: abs(i - len(unseen) // 2))  # of middling length first
         unseen = [unseen[index] for index in order]
         for batch, outputs in zip(unseen, iter_outputs(model, unseen), strict=True):
@@ -94,19 +98,25 @@ class Propagation:
                 return max(0.0, self.evaluation.original - self.evaluation(self.model))
             return scalar_drift(drift(self.model, self.batches, self._reference), self._per_sample)
 
-    def factor(self, blocks: Sequence[Block], curves: Sequence[LossCurve]) -> float:
-        """Measured over predicted drift, the geometric mean over the trials; NaN where either is zero."""
-        trials = [[curve.trials[width] for curve in curves] for width in curves[0].trials]
-        pairs = [(self.measure(blocks, same), sum(trial.error for trial in same)) for same in trials]
-        if not pairs or not all(0 < x < math.inf for pair in pairs for x in pair):
-            return math.nan
-        return math.exp(sum(math.log(measured / predicted) for measured, predicted in pairs) / len(pairs))
+    def factors(self, blocks: Sequence[Block], curves: Sequence[LossCurve]) -> Points:
+        """Measured over predicted drift, by the width of each trial; without those at which either is zero."""
+        trials = {width: [curve.trials[width] for curve in curves] for width in sorted(curves[0].trials)}
+        measured = ((w, self.measure(blocks, same), sum(trial.error for trial in same)) for w, same in trials.items())
+        return tuple(
+            (w, drift / error) for w, drift, error in measured if all(0 < x < math.inf for x in (drift, error))
+        )
 
     def points(self, blocks: Sequence[Block], curves: Sequence[LossCurve]) -> Points:
         """The measured loss itself at the widths of the trials, in equal parts for the blocks of a tie."""
         trials = {width: [curve.trials[width] for curve in curves] for width in sorted(curves[0].trials)}
         losses = ((width, self.measure(blocks, same) / len(blocks)) for width, same in trials.items())
         return (*losses, (blocks[0].units, 0.0))
+
+
+def _few_rows(batch: Batch) -> list[Batch]:
+    """The batch in batches of about as many tokens as are measured on."""
+    tokens = batch["input_ids"].shape[-1] if "input_ids" in batch else 1
+    return pieces(batch, max(1, _MEASURED_ROWS // tokens))
 
 
 def scalar_drift(change: Drift, per_sample: bool) -> float:
@@ -123,24 +133,37 @@ def has_row_per_sample(outputs: Sequence[Outputs], batches: Sequence[Batch]) -> 
     return sum(len(o.rows) for o in outputs) == sum(len(next(iter(batch.values()))) for batch in batches)
 
 
+def spread(blocks: Sequence[Block], count: int) -> set[str]:
+    """Names of `count` of the blocks at equal distances, and of those that are decided on together with them."""
+    groups = groups_of(blocks)
+    count = min(len(groups), count)
+    places = {round(i * (len(groups) - 1) / max(count - 1, 1)) for i in range(count)}
+    return {block.name for place in places for block in groups[place].blocks}
+
+
 def measured_blocks(blocks: Sequence[Block]) -> set[str]:
     """Names of the blocks to prune alone (or with their tie or stack): of each kind a dozen, at equal distances."""
-    chosen: set[str] = set()
-    for kind in {b.kind for b in blocks}:
-        groups = groups_of(b for b in blocks if b.kind == kind)
-        count = min(len(groups), _MEASURED_BLOCKS)
-        for i in range(count):
-            chosen |= {b.name for b in groups[round(i * (len(groups) - 1) / max(count - 1, 1))].blocks}
-    return chosen
+    kinds = {b.kind for b in blocks}
+    return {name for kind in kinds for name in spread([b for b in blocks if b.kind == kind], _MEASURED_BLOCKS)}
 
 
-def fill_in(blocks: Sequence[Block], factors: Mapping[str, float]) -> dict[str, float]:
-    """Factors for all blocks: those not measured, or without a figure, take that of the nearest one of their kind."""
-    filled: dict[str, float] = {}
+def fill_in(blocks: Sequence[Block], factors: Mapping[str, Points]) -> dict[str, Points]:
+    """Factors for all blocks: those not measured, or without a figure, take those of the nearest one of their kind."""
+    filled: dict[str, Points] = {}
     for kind in {b.kind for b in blocks}:
         names = [b.name for b in blocks if b.kind == kind]
-        known = [i for i, name in enumerate(names) if math.isfinite(factors.get(name, math.nan))]
+        known = [i for i, name in enumerate(names) if factors.get(name)]
         for i, name in enumerate(names):
             nearest = min(known, key=lambda j: abs(i - j), default=None)
-            filled[name] = 1.0 if nearest is None else factors[names[nearest]]
+            filled[name] = () if nearest is None else factors[names[nearest]]
     return filled
+
+
+def corrected(
+    points: Sequence[tuple[_W, float]], factors: Sequence[tuple[float, float]]
+) -> tuple[tuple[_W, float], ...]:
+    """Predicted losses times what was measured over what was predicted, in equal parts between measured widths."""
+    if not factors:
+        return tuple(points)
+    widths, logarithms = [width for width, _ in factors], [math.log(factor) for _, factor in factors]
+    return tuple((w, loss * math.exp(np.interp(w, widths, logarithms))) for w, loss in points)

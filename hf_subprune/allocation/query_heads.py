@@ -6,16 +6,13 @@ from dataclasses import replace
 
 from ..blocks import Block
 from ..config import PruneConfig
-from ..models.forms import together
-from ..models.running import inside
 from ..runs.processes import from_all, is_mine
 from ..runs.workspace import Workspace
 from ..solver.curves import expected_loss
 from ..solver.problem import Problem, columns_of
 from ..solver.settings import Settings
 from ..solver.solve import choose
-from ..storage.layout import choose_layout
-from ..surgery.edits import narrowed
+from .families import Families, loads_as_stock
 from .survey import Survey
 from .targets import Target
 from .widths import choose_units
@@ -35,7 +32,6 @@ def better_units(
         widths: Units that each block keeps where whole key/value heads go, by name.
         config: One of those that it was taken for.
         work: Where the comparison is kept.
-        work: Where the comparison is kept.
 
     Returns:
         The blocks to prune, in forward order, some with query heads as units, and how many units each block keeps, by
@@ -44,38 +40,85 @@ def better_units(
     blocks = [b for b in survey.blocks if widths[b.name] < b.units]
     if config.allocation() == "uniform":
         return _at_equal_cost(survey, blocks, widths, config, work)
-    offered = _offered(survey, config)
-    if not offered:
-        return blocks, dict(widths)
     target = survey.target(config)
     if target.name == "latency":  # what these widths take was timed, and the sum of their costs is not that
         (part,) = target.parts
         target = replace(target, parts=(replace(part, limit=target.cost(dict(widths)) - target.rest),))
+    return units_by_loss(survey, target, config, _offered(survey, survey.families_of(config)))
+
+
+def units_by_loss(
+    survey: Survey, target: Target, config: PruneConfig, offered: Sequence[Block] = ()
+) -> tuple[list[Block], dict[str, int]]:
+    """As `better_units`, for budgets that share out by what blocks lose.
+
+    Args:
+        survey: Of the model and what its blocks lose.
+        target: What they may cost.
+        config: One of those that the survey was taken for.
+        offered: Blocks that may lose query heads.
+    """
+    families = survey.families_of(config)
     of_queries = {block.name: survey.query_losses[block.name] for block in offered}
     while True:
-        chosen = choose_units(survey.blocks, target, config, survey.predicted(), of_queries)
+        chosen = choose_units(survey.blocks, target, config, families, survey.predicted(), of_queries)
         to_prune = [block for block, kept in chosen.values() if kept < block.units]
         kept_units = {name: kept for name, (_, kept) in chosen.items()}
-        narrowed_queries = {block.name for block in to_prune if block.sets > 1}
-        if config.layout != "stock" or not narrowed_queries or _loads_as_stock(survey, to_prune, kept_units):
+        heads = [(b.name, b.sets, kept_units[b.name]) for b in to_prune if b.kind == "attention"]
+        if not (families.even and heads) or _loads(survey, to_prune, kept_units):
             return to_prune, kept_units
-        for name in narrowed_queries:
-            of_queries[name] = tuple(point for point in of_queries[name] if point[0] != kept_units[name])
+        families = replace(families, refused=families.refused | set(heads))
 
 
-def _offered(survey: Survey, config: PruneConfig) -> list[Block]:
+def alternatives(survey: Survey, config: PruneConfig) -> tuple[tuple[str, float], ...]:
+    """`Allocation.alternatives` of one size: the best that there is for each number of heads to keep."""
+    families = survey.families_of(config)
+    if not families.even or not survey.losses:
+        return ()
+    target, predicted = survey.target(config), survey.predicted()
+    of_queries = {block.name: survey.query_losses[block.name] for block in _offered(survey, families)}
+    found: dict[str, float] = {}
+    for family in families.of(survey.candidates):
+        first = family[0]
+        if first.kind != "attention":
+            continue
+        options = {(first.sets, width) for width in range(1, first.units + 1)}
+        if first.queries is not None:
+            options |= {(first.queries.sets, width) for width, _ in of_queries.get(first.name, ())}
+        for only in options:
+            others = {(block.name, *option) for block in family for option in options - {only}}
+            one = replace(families, refused=families.refused | others)
+            try:
+                chosen = choose_units(survey.blocks, target, config, one, predicted, of_queries)
+            except ValueError:  # so many heads are too many, or the config cannot say it
+                continue
+            kept = {name: width for name, (_, width) in chosen.items()}
+            found[_in_words(survey, chosen)] = survey.predicted_loss(
+                [block for block, width in chosen.values() if width < block.units], kept
+            )
+    return tuple(sorted(found.items(), key=lambda one: one[1]))
+
+
+def _in_words(survey: Survey, chosen: Mapping[str, tuple[Block, int]]) -> str:
+    """The widths of candidates, each once: `"mlp 1088 of 1536, attention 3 of 3"`."""
+    blocks = (chosen[block.name] for block in survey.candidates)
+    return ", ".join(
+        dict.fromkeys(
+            f"{block.kind}{' queries' if block.sets > 1 else ''} {width} of {block.units}" for block, width in blocks
+        )
+    )
+
+
+def _offered(survey: Survey, families: Families) -> list[Block]:
     """Blocks that may lose query heads; of those with one width in all layers, only where all alike may."""
     offered = {b.name: b.queries for b in survey.candidates if b.queries is not None and b.tie is None}
-    shapes: dict[tuple[str, int], set[tuple[int, ...]]] = {}
-    for block in survey.blocks:
+
+    def shape(block: Block) -> tuple[int, ...]:
         queries = offered.get(block.name)
-        shape = () if queries is None else (queries.units, queries.parameters_per_unit, block.parameters_per_unit)
-        shapes.setdefault((block.kind, block.units), set()).add(shape)
-    return [
-        block
-        for block in survey.candidates
-        if block.name in offered and (config.layout != "stock" or len(shapes[block.kind, block.units]) == 1)
-    ]
+        return () if queries is None else (queries.units, queries.parameters_per_unit, block.parameters_per_unit)
+
+    alike = [family for family in families.of(survey.blocks) if len({shape(block) for block in family}) == 1]
+    return [block for family in alike for block in family if block.name in offered]
 
 
 def _at_equal_cost(
@@ -87,7 +130,7 @@ def _at_equal_cost(
     if not offered:
         return list(blocks), dict(widths)
     even = _is_even(survey, blocks, widths, config)
-    if even and not _loads_as_stock(survey, *_replaced(blocks, widths, heads)):
+    if even and not _loads(survey, *_replaced(blocks, widths, heads)):
         return list(blocks), dict(widths)
     gains = work.once("query_heads", lambda: _gains(survey, offered, widths, heads, work))
     families: dict[object, list[str]] = {}
@@ -119,18 +162,12 @@ def _replaced(
 def _is_even(survey: Survey, blocks: Sequence[Block], widths: Mapping[str, int], config: PruneConfig) -> bool:
     """Whether all layers are to have one width that the model's config says."""
     if config.layout == "auto":
-        return _loads_as_stock(survey, blocks, widths)
+        return _loads(survey, blocks, widths)
     return config.layout == "stock"
 
 
-def _loads_as_stock(survey: Survey, blocks: Sequence[Block], widths: Mapping[str, int]) -> bool:
-    model = survey.model
-    with narrowed(model, blocks, widths), together(inside(model)):
-        try:
-            choose_layout(model, "stock", inputs=survey.probe).undo()
-        except ValueError:
-            return False
-    return True
+def _loads(survey: Survey, blocks: Sequence[Block], widths: Mapping[str, int]) -> bool:
+    return loads_as_stock(survey.model, blocks, widths, survey.probe)
 
 
 def _gains(

@@ -28,6 +28,8 @@ from ..solver.moments import restrict
 from ..solver.problem import Problem
 from ..solver.settings import Settings
 from ..surgery.edits import Edit, kept_columns, taken_back
+from .budgets import interpolate
+from .families import Families
 from .propagation import Points
 from .targets import Target
 
@@ -48,13 +50,15 @@ class Survey:
         blocks: That the configs let us prune, in forward order.
         candidates: Those of them that some target can take units from.
         targets: What each config asks for, in their order.
+        families: How blocks are tied for each config, in their order.
         plan: The segments that hold the candidates.
         owners: By block name, the process that solves the block.
         original: What the model puts out and costs before anything goes.
         metrics: By block name, `M` of `sensitivity.output_metrics`; blocks left out weigh outputs equally.
         gradients: By block name, `sensitivity.activation_gradients`, where the importance reads them.
-        curves: By block name, the error at every width; empty when every budget is uniform.
-        losses: By block name, `(width, predicted drift)` points, made from the curves.
+        curves: By block name, the error at every width; empty when every budget is uniform. Of a family that gets one
+            width, a few blocks have one.
+        losses: By block name, `(width, predicted drift)` points, of its curve or of that of the nearest block.
         query_losses: The same of query heads, for the blocks that could lose these instead.
         stored: By block name, the moments of the original model; `None` where they are collected again for each size.
         present: By block name, `(k,)` int64, sorted: the units that are left of a block that is masked in part.
@@ -67,6 +71,7 @@ class Survey:
     blocks: Sequence[Block]
     candidates: Sequence[Block]
     targets: Sequence[Target]
+    families: Sequence[Families]
     plan: Plan
     owners: Mapping[str, int]
     original: Original
@@ -92,6 +97,10 @@ class Survey:
         """What one of the configs asks for on this model."""
         return self.targets[list(self.configs).index(config)]
 
+    def families_of(self, config: PruneConfig) -> Families:
+        """How blocks are tied for one of the configs."""
+        return self.families[list(self.configs).index(config)]
+
     def full_cost(self, target: Target) -> float:
         """What the model costs with all units, in the target's unit."""
         return target.cost({b.name: b.units for b in self.blocks})
@@ -99,6 +108,11 @@ class Survey:
     def predicted(self) -> dict[str, Points]:
         """`losses`, and nothing to lose of blocks that no target can take units from."""
         return {b.name: self.losses.get(b.name, ((b.units, 0.0),)) for b in self.blocks}
+
+    def predicted_loss(self, blocks: Sequence[Block], kept: Mapping[str, int]) -> float:
+        """Sum of the predicted drifts of blocks, some with query heads as units, at widths by name."""
+        points = ((self.losses if block.sets == 1 else self.query_losses)[block.name] for block in blocks)
+        return sum(interpolate(p, [kept[b.name]])[0] for b, p in zip(blocks, points, strict=True))
 
     def predictions(self, block: Block) -> dict[str, Any]:
         """The block's curves, for the report; there are none of query heads."""

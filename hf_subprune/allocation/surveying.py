@@ -19,15 +19,13 @@ from ..config import TWO_STREAMS, PruneConfig
 from ..data.batches import Samples
 from ..discovery.discover import discover
 from ..evaluation.original import Original
-from ..models.forms import together
 from ..models.linears import matrix_shape
-from ..models.running import Batch, input_device, inside, is_offloaded
+from ..models.running import Batch, input_device, is_offloaded
 from ..runs.memory import release_memory
 from ..runs.processes import from_process, processes
 from ..runs.store import Store
 from ..runs.workspace import Workspace
-from ..storage.layout import choose_layout
-from ..surgery.edits import narrowed
+from .families import Families, even_families, narrow_width, prove_stock
 from .losses import with_losses
 from .propagation import Quality
 from .survey import Survey
@@ -63,8 +61,10 @@ def take_survey(
         raise ValueError("`evaluation` is read by budget='equal_loss' only: choose that budget, or leave it out.")
     quality = None if evaluation is None else Quality(evaluation, samples.model)
     probe = send_to_device(samples.probe, input_device(samples.model))
-    found, blocks, targets, candidates, segments = work.once(  # in one file: a block is one object everywhere
-        "blocks", lambda: _find(samples, configs, probe, work)
+    found, blocks, targets, families, candidates, segments = (
+        work.once(  # in one file: a block is one object everywhere
+            "blocks", lambda: _find(samples, configs, probe, work)
+        )
     )
     targets = from_process(0, targets)  # latencies differ from process to process
     needs_curves = needs_losses(configs) and bool(candidates)
@@ -81,6 +81,7 @@ def take_survey(
         blocks=blocks,
         candidates=candidates,
         targets=targets,
+        families=families,
         plan=segments,
         owners=_owners(blocks, needs_curves),
         original=original,
@@ -112,22 +113,54 @@ def looked_at_again(survey: Survey) -> Survey:
 
 def _find(
     samples: Samples, configs: Sequence[PruneConfig], probe: Batch, work: Workspace
-) -> tuple[Discovery, list[Block], list[Target], list[Block], Plan]:
+) -> tuple[Discovery, list[Block], list[Target], list[Families], list[Block], Plan]:
     model = samples.model
     with work.clock("discovery"):
         found = discover(model, probe)
         blocks = choose_blocks(found.blocks, found.refusals, configs[0])
     with work.clock("targets"):
         targets = resolve(samples, blocks, configs)
-        for config, target in zip(configs, targets, strict=True):
-            widths = check_target(blocks, target, config)
-            if config.layout == "stock":  # refused now rather than after the work
-                with narrowed(model, blocks, widths), together(inside(model)):
-                    choose_layout(model, "stock", inputs=probe).undo()
-    candidates = [b for b in blocks if any(_may_shrink(b, target) for target in targets)]
+        families = _families(model, blocks, targets, configs, probe)
+    sizes = list(zip(targets, families, strict=True))
+    candidates = [b for b in blocks if any(_may_shrink(b, target) and b.name not in f.whole for target, f in sizes)]
     with work.clock("discovery"):
         segments = plan(samples, candidates)
-    return found, blocks, targets, candidates, segments
+    return found, blocks, targets, families, candidates, segments
+
+
+def _families(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    targets: Sequence[Target],
+    configs: Sequence[PruneConfig],
+    probe: Batch,
+) -> list[Families]:
+    """How blocks are tied for each size: evenly where the config of the model can say what the size asks for.
+
+    Raises:
+        ValueError: a target cannot be met, or, for layout `"stock"`, not with widths that the config says.
+    """
+    single = Families.single(blocks)
+    if any(config.is_even() for config in configs):
+        even = even_families(model, blocks, probe)
+    found = []
+    for config, target in zip(configs, targets, strict=True):
+        chosen = even if config.is_even() else single
+        try:
+            widths = check_target(blocks, target, config, chosen)
+        except ValueError:
+            if chosen is single:
+                raise
+            left = [block for block in blocks if block.name in even.whole]
+            if config.layout == "stock":
+                prove_stock(model, left, {block.name: narrow_width(block) for block in left}, probe)
+                raise
+            chosen = single
+            widths = check_target(blocks, target, config, chosen)
+        if config.layout == "stock" and chosen is single:  # refused now rather than after the work
+            prove_stock(model, blocks, widths, probe)
+        found.append(chosen)
+    return found
 
 
 def _may_shrink(block: Block, target: Target) -> bool:

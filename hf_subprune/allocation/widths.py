@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ..blocks import Block
 from ..config import PruneConfig
@@ -17,6 +18,7 @@ from .budgets import (
     undominated,
     uniform_widths,
 )
+from .families import Families
 from .propagation import Points
 from .targets import Part, Target
 
@@ -24,34 +26,50 @@ from .targets import Part, Target
 # block of a few units are no longer those that were measured on it alone.
 _FLOOR = 0.1
 
-# The automatic rounding of widths: even ones are stored in a stock config and should suit any kernel.
-_EVEN_STEP, _RAGGED_STEP = 64, 8
+# The automatic rounding of widths, and finer ones where it misses the target by more than `_SLACK` of it: even widths
+# are stored in a stock config and should suit any kernel.
+_EVEN_STEPS, _RAGGED_STEPS = (64, 8, 1), (8, 1)
+_SLACK = 0.005
 
 # Grouped matrix products, which run stacked experts, take rows of whole 16 bytes only.
 _STACKED_STEP = 8
 
 
-def multiple(block: Block, config: PruneConfig) -> int:
-    """What a block's width is a multiple of."""
+def multiple(block: Block, step: int, *, asked: bool) -> int:
+    """What a block's width is a multiple of.
+
+    Args:
+        block: Whose width it is.
+        step: That widths are rounded to where blocks have enough units.
+        asked: Whether it is what the user asked for, whom any block of one step obeys.
+    """
     if block.kind == "attention":
         return 1
-    if config.round_to is not None:
-        step = config.round_to if block.units >= config.round_to else 1
-    else:
-        even = config.allocation() == "uniform" or config.layout == "stock"
-        step = rounding(block.units, _EVEN_STEP if even else _RAGGED_STEP)
+    step = (step if block.units >= step else 1) if asked else rounding(block.units, step)
     return step if block.stack is None else math.lcm(step, _STACKED_STEP)
 
 
+def _steps(config: PruneConfig, even: bool) -> tuple[int, ...]:
+    """What widths are rounded to: the first that comes near enough to the target."""
+    if config.round_to is not None:
+        return (config.round_to,)
+    return _EVEN_STEPS if even else _RAGGED_STEPS
+
+
 def choose_widths(
-    blocks: Sequence[Block], target: Target, config: PruneConfig, losses: Mapping[str, Points] | None = None
+    blocks: Sequence[Block],
+    target: Target,
+    config: PruneConfig,
+    families: Families,
+    losses: Mapping[str, Points] | None = None,
 ) -> dict[str, int]:
     """The width of every block, by name.
 
     Args:
         blocks: That may be pruned.
         target: What they may cost.
-        config: Its `budget`, `layout` and `round_to` are read.
+        config: Its `budget` and `round_to` are read.
+        families: How blocks are tied.
         losses: Predicted loss of each block in a part of the target; not needed for budget `"uniform"`.
 
     Raises:
@@ -63,7 +81,7 @@ def choose_widths(
         if config.allocation() == "uniform":
             widths |= _uniform(inside, part, target, config)
         else:
-            chosen = _by_loss(inside, part, target, config, losses or {}, {})
+            chosen = _ByLoss(part, target, config, families, losses or {}, {}).share(inside)
             widths |= {name: width for name, (_, width) in chosen.items()}
     return widths
 
@@ -72,6 +90,7 @@ def choose_units(
     blocks: Sequence[Block],
     target: Target,
     config: PruneConfig,
+    families: Families,
     losses: Mapping[str, Points],
     queries: Mapping[str, Points],
 ) -> dict[str, tuple[Block, int]]:
@@ -81,6 +100,7 @@ def choose_units(
         blocks: That may be pruned.
         target: What they may cost.
         config: As for `choose_widths`, of another budget than `"uniform"`.
+        families: How blocks are tied.
         losses: Predicted loss of each block in a part of the target.
         queries: Of the blocks that may lose query heads instead: predicted loss by number of these.
 
@@ -90,11 +110,11 @@ def choose_units(
     chosen = {block.name: (block, block.units) for block in blocks}
     for part in target.parts:
         inside = [block for block in blocks if block.name in part.blocks]
-        chosen |= _by_loss(inside, part, target, config, losses, queries)
+        chosen |= _ByLoss(part, target, config, families, losses, queries).share(inside)
     return chosen
 
 
-def check_target(blocks: Sequence[Block], target: Target, config: PruneConfig) -> dict[str, int]:
+def check_target(blocks: Sequence[Block], target: Target, config: PruneConfig, families: Families) -> dict[str, int]:
     """Refuse what cannot be reached, before any calibration.
 
     Returns:
@@ -103,11 +123,12 @@ def check_target(blocks: Sequence[Block], target: Target, config: PruneConfig) -
     Raises:
         ValueError: as `choose_widths`.
     """
-    return choose_widths(blocks, target, config, {b.name: ((b.units, 0.0),) for b in blocks})
+    return choose_widths(blocks, target, config, families, {b.name: ((b.units, 0.0),) for b in blocks})
 
 
 def _uniform(blocks: Sequence[Block], part: Part, target: Target, config: PruneConfig) -> dict[str, int]:
-    units, steps = [b.units for b in blocks], [multiple(b, config) for b in blocks]
+    step, asked = config.round_to or _EVEN_STEPS[0], config.round_to is not None
+    units, steps = [b.units for b in blocks], [multiple(b, step, asked=asked) for b in blocks]
     names = [b.name for b in blocks]
 
     def cost(widths: Sequence[int]) -> float:
@@ -128,45 +149,77 @@ def _uniform(blocks: Sequence[Block], part: Part, target: Target, config: PruneC
     return dict(zip(names, widths, strict=True))
 
 
-def _by_loss(
-    blocks: Sequence[Block],
-    part: Part,
-    target: Target,
-    config: PruneConfig,
-    losses: Mapping[str, Points],
-    queries: Mapping[str, Points],
-) -> dict[str, tuple[Block, int]]:
-    full = sum(target.costs[block.name][-1] for block in blocks)
-    share = min(1.0, part.limit / full) if full > 0 else 1.0
-    choices = []
-    for block in blocks:
-        least_width = _FLOOR * share * block.units
-        widths = tuple(w for w in allowed_widths(block.units, multiple(block, config)) if w >= least_width)
-        predicted = zip(widths, interpolate(losses[block.name], widths), strict=True)
-        options = [(target.costs[block.name][w], (block.sets, w), loss) for w, loss in predicted]
+@dataclass(frozen=True)
+class _ByLoss:
+    """One part of a target, shared out by what blocks lose.
+
+    Args:
+        part: Of the target.
+        target: What blocks may cost.
+        config: Its `budget` and `round_to` are read.
+        families: How blocks are tied.
+        losses: Predicted loss of each block.
+        queries: Of the blocks that may lose query heads instead: predicted loss by number of these.
+    """
+
+    part: Part
+    target: Target
+    config: PruneConfig
+    families: Families
+    losses: Mapping[str, Points]
+    queries: Mapping[str, Points]
+
+    def share(self, blocks: Sequence[Block]) -> dict[str, tuple[Block, int]]:
+        """By name, the block or its query heads, and how many units it keeps.
+
+        Of the roundings in turn, the first one counts that comes near enough to the target, else the nearest.
+        """
+        families = self.families.of(blocks)
+        full = sum(self.target.costs[block.name][-1] for block in blocks)
+        search = least_loss if self.config.allocation() == "global" else equal_loss
+        tried: list[tuple[float, list[tuple[int, int]]]] = []
+        for step in _steps(self.config, self.families.even):
+            choices = [undominated(tie([self._choices(b, step, full) for b in family])) for family in families]
+            self._check(choices)
+            chosen = search(choices, self.part.limit)
+            cost = sum(one.costs[one.widths.index(name)] for one, name in zip(choices, chosen, strict=True))
+            tried.append((cost, chosen))
+            if cost >= (1 - _SLACK) * min(self.part.limit, full):
+                break
+        _, chosen = max(tried, key=lambda one: one[0])
+        found: dict[str, tuple[Block, int]] = {}
+        for family, (sets, width) in zip(families, chosen, strict=True):
+            for block in family:
+                found[block.name] = (block if block.queries is None or sets == block.sets else block.queries, width)
+        return found
+
+    def _choices(self, block: Block, step: int, full: float) -> Choices:
+        """The widths of a block, named by the number of sets of its units and how many units are kept."""
+        costs = self.target.costs[block.name]
+        if block.name in self.families.whole:
+            return Choices(((block.sets, block.units),), (costs[-1],), (0.0,))
+        share = min(1.0, self.part.limit / full) if full > 0 else 1.0
+        multiples = allowed_widths(block.units, multiple(block, step, asked=self.config.round_to is not None))
+        widths = tuple(width for width in multiples if width >= _FLOOR * share * block.units)
+        predicted = zip(widths, interpolate(self.losses[block.name], widths), strict=True)
+        options = [(costs[width], (block.sets, width), loss) for width, loss in predicted]
         if block.queries is not None:
-            sets, costs = block.queries.sets, target.queries.get(block.name, ())
-            options += [(costs[w], (sets, w), loss) for w, loss in queries.get(block.name, ())]
-        costs, names, falling = zip(*sorted(options), strict=True)
-        choices.append(Choices(names, costs, falling))
-    tied: dict[object, list[int]] = {}
-    for index, block in enumerate(blocks):
-        key = (block.kind, block.units) if config.layout == "stock" else block.tie or block.stack or index
-        tied.setdefault(key, []).append(index)
-    families = [undominated(tie([choices[i] for i in members])) for members in tied.values()]
-    least = sum(family.costs[0] for family in families)
-    if least > part.limit * (1 + 1e-9):
+            sets, of_queries = block.queries.sets, self.target.queries.get(block.name, ())
+            options += [(of_queries[width], (sets, width), loss) for width, loss in self.queries.get(block.name, ())]
+        said = [option for option in sorted(options) if (block.name, *option[1]) not in self.families.refused]
+        return Choices(*zip(*((name, cost, loss) for cost, name, loss in said), strict=True))
+
+    def _check(self, choices: Sequence[Choices]) -> None:
+        """Raise `ValueError` if the smallest widths are too many."""
+        part, target = self.part, self.target
+        least = sum(family.costs[0] for family in choices)
+        if least <= part.limit * (1 + 1e-9):
+            return
         smallest = target.limit + least - part.limit
         advice = "Ask for that much at least."
         if target.name == "keep":
-            advice = f"Keep at least {math.ceil(1e4 * least / sum(f.costs[-1] for f in families)) / 1e4}."
+            advice = f"Keep at least {math.ceil(1e4 * least / sum(f.costs[-1] for f in choices)) / 1e4}."
         raise ValueError(
-            f"{target.name}={part.asked or getattr(config, target.name)} is out of reach: it allows "
+            f"{target.name}={part.asked or getattr(self.config, target.name)} is out of reach: it allows "
             f"{target.limit:.6g} {target.unit}, and the smallest width of every block makes {smallest:.6g}. {advice}"
         )
-    chosen = (least_loss if config.allocation() == "global" else equal_loss)(families, part.limit)
-    found: dict[str, tuple[Block, int]] = {}
-    for members, (sets, width) in zip(tied.values(), chosen, strict=True):
-        for block in (blocks[i] for i in members):
-            found[block.name] = (block if block.queries is None or sets == block.sets else block.queries, width)
-    return found

@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
 from ..allocation.budgets import interpolate
+from ..allocation.families import Families
 from ..allocation.propagation import has_row_per_sample, scalar_drift
 from ..allocation.survey import Survey
 from ..allocation.surveying import take_survey
@@ -71,7 +72,8 @@ def bench_budgets(
             for budget in ("uniform", "equal_loss", "global"):
                 wanted = replace(base, keep=keep, budget=budget)
                 target = keep_target(survey.blocks, wanted)
-                widths = choose_widths(survey.blocks, target, wanted, survey.losses)
+                families = Families.single(survey.blocks)
+                widths = choose_widths(survey.blocks, target, wanted, families, survey.losses)
                 rows.append({"budget": budget, "keep": keep, **drifts.row(widths)})
                 advanced()
         rng = random.Random(config.seed)

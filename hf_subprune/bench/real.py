@@ -17,7 +17,7 @@ from ..solver.objective import objective_of
 from ..solver.problem import Problem
 from ..solver.reweighting import cross_fit, relative_error, reweight
 from ..solver.selection import select
-from ..solver.settings import PRIOR_SHRINKAGE, Settings
+from ..solver.settings import Settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def bench_shrinkage(problem: RealProblem, *, keep: float = 0.5, fixed: tuple[flo
         `chosen`: the lambda; `errors`: by lambda, as text, with `"cross-fitted"` for the chosen one.
     """
     total = problem.total
-    objective = objective_of(Problem(problem.folds, problem.W), PRIOR_SHRINKAGE)
+    objective = objective_of(Problem(problem.folds, problem.W), Settings())
     kept = select(objective, max(1, round(keep * objective.units)), Settings()).kept
     chosen = cross_fit(problem.folds, problem.W, kept).shrinkage
 

@@ -180,7 +180,7 @@ def prune(
             loaded, processing_class = load_model(model, dtype=dtype)
             report = replace(prune_model(loaded, samples, config, processing_class), command=command_line())
             if place is not None:
-                save_to(place, loaded, processing_class, report, max_shard_size=max_shard_size)
+                save_to(place, loaded, processing_class, report, {"max_shard_size": max_shard_size})
     console.print(summary_table(report), block_table(report))
     console.print(f"Saved to {out}.", soft_wrap=True)
     if push is not None and state().is_main_process:

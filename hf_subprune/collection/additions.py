@@ -1,11 +1,13 @@
 """Where a consumer's output is added to the residual stream."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..blocks import Block
@@ -14,6 +16,9 @@ from ..models.experts import is_expert
 from ..models.linears import feature_axis
 from ..models.running import Watch, hooked, modules_by_path, placed, undisturbed
 from .segments import Plan
+
+# Names of classes that divide each token by its size: `LayerNorm`, `LlamaRMSNorm`, `T5LayerNorm`.
+_TOKEN_NORM = re.compile(r"(Layer|RMS)_?Norm", flags=re.IGNORECASE)
 
 # Relative size below which a gain, what else is added, or a difference between rows, is taken for zero.
 _NEGLIGIBLE = 1e-3
@@ -27,11 +32,13 @@ class Addition:
         path: Dotted path of a module.
         is_input: Whether it is the module's first input; its output otherwise.
         gain: What each feature of the consumer's output is multiplied by, in the shape that broadcasts to it.
+        normed: Whether what reads the sum is first divided by its size, token by token.
     """
 
     path: str
     is_input: bool
     gain: torch.Tensor
+    normed: bool = False
 
     def rest(self, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """What has been added to the consumer's output, in the output's units, in float32; zero where the gain is."""
@@ -54,12 +61,13 @@ def find_additions(samples: Samples, plan: Plan) -> dict[str, Addition]:
     """
     found: dict[str, Addition] = {}
     model, modules = samples.model, modules_by_path(samples.model)
+    normed = _normed_widths(modules.values())
     inputs: list[Watch] = []
     outputs: list[Watch] = []
     for segment in plan.segments:
         inside = [block for block in segment.blocks if not is_expert(modules, block.consumer)]
         axes = {block.consumer: feature_axis(modules[block.consumer]) for block in inside}
-        watch = _Watch(inside, axes, found)
+        watch = _Watch(inside, axes, normed, found)
         for path, _ in modules[segment.path].named_modules(prefix=segment.path):
             inputs.append((path, watch.at_input(path)))
             outputs.append((path, watch.at_output(path)))
@@ -75,12 +83,21 @@ def first_tensor(values: Any) -> torch.Tensor | None:
     return next((x for x in tree_leaves(values) if isinstance(x, torch.Tensor)), None)
 
 
+def _normed_widths(modules: Iterable[nn.Module]) -> set[int]:
+    """Widths of the streams that some module divides by their size, as layer and RMS norms of any model do."""
+    norms = (module for module in modules if _TOKEN_NORM.search(type(module).__name__))
+    weights = (getattr(module, "weight", None) for module in norms)
+    return {len(weight) for weight in weights if isinstance(weight, torch.Tensor) and weight.ndim == 1}
+
+
 class _Watch:
     """Looks at every tensor in one segment, for those blocks whose consumer has been called."""
 
-    def __init__(self, blocks: Sequence[Block], axes: Mapping[str, int], found: dict[str, Addition]):
+    def __init__(
+        self, blocks: Sequence[Block], axes: Mapping[str, int], normed: Collection[int], found: dict[str, Addition]
+    ):
         self.consumers = {block.consumer: block.name for block in blocks}
-        self.axes, self.found = axes, found
+        self.axes, self.normed, self.found = axes, normed, found
         self._outputs: dict[str, torch.Tensor] = {}
         self._seen: dict[str, set[tuple[str, bool]]] = {}
         self._ambiguous: set[str] = set()
@@ -119,7 +136,7 @@ class _Watch:
             if value is None or gain is None:
                 continue
             output = self._outputs[consumer].detach()
-            addition = Addition(path, is_input, gain)
+            addition = Addition(path, is_input, gain, value.shape[self.axes[consumer]] in self.normed)
             if addition.rest(value.detach(), output).abs().max() > _NEGLIGIBLE * output.abs().max():
                 self.found[self.consumers[consumer]] = addition
                 del self._outputs[consumer]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,19 +52,28 @@ class Targets:
 class Observer:
     """Feeds the rows that reach one consumer into the accumulators of the batch's fold (variants `layer` and `seq`).
 
+    Where the consumer's output is added to a stream that goes through a norm, a row counts as what reads the stream
+    sees it: relative to the energy of its token there.
+
     Args:
         samples: Whose batches run, and their model.
         block: What is observed.
         calls: How often one forward calls its consumer.
+        addition: Where the sum is that the consumer's output goes into, if it is of interest.
+        ends: Whether a forward may end once all rows were seen.
     """
 
     outputs: int | None = None
     """Number of targets a row, where these come from another model."""
 
-    def __init__(self, samples: Samples, block: Block, calls: int):
-        self.samples, self.block, self.calls = samples, block, calls
+    def __init__(
+        self, samples: Samples, block: Block, calls: int, addition: Addition | None = None, *, ends: bool = False
+    ):
+        self.samples, self.block, self.calls, self.addition, self.ends = samples, block, calls, addition, ends
         self.consumer: Any = samples.model.get_submodule(block.consumer)
         self._moments: BlockMoments | None = None
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
 
     @property
     def moments(self) -> BlockMoments:
@@ -89,7 +98,7 @@ class Observer:
     @property
     def stops(self) -> bool:
         """Whether it ends a forward of the pruned model itself, behind the consumer."""
-        return False
+        return self.ends and self.addition is not None
 
     def start(self, index: int) -> None:
         """The rows to come belong to batch `index` (calibration batches first, held-out ones behind)."""
@@ -97,18 +106,72 @@ class Observer:
 
     def hooks(self) -> tuple[Hooks, Hooks]:
         """What to call with inputs and with outputs of which modules, in a pass of the model as pruned so far."""
-        return [(self.block.consumer, self.add)], []
+        if self.addition is None:
+            return [(self.block.consumer, self.add)], []
+        return self._around(self.addition, [(self.block.consumer, self._hold_input)], self._add_at_sum)
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Rows of one call of the consumer."""
-        mask = self._mask_of(inputs)
+    def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Rows of one call of the consumer.
+
+        Args:
+            inputs: Of the consumer.
+            weights: Of its real tokens.
+        """
         into = self._fold()
+        done = 0
+        for rows in self._real_inputs(inputs):
+            into.update(rows, None, None if weights is None else weights[done : done + len(rows)])
+            done += len(rows)
+
+    def _around(self, addition: Addition, inputs: Hooks, at_sum: Callable[[Any], None]) -> tuple[Hooks, Hooks]:
+        outputs: Hooks = [(self.block.consumer, self._hold_output)]
+        (inputs if addition.is_input else outputs).append((addition.path, at_sum))
+        return inputs, outputs
+
+    def _hold_input(self, inputs: torch.Tensor) -> None:
+        self._input = inputs.clone()  # what comes between may write into it
+
+    def _hold_output(self, output: torch.Tensor) -> None:
+        self._output = output.clone()
+
+    def _add_at_sum(self, values: Any) -> None:
+        output, self._output = self._output, None
+        if output is None:  # the consumer has not been called since the last time
+            return
+        self._add_held(first_tensor(values), output)  # type: ignore[arg-type]
+        self._left -= 1
+        if self._left == 0 and self.ends:
+            stop()
+
+    def _add_held(self, total: torch.Tensor, output: torch.Tensor) -> None:
+        """The rows of the call that gave `output`, which has become part of the sum `total`."""
+        self.add(self._input, weights=self._weights(total))  # type: ignore[arg-type]
+
+    def _weights(self, total: torch.Tensor) -> torch.Tensor | None:
+        """`(rows,)` float32, one over the energy of each token where it is divided by that; `None` where it is not."""
+        if not self.addition.normed:  # type: ignore[union-attr]
+            return None
+        energy = self._output_rows(total).float().square().sum(1)
+        return torch.where(energy > 0, 1 / energy, 0.0)
+
+    def _output_rows(self, output: torch.Tensor) -> torch.Tensor:
+        shape = output.movedim(feature_axis(self.consumer), -1).shape
+        return self._real(output_rows(self.consumer, output), shape)
+
+    def _real(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Those rows of a tensor of `shape` that are no padding."""
+        mask = self.samples.mask(shape, self._index, self.block.consumer)
+        return rows if mask is None else rows[mask.to(rows.device)]
+
+    def _real_inputs(self, inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The rows of the consumer's inputs that are no padding, in parts."""
+        mask = self._mask_of(inputs)
         start = 0
         for part in input_rows(self.consumer, inputs):
             rows = part if mask is None else part[mask[start : start + len(part)].to(part.device)]
             start += len(part)
             self._check_finite(rows, inputs)
-            into.update(rows, None)
+            yield rows
 
     def _mask_of(self, inputs: torch.Tensor) -> torch.Tensor | None:
         positions = output_positions(self.consumer, inputs.shape)
@@ -131,11 +194,21 @@ class PairedObserver(Observer):
     """Rows of the pruned model with targets of the original (variant `asym`).
 
     Args:
+        samples, block, calls, addition, ends: As of `Observer`.
         targets: Where the original's outputs wait.
     """
 
-    def __init__(self, samples: Samples, block: Block, calls: int, targets: Targets):
-        super().__init__(samples, block, calls)
+    def __init__(
+        self,
+        samples: Samples,
+        block: Block,
+        calls: int,
+        addition: Addition | None = None,
+        *,
+        ends: bool = False,
+        targets: Targets,
+    ):
+        super().__init__(samples, block, calls, addition, ends=ends)
         _, self.outputs = matrix_shape(self.consumer)
         self._bias = getattr(self.consumer, "bias", None)
         self._targets = targets
@@ -150,47 +223,36 @@ class PairedObserver(Observer):
         rows = rows.clone() if self._bias is None else rows - self._bias.detach()  # what follows may write into them
         self._targets.put(self.block.name, self._index, (rows, self._tokens()))
 
-    def add(self, inputs: torch.Tensor, rest: torch.Tensor | None = None) -> None:
+    def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None, rest: torch.Tensor | None = None) -> None:
         """Rows of one call, with their targets.
 
         Args:
             inputs: Of the consumer.
+            weights: Of its real tokens.
             rest: In the shape of its output, what else the sum holds that the targets are of.
         """
         targets, sent = send_to_device(self._targets.pop(self.block.name, self._index), inputs.device)
-        mask = self._mask_of(inputs)
         if sent is None:
-            positions = output_positions(self.consumer, inputs.shape)
+            mask, positions = self._mask_of(inputs), output_positions(self.consumer, inputs.shape)
             self._check_paired(len(targets), math.prod(positions) if mask is None else int(mask.sum()))
         if rest is not None:
             targets = targets - self._output_rows(rest)
         into = self._fold()
-        start = done = 0
-        for part in input_rows(self.consumer, inputs):
-            rows = part if mask is None else part[mask[start : start + len(part)].to(part.device)]
-            start += len(part)
+        done = 0
+        for rows in self._real_inputs(inputs):
             target = targets[done : done + len(rows)]
+            weight = None if weights is None else weights[done : done + len(rows)]
             done += len(rows)
-            self._check_finite(rows, inputs)
             if sent is not None and (tokens := self._tokens()) is not None:
                 # Routers of the two models may differ: only tokens that both send to this expert tell it what to do.
                 here, there = common(tokens, sent)
                 rows, target = rows[here], targets[there]
-            into.update(rows, target)
-
-    def _output_rows(self, output: torch.Tensor) -> torch.Tensor:
-        shape = output.movedim(feature_axis(self.consumer), -1).shape
-        return self._real(output_rows(self.consumer, output), shape)
+            into.update(rows, target, weight)
 
     def _tokens(self) -> torch.Tensor | None:
         """Which tokens the rows of an expert are, in any order; `None` where all tokens pass."""
         routed = routed_tokens(around(self.samples.model, self.block.consumer), self.block.consumer)
         return None if routed is None else self._real(routed[1], (len(routed[1]), 1))
-
-    def _real(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        """Those rows of a tensor of `shape` that are no padding."""
-        mask = self.samples.mask(shape, self._index, self.block.consumer)
-        return rows if mask is None else rows[mask.to(rows.device)]
 
     def _check_paired(self, targets: int, rows: int) -> None:
         if targets != rows:
@@ -205,54 +267,21 @@ class ResidualObserver(PairedObserver):
     """Rows and targets as of `PairedObserver`, for the sum that the consumer's output goes into (`residual`).
 
     The target holds, besides, by how much the rest of that sum, as pruned so far, falls short of the original's.
-
-    Args:
-        addition: Where the sum is.
     """
 
-    def __init__(self, samples: Samples, block: Block, calls: int, targets: Targets, addition: Addition):
-        super().__init__(samples, block, calls, targets)
-        self.addition = addition
-        self._input: torch.Tensor | None = None
-        self._output: torch.Tensor | None = None
-
-    @property
-    def stops(self) -> bool:
-        return True
+    addition: Addition
 
     def target_hooks(self) -> tuple[Hooks, Hooks]:
-        return self._around([], self._add_target_with_rest)
+        return self._around(self.addition, [], self._add_target_at_sum)
 
-    def hooks(self) -> tuple[Hooks, Hooks]:
-        return self._around([(self.block.consumer, self._hold_input)], self._add_with_rest)
-
-    def _around(self, inputs: Hooks, at_sum: Callable[[Any], None]) -> tuple[Hooks, Hooks]:
-        outputs: Hooks = [(self.block.consumer, self._hold_output)]
-        (inputs if self.addition.is_input else outputs).append((self.addition.path, at_sum))
-        return inputs, outputs
-
-    def _hold_input(self, inputs: torch.Tensor) -> None:
-        self._input = inputs.clone()  # what comes between may write into it
-
-    def _hold_output(self, output: torch.Tensor) -> None:
-        self._output = output.clone()
-
-    def _add_target_with_rest(self, values: Any) -> None:
-        output = self._output
-        if (rest := self._rest(values)) is not None:
-            self.add_target(output + rest)  # type: ignore[operator]
-
-    def _add_with_rest(self, values: Any) -> None:
-        if (rest := self._rest(values)) is not None:
-            self.add(self._input, rest)  # type: ignore[arg-type]
-            self._left -= 1
-            if self._left == 0:
-                stop()
-
-    def _rest(self, values: Any) -> torch.Tensor | None:
-        """What was added to the consumer's output; `None` if the consumer has not been called since the last time."""
+    def _add_target_at_sum(self, values: Any) -> None:
         output, self._output = self._output, None
-        return None if output is None else self.addition.rest(first_tensor(values), output)  # type: ignore[arg-type]
+        if output is not None:
+            self.add_target(output + self.addition.rest(first_tensor(values), output))  # type: ignore[arg-type]
+
+    def _add_held(self, total: torch.Tensor, output: torch.Tensor) -> None:
+        rest = self.addition.rest(total, output)
+        self.add(self._input, self._weights(total), rest)  # type: ignore[arg-type]
 
 
 def _culprits(inputs: torch.Tensor) -> str:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from ..blocks import Block
-from ..data.batches import Samples, is_divisible
+from ..data.batches import Samples, is_divisible, samples_in
 from ..data.padding import token_mask
 from ..evaluation.drift import compared_output
 from ..models.experts import by_layer
@@ -145,16 +145,14 @@ def _run_backwards(
 
 
 def _parts(batches: Sequence[Batch], part: int) -> Iterator[tuple[int, Batch]]:
-    """Every fourth sample of each batch, from `part` on; of batches that cannot be cut, every fourth batch.
+    """Every fourth sample of each batch, from `part` on; of batches of fewer, or that cannot be cut, every fourth one.
 
     With the number of the batch, and only those that fall to this process.
     """
     for number in own_share(len(batches)):
         batch = batches[number]
-        if is_divisible(batch):
-            cut = {name: value[part::_ROUNDS] for name, value in batch.items()}
-            if len(next(iter(cut.values()))):
-                yield number, cut
+        if is_divisible(batch) and samples_in(batch) >= _ROUNDS:
+            yield number, {name: value[part::_ROUNDS] for name, value in batch.items()}
         elif number % _ROUNDS == part:
             yield number, batch
 

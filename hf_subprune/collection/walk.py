@@ -104,8 +104,18 @@ class Walk:
             for block, calls in zip(segment.blocks, segment.calls, strict=True)
         }
 
+    @cached_property
+    def _additions(self) -> dict[str, Addition]:
+        """Where sums are, by block name."""
+        return find_additions(self.samples, self.plan)
+
+    def _normed(self, block: Block) -> Addition | None:
+        """Where a block's output is added to what goes through a norm."""
+        addition = self._additions.get(block.name)
+        return addition if addition is not None and addition.normed else None
+
     def _observer(self, block: Block, calls: int) -> Observer:
-        return Observer(self.samples, block, calls)
+        return Observer(self.samples, block, calls, self._normed(block), ends=not self.independent)
 
     def _run(
         self,
@@ -183,21 +193,17 @@ class PairedWalk(SequentialWalk):
         self.original.step()
 
     def _observer(self, block: Block, calls: int) -> Observer:
-        return PairedObserver(self.samples, block, calls, self._targets)
+        return PairedObserver(self.samples, block, calls, self._normed(block), ends=True, targets=self._targets)
 
 
 class ResidualWalk(PairedWalk):
     """As `PairedWalk`, for the sums that outputs go into (variant `residual`)."""
 
-    @cached_property
-    def _additions(self) -> dict[str, Addition]:
-        return find_additions(self.samples, self.plan)
-
     def _observer(self, block: Block, calls: int) -> Observer:
         addition = self._additions.get(block.name)
         if addition is None:
             return super()._observer(block, calls)
-        return ResidualObserver(self.samples, block, calls, self._targets, addition)
+        return ResidualObserver(self.samples, block, calls, addition, ends=True, targets=self._targets)
 
 
 class StoredWalk:

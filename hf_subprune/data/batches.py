@@ -69,10 +69,10 @@ class Samples:
 
         Batches whose tensors cannot be cut stay whole.
         """
-        even, odd = ([piece for batch in self.fit[fold::2] for piece in _pieces(batch, size)] for fold in range(2))
+        even, odd = ([piece for batch in self.fit[fold::2] for piece in pieces(batch, size)] for fold in range(2))
         pairs = itertools.zip_longest(even, odd)
         fit = [batch for pair in pairs for batch in pair if batch is not None]
-        return replace(self, fit=fit, held_out=[piece for batch in self.held_out for piece in _pieces(batch, size)])
+        return replace(self, fit=fit, held_out=[piece for batch in self.held_out for piece in pieces(batch, size)])
 
     @property
     def own_held_out(self) -> list[Batch]:
@@ -131,7 +131,8 @@ def is_divisible(batch: Batch) -> bool:
     )
 
 
-def _pieces(batch: Batch, size: int) -> list[Batch]:
+def pieces(batch: Batch, size: int) -> list[Batch]:
+    """The batch in batches of at most `size` samples; as it is where it cannot be cut."""
     return cut_batches([batch], 0, samples_in(batch), size) if is_divisible(batch) else [batch]
 
 

@@ -29,6 +29,7 @@ from .refusals import (
     unread_modules,
     whole_stacks,
 )
+from .removal import with_removal
 from .seeker import Seeker
 from .settling import Trials, settle
 from .ties import tie_shared
@@ -96,7 +97,8 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     refusals += unreached_modules(modules, ran, reading, blocks)
     refusals += refuse_stacks(modules, layers, blocks)
     blocks, parts = whole_stacks(modules, blocks)
-    return Discovery(counted_once(parameters, blocks), (*refusals, *clashes, *parts))
+    whole = counted_once(parameters, blocks)
+    return Discovery(with_removal(model, inputs, trials, whole), (*refusals, *clashes, *parts))
 
 
 def _own_inputs(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -84,7 +84,7 @@ class _Settling:
 
     def __init__(self, trials: Trials, blocks: list[Block]) -> None:
         self.trials = trials
-        self.number = _numbers(blocks)
+        self.number = numbers(blocks)
         self.kept = {
             block.name: _half(block, i, self.number[block.name])
             for i, tie in enumerate(by_choice(blocks))
@@ -222,7 +222,7 @@ class _Settling:
         return (type(self.trials.modules[owner]), block.kind, tuple(block.columns.shape), *pieces)
 
 
-def _numbers(blocks: list[Block]) -> dict[str, int]:
+def numbers(blocks: list[Block]) -> dict[str, int]:
     """By name, how many blocks like it come before each block; a tie counts as one."""
     numbers: dict[str, int] = {}
     seen: Counter[tuple] = Counter()

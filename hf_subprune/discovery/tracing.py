@@ -105,7 +105,7 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
     with undisturbed(model), torch.enable_grad():
         parameters = []
         for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.numel() > 0:
                 parameter.requires_grad_(True)
                 parameters.append(Source(name, parameter, None))
         parameters += _factors(model)

@@ -98,11 +98,11 @@ def drift(
         logits = old.kind == "logits"
         rows += len(old.rows)
         for a, b in zip(old.rows.split(_ROWS_AT_ONCE), new.rows.split(_ROWS_AT_ONCE), strict=True):
-            a, b = a.double(), b.double()
-            sums["error"] += float((b - a).square().sum())
-            sums["norm"] += float(a.square().sum())
+            a, b = a.float(), b.float()
+            sums["error"] += _summed((b - a).square())
+            sums["norm"] += _summed(a.square())
             if logits:
-                sums["kl"] += float(kl_div(b.log_softmax(1), a.log_softmax(1), reduction="sum", log_target=True))
+                sums["kl"] += _summed(kl_div(b.log_softmax(1), a.log_softmax(1), reduction="none", log_target=True))
                 sums["same"] += float((a.argmax(1) == b.argmax(1)).sum())
             else:
                 sums["cosine"] += float(cosine_similarity(a, b).sum())
@@ -125,6 +125,11 @@ def drift(
         cosine=None if logits else sums["cosine"] / rows,
         embedding_cosine=sums["pooled"] / samples if samples else None,
     )
+
+
+def _summed(values: torch.Tensor) -> float:
+    """The sum of `(rows, k)`; rows are added up in float64."""
+    return float(values.sum(1).sum(dtype=torch.float64))
 
 
 def _outputs(model: PreTrainedModel, batch: Batch, *, room: int = 0, most: int | None = None) -> Outputs:

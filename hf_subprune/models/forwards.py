@@ -1,9 +1,10 @@
 """Forwards that compute with sizes of the unpruned model, adapted to a module with fewer units.
 
-Two things that no attribute of a module says: the width of its heads together where its forward takes it to be that of
-what it is given (`batch, length, width = hidden_states.size()`), and arguments with entries for every unit that are
-made elsewhere (ALiBi biases, masks by head). The first is read from an attribute after adaptation, the second are cut
-to the entries of the units that are left. What `nn.MultiheadAttention` computes is written anew.
+Three things that no attribute of a module says: the width of its heads together where its forward takes it to be that
+of what it is given (`batch, length, width = hidden_states.size()`), arguments with entries for every unit that are
+made elsewhere (ALiBi biases, masks by head), and that no unit is left. The first is read from an attribute after
+adaptation, the second are cut to the entries of the units that are left, and without units the forward is not run.
+What `nn.MultiheadAttention` computes is written anew.
 
 Only torch and Python's own library are imported: `remote_code` copies this file as it is beside the weights.
 """
@@ -28,20 +29,32 @@ INNER_WIDTH = "inner_width"
 CUT_ARGUMENTS = "cut_arguments"
 """Attribute of an adapted module: argument -> `(dim, entries)`, before it is cut; its buffers say what is kept."""
 
+BYPASSED = "bypassed"
+"""Attribute of a module that has no unit left: `(consumer, entries)`, as in `blocks.Bypass`."""
+
+_ELSEWHERE = ("key_value_states", "encoder_hidden_states")
+"""Arguments with what attention looks at, if that is not what it is applied to."""
+
 
 def kept_entries(argument: str) -> str:
     """Name of the buffer of an adapted module with the entries of `argument` to keep: `(k,)` int64, increasing."""
     return f"kept_{argument}"
 
 
-def adapted(module: Any, inner_width: int | None, cut: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """What to set in `vars(module)` so that its forward follows an inner width and cuts arguments.
+def adapted(
+    module: Any,
+    inner_width: int | None,
+    cut: Mapping[str, tuple[int, int]],
+    bypassed: tuple[str, int] | None = None,
+) -> dict[str, Any]:
+    """What to set in `vars(module)` so that its forward follows an inner width and cuts arguments, or is not run.
 
     Args:
         module: The module; it is not changed.
         inner_width: Features of its units together; `None` where its forward does not derive it from its input.
         cut: Argument -> the dimension along which it is cut, and its entries for all units. A dimension that is a
             multiple of those (the batch times the heads) is taken as that many times all units.
+        bypassed: `(consumer, entries)`, as in `blocks.Bypass`, where the module has no unit left; else `None`.
 
     Raises:
         ValueError: the forward does not take apart the shape of what it is given.
@@ -62,6 +75,9 @@ def adapted(module: Any, inner_width: int | None, cut: Mapping[str, tuple[int, i
     if cut:
         forward = _cutting(forward)
         entries[CUT_ARGUMENTS] = dict(cut)
+    if bypassed is not None:
+        forward = _bypassing(forward)
+        entries[BYPASSED] = tuple(bypassed)
     # Where accelerate runs a module through hooks of its own, the module's forward has this name.
     name = "_old_forward" if "_old_forward" in vars(module) else "forward"
     return {**entries, name: MethodType(forward, module)}
@@ -195,6 +211,39 @@ def _cutting(forward: Callable) -> Callable:
         return forward(self, *(given.pop(name) for name in names[: len(args)]), **given)
 
     return cutting
+
+
+@functools.cache
+def _bypassing(forward: Callable) -> Callable:
+    """In the place of `forward` of a module without units: what `bypassed` says, of no features."""
+    names = [name for name in inspect.signature(forward).parameters if name != "self"]
+
+    @functools.wraps(forward)
+    def bypassing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        inputs = given[names[0]]
+        _count_tokens(self, inputs, given)
+        consumer, entries = self.bypassed
+        output = inputs[..., :0]
+        if consumer == ".":
+            output = self.bias.expand(*output.shape[:-1], -1)
+        elif consumer:
+            output = self.get_submodule(consumer)(output)
+        return (output, *[None] * (entries - 1)) if entries else output
+
+    return bypassing
+
+
+def _count_tokens(module: Any, inputs: torch.Tensor, given: Mapping[str, Any]) -> None:
+    """Let the cache of keys and values, if there is one, have one number a token for a module that has none of these.
+
+    What is to come reads from the first layers of a cache how many tokens went before it.
+    """
+    caches = [value for value in given.values() if hasattr(value, "get_seq_length")]
+    layer = getattr(module, "layer_idx", getattr(module, "layer_id", None))
+    if caches and layer is not None and all(given.get(name) is None for name in _ELSEWHERE):
+        token = inputs.new_zeros((inputs.shape[0], 1, inputs.shape[1], 1))
+        getattr(caches[0], "self_attention_cache", caches[0]).update(token, token, layer)
 
 
 def multihead_attention(

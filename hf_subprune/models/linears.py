@@ -154,10 +154,11 @@ def is_linear(module: nn.Module) -> bool:
     """Whether every output feature of `module` is a linear function of all input features, near a position.
 
     These are `nn.Linear`, `Conv1D` and ungrouped `nn.Conv1d` and `nn.Conv2d` that hold their own floating weight (not
-    one that is computed from others, as under weight normalisation).
+    one that is computed from others, as under weight normalisation), and have not lost all features on one side.
     """
     weight, linear = module._parameters.get("weight"), linear_of(module)
-    return linear is not None and weight is not None and weight.is_floating_point() and linear.is_matrix
+    held = weight is not None and weight.is_floating_point() and weight.numel() > 0
+    return linear is not None and held and linear.is_matrix
 
 
 def is_convolution(module: nn.Module) -> bool:

@@ -122,6 +122,8 @@ class Allocation:
         reached: What it came to: counted, or for latency measured.
         predicted_drift: Sum of the blocks' predicted drifts; `None` when none were predicted.
         latencies: What was timed for a latency target: rows of kind, width, number of blocks narrowed, seconds.
+        alternatives: Where layers share their widths, other ways to share out, by the heads that they keep: rows of
+            the widths in words, and the predicted drift, least first. What was chosen is among them.
     """
 
     budget: str
@@ -131,6 +133,7 @@ class Allocation:
     reached: float
     predicted_drift: float | None = None
     latencies: tuple[tuple[str, int, int, float], ...] = ()
+    alternatives: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Write a pruned model, its processor and its report into one folder, whole or not at all."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,12 @@ def save_pruned(
         ValueError, OSError: as `place.claimed` and `Place.install`.
     """
     with claimed(folder) as place:
-        save_to(place, model, processing_class, report, **save_options)
+        save_to(place, model, processing_class, report, save_options)
 
 
-def save_to(place: Place, model: PreTrainedModel, processing_class: Any, report: Record, **save_options: Any) -> None:
+def save_to(
+    place: Place, model: PreTrainedModel, processing_class: Any, report: Record, save_options: Mapping[str, Any]
+) -> None:
     """As `save_pruned`, into a folder that the run has claimed."""
     staged = place.staged
     place.discard_staged()

@@ -15,6 +15,9 @@ from ..config import TWO_STREAMS, PruneConfig
 from .plain import inline, printable
 from .records import BlockReport, Change, Record, TaskMetric
 
+# Of ways to share out a size, so many are shown.
+_ALTERNATIVES = 4
+
 
 def summary_table(report: Record) -> Table:
     """The whole model before and after, as a rich table."""
@@ -34,9 +37,18 @@ def summary_table(report: Record) -> Table:
     for name, value in report.drift_figures.items():
         table.add_row(printable(f"held-out {name.replace('_', ' ')}"), "", f"{value:.4g}", "")
     measured = f"Latency: {in_words(report.measured_on)}. " if report.latency else ""
-    table.caption = printable(f"{measured}Layout: {report.layout_reason}")
+    table.caption = printable(f"{measured}Layout: {report.layout_reason}{_alternatives(report)}")
     table.caption_justify = "left"
     return table
+
+
+def _alternatives(report: Record) -> str:
+    """How else the size could have been shared out, and what that was predicted to cost."""
+    if report.allocation is None or len(report.allocation.alternatives) < 2:
+        return ""
+    first, *others = report.allocation.alternatives[:_ALTERNATIVES]
+    compared = "; ".join(f"{widths}: {drift:.3g}" for widths, drift in others)
+    return f". Predicted drift of {first[0]}: {first[1]:.3g}; of others: {compared}"
 
 
 def block_table(report: Record) -> Table:

@@ -14,7 +14,7 @@ import torch
 
 from .factorisation import factorise
 from .moments import Moments, restrict
-from .objective import Objective, objective_of, regularised
+from .objective import objective_of
 from .problem import Problem
 from .selection import greedy, nested
 from .settings import Settings
@@ -47,7 +47,8 @@ class LossCurve:
     """Error of a block's output on unseen rows against its width, along nested greedy sets.
 
     Args:
-        points: `(width, error)`, ascending, the full width with error 0 last; in the units of the metric, a row.
+        points: `(width, error)`, ascending from width 0, the full width with error 0 last; in the units of the metric,
+            a row.
         errors: `(width, fitted, held out)`, ascending: relative error of the output, all outputs alike, to expect of a
             fit on all rows, on these rows and on others; without the full width.
         order: `(units,)` int64; the first `k` are the greedy set of size `k`.
@@ -73,7 +74,7 @@ def loss_curve(
     trial_fractions: Sequence[float] = (),
     order: torch.Tensor | None = None,
 ) -> LossCurve:
-    """One greedy run for the nested sets, then fits on one fold scored on the other at some eight widths.
+    """One greedy run for the nested sets, then fits on one fold scored on the other at some nine widths, 0 among them.
 
     Args:
         problem: Of the block; with one fold, errors are those fitted.
@@ -82,17 +83,17 @@ def loss_curve(
         order: `(units,)` int64, whose beginnings are the nested sets, for a block that must keep what others keep; one
             greedy run chooses them without.
     """
+    problem = replace(problem, sets=1)  # beginnings of the path are of any size
     folds, groups, units = problem.folds, problem.columns, problem.units
     root = problem.metric_root()
-    H, C = regularised(problem, settings.fixed_shrinkage)
-    objective = Objective(H, C, problem.groups)
+    objective = objective_of(problem, settings)
     path = greedy(objective, units, tuning=settings.tuning) if order is None else nested(objective, order)
-    del H, C, objective
+    del objective
     tried = {_width(units, f) for f in trial_fractions} if len(folds) > 1 else set()
     parts = _parts(problem, groups[path.order.to(groups.device)].reshape(-1), root, settings)
     energy, rows = sum(fold.t for fold in folds), sum(fold.rows for fold in folds)
     points, errors, trials = [], [], {}
-    for width in sorted({_width(units, f) for f in _FRACTIONS} | tried):
+    for width in sorted({0, *(_width(units, f) for f in _FRACTIONS)} | tried):
         if width == units:
             continue
         fits = [part.fit(width * groups.shape[1]) for part in parts]
@@ -112,7 +113,7 @@ def loss_curve(
 
 def losses_of_sets(problem: Problem, settings: Settings) -> tuple[tuple[int, float], ...]:
     """`LossCurve.points` where as many units of each set are kept, at every such width but the full one."""
-    objective = objective_of(problem, settings.selection_shrinkage)
+    objective = objective_of(problem, settings)
     points = []
     for width in range(problem.sets, problem.units, problem.sets):
         columns = objective.columns(greedy(objective, width, tuning=settings.tuning).kept(width))

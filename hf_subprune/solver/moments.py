@@ -42,11 +42,32 @@ class Moments:
     intercept: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows (tokens) of a consumer.
+
+    Args:
+        inputs: `(rows, n)`.
+        targets: `(rows, m)`; `None` where these are the inputs times the consumer's weight.
+        weights: `(rows,)`, how much each counts.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor | None
+    weights: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "Rows":
+        """The same rows on a device."""
+        targets = None if self.targets is None else self.targets.to(device)
+        return Rows(self.inputs.to(device), targets, self.weights.to(device))
+
+
 class MomentAccumulator:
     """Sums second moments over batches of rows.
 
     A thousand rows or more are multiplied at a time, in their own precision, float32 at least, and added in `dtype`.
     They are shifted by the mean of the first batch before that, so that centring cancels no digits (intercept only).
+    Rows that come with weights count as much as these say, in proportion: on average, a row counts once.
 
     Args:
         n: Number of consumer inputs.
@@ -71,7 +92,8 @@ class MomentAccumulator:
         self.n, self.m, self.intercept, self.dtype, self.keep_rows = n, m, intercept, dtype, keep_rows
         self.rows = 0
         self.shift: torch.Tensor | None = None
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._waiting: list[Rows] = []
+        self._weight = torch.zeros((), dtype=torch.float64, device=device)
         self._sum = torch.zeros(n, dtype=torch.float64, device=device)
         if not keep_rows:
             self._make_sums()
@@ -91,8 +113,8 @@ class MomentAccumulator:
         return self._sum.device
 
     @property
-    def kept_rows(self) -> list[tuple[torch.Tensor, torch.Tensor | None]] | None:
-        """Inputs, less `shift` if there is one, and targets of each `update`, while rows are kept."""
+    def kept_rows(self) -> "list[Rows] | None":
+        """Of each `update`, with inputs less `shift` if there is one, while rows are kept."""
         return self._waiting if self.keep_rows else None
 
     def to(self, device: torch.device | str) -> "MomentAccumulator":
@@ -101,16 +123,19 @@ class MomentAccumulator:
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(moved, name, value.to(device, copy=True))
-        moved._waiting = [(x.to(device), None if y is None else y.to(device)) for x, y in self._waiting]
+        moved._waiting = [rows.to(device) for rows in self._waiting]
         return moved
 
-    def update(self, inputs: torch.Tensor, targets: torch.Tensor | None = None) -> None:
+    def update(
+        self, inputs: torch.Tensor, targets: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> None:
         """Add a batch of rows.
 
         Args:
             inputs: `(rows, n)`, any floating dtype; upcast to float32 before the product.
             targets: `(rows, m)`, the consumer's original output without its bias, when `m` was given; held on to for a
                 while.
+            weights: `(rows,)`, not negative, how much each row counts; all alike when left out.
 
         Raises:
             ValueError: the shapes do not fit, or targets are missing or unexpected.
@@ -132,10 +157,10 @@ class MomentAccumulator:
                 self.shift = x.mean(0)
             x = x - self.shift.to(x)
         self.rows += len(x)
-        if self.keep_rows:
-            x, y = x.to(self.device), None if y is None else y.to(self.device)
-        self._waiting.append((x, y))
-        rows = sum(len(x) for x, _ in self._waiting)
+        w = x.new_ones(len(x)) if weights is None else weights.detach().to(x)
+        waiting = Rows(x, y, w)
+        self._waiting.append(waiting.to(self.device) if self.keep_rows else waiting)
+        rows = sum(len(some.inputs) for some in self._waiting)
         if self.keep_rows:
             enough = rows * x.element_size() > self.n * self.dtype.itemsize
         else:
@@ -154,25 +179,30 @@ class MomentAccumulator:
                 vars(self).update(vars(self.to("cpu")))
                 self._make_sums()
         while self._waiting:
-            x, y = self._taken()
-            self._sum += x.sum(0).to(self.device)
+            rows = self._taken()
+            root = rows.weights.sqrt()[:, None]
+            x = rows.inputs * root
+            self._weight += rows.weights.sum(dtype=torch.float64).to(self.device)
+            self._sum += (x * root).sum(0).to(self.device)
             for start, stop in self._panels():
                 self._gram[start:stop, start:] += (x[:, start:stop].T @ x[:, start:]).to(self.device)
-            if y is not None:
-                y = y.to(x)
+            if rows.targets is not None:
+                y = rows.targets.to(x) * root
                 self._cross += (x.T @ y).to(self.device)
-                self._target_sum += y.sum(0, dtype=torch.float64).to(self.device)  # not shifted
+                self._target_sum += (y * root).sum(0, dtype=torch.float64).to(self.device)  # not shifted
                 self._target_square += y.square().sum(0).sum(dtype=torch.float64).to(self.device)
 
-    def _taken(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The rows that wait, or the first thousand of them and some, and their targets; they wait no more."""
+    def _taken(self) -> "Rows":
+        """The rows that wait, or the first thousand of them and some; they wait no more."""
         count = rows = 0
         while count < len(self._waiting) and rows < _ROWS_AT_ONCE:
-            rows += len(self._waiting[count][0])
+            rows += len(self._waiting[count].inputs)
             count += 1
-        inputs, targets = zip(*self._waiting[:count], strict=True)
+        taken = self._waiting[:count]
         del self._waiting[:count]
-        return torch.cat(inputs), None if self.m is None else torch.cat(targets)
+        targets = [some.targets for some in taken if some.targets is not None]
+        inputs, weights = [some.inputs for some in taken], [some.weights for some in taken]
+        return Rows(torch.cat(inputs), torch.cat(targets) if targets else None, torch.cat(weights))
 
     def _panels(self) -> list[tuple[int, int]]:
         width = -(-self.n // _PANELS)
@@ -181,7 +211,7 @@ class MomentAccumulator:
     def sums(self) -> list[torch.Tensor]:
         """The sums themselves, to be added to those of other rows with the same shift."""
         self._add_up()
-        own = [self._gram, self._sum]
+        own = [self._gram, self._sum, self._weight]
         return own if self.m is None else [*own, self._cross, self._target_sum, self._target_square]
 
     def shift_sum(self) -> torch.Tensor:
@@ -196,20 +226,20 @@ class MomentAccumulator:
         if self.shift is not None:
             d = self.shift.to(self._sum) - shift.to(self._sum)
             cross = torch.outer(d, self._sum)
-            self._gram += (cross + cross.T + self.rows * torch.outer(d, d)).to(self.dtype)
+            self._gram += (cross + cross.T + self._weight * torch.outer(d, d)).to(self.dtype)
             if self.m is not None:
                 self._cross += torch.outer(d, self._target_sum).to(self.dtype)
-            self._sum += self.rows * d
+            self._sum += self._weight * d
         self.shift = shift
 
     def moments(
-        self, weight: torch.Tensor | None = None, dtype: torch.dtype | None = None, *, last: bool = False
+        self, W: torch.Tensor | None = None, dtype: torch.dtype | None = None, *, last: bool = False
     ) -> Moments:
         """The moments of everything added so far.
 
         Args:
-            weight: `(n, m)`, the consumer's weight, inputs by outputs; required when no targets were added, for
-                which the target is `B @ weight`.
+            W: `(n, m)`, the consumer's weight, inputs by outputs; required when no targets were added, for which the
+                target is `B W`.
             dtype: Of the result; that of the sums when `None`.
             last: Whether nothing more is asked of the accumulator: sums of the result's dtype turn into it where they
                 are, others are let go of.
@@ -220,10 +250,14 @@ class MomentAccumulator:
         if self.rows == 0:
             raise ValueError("No row was added: there are no moments to compute.")
         self._add_up()
-        mean = self._sum / self.rows
+        weight = float(self._weight)
+        if not weight > 0:
+            raise ValueError("All rows weigh nothing: there are no moments to compute.")
+        each = self.rows / weight
+        mean = self._sum / weight
         input_mean, root = mean, None
         if self.intercept:
-            root = (self._sum / self.rows**0.5).to(self.dtype)
+            root = (self._sum / weight**0.5).to(self.dtype)
             input_mean = mean + self.shift.to(mean)  # type: ignore[union-attr]
         in_place = last and dtype in (None, self.dtype)
         H = self._gram if in_place else torch.empty_like(self._gram, dtype=dtype)
@@ -231,6 +265,7 @@ class MomentAccumulator:
             rows = self._gram[start:stop, start:].clone()
             if root is not None:
                 rows.addr_(root[start:stop], root[start:], alpha=-1)
+            rows *= each
             H[start:stop, start:] = rows
             H[start:, start:stop] = rows.T
             corner = H[start:stop, start:stop]
@@ -239,19 +274,20 @@ class MomentAccumulator:
             del self._gram
         input_mean = input_mean.to(H)
         if self.m is None:
-            if weight is None:
+            if W is None:
                 raise ValueError("The consumer's weight is needed: no targets were added.")
-            W = weight.detach().to(H)
+            W = W.detach().to(H)
             C = H @ W
             t = float((W * C).sum(dtype=torch.float64))
             return Moments(H, C, t, self.rows, input_mean, input_mean @ W, self.intercept)
         C, t = self._cross.to(H, copy=not in_place), float(self._target_square)
         if last:
             del self._cross
-        target_mean = self._target_sum / self.rows
+        target_mean = self._target_sum / weight
         if self.intercept:
             C.addr_(self._sum.to(C), target_mean.to(C), alpha=-1)
             t -= float(self._target_sum @ target_mean)
+        C, t = C.mul_(each), t * each
         return Moments(H, C, t, self.rows, input_mean, target_mean.to(H), self.intercept)
 
 

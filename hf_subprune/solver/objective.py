@@ -11,6 +11,7 @@ import torch
 from .factorisation import factorise
 from .moments import Moments
 from .problem import Problem, columns_of
+from .settings import Settings
 
 
 class Objective:
@@ -75,24 +76,20 @@ def _checked(groups: torch.Tensor, n: int) -> torch.Tensor:
     return groups
 
 
-def objective_of(problem: Problem, shrinkage: float) -> Objective:
-    """The objective of a block, `l = shrinkage * mean(diag H)` and its metric included.
+def objective_of(problem: Problem, settings: Settings) -> Objective:
+    """The objective of a block, with its metric, and with the shrinkage of selection.
 
     Units that are dead or copies add nothing to it: the first unit of a copy stands for both.
     """
-    return Objective(*regularised(problem, shrinkage), problem.groups, problem.sets)
-
-
-def regularised(problem: Problem, shrinkage: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`H` and `C` of `objective_of`."""
-    redundant = problem.redundancy
-    H, C, _ = regularise(problem.total(), redundant.folded(problem.W), shrinkage, problem.metric_root())
+    redundant, total = problem.redundancy, problem.total()
+    shrinkage = settings.selection_shrinkage(total.rows, len(problem.W))
+    H, C, _ = regularise(total, redundant.folded(problem.W), shrinkage, problem.metric_root())
     silent = redundant.columns
     if len(silent):
         mean = H.diagonal().mean()
         H[silent], H[:, silent], C[silent] = 0, 0, 0
         H[silent, silent] = mean
-    return H, C
+    return Objective(H, C, problem.groups, problem.sets)
 
 
 def regularise(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .factorisation import factorise
-from .moments import Moments, combine, restrict
+from .moments import Moments, Rows, combine, restrict
 
 # Multiples of mean(diag H) tried by cross-fitting. At infinity the weights stay as they are.
 SHRINKAGE_GRID = (1e-4, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0, math.inf)
@@ -115,7 +115,7 @@ def relative_error(moments: Moments, columns: torch.Tensor, V: torch.Tensor, shi
 
 
 def relative_error_of_rows(
-    rows: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    rows: Sequence[Rows],
     mean: torch.Tensor | None,
     W: torch.Tensor,
     columns: torch.Tensor,
@@ -125,26 +125,28 @@ def relative_error_of_rows(
     """`relative_error` from the rows themselves: where they are few, that takes less than their moments do.
 
     Args:
-        rows: Pairs of inputs `(rows, n)`, float32, and targets `(rows, m)`, or `None` for the inputs times `W`.
+        rows: In float32; their targets are the inputs times `W` where they have none.
         mean: `(n,)`, what was subtracted from the inputs; `None` without an intercept.
         W: `(n, m)`, the original weight.
         columns: `(k,)` int64, kept columns.
         V: `(k, m)`.
         shift: `(m,)`, the change of the bias.
     """
-    inputs, targets = rows[0]
+    inputs, targets = rows[0].inputs, rows[0].targets
     W, V, offset, columns = W.to(inputs), V.to(inputs), -shift.to(inputs), columns.to(inputs.device)
     if mean is not None:
         offset = offset - mean.to(inputs)[columns] @ V + (mean.to(inputs) @ W if targets is None else 0)
-    left, square = torch.zeros(2, dtype=torch.float64, device=inputs.device)
+    left, square, weight = torch.zeros(3, dtype=torch.float64, device=inputs.device)
     total = torch.zeros_like(offset, dtype=torch.float64)
-    for x, y in rows:
-        target = x @ W if y is None else y.to(x)
-        left += (target - x[:, columns] @ V + offset).square().sum(0).sum(dtype=torch.float64)
-        square += target.square().sum(0).sum(dtype=torch.float64)
-        total += target.sum(0, dtype=torch.float64)
+    for some in rows:
+        x, w = some.inputs, some.weights
+        target = x @ W if some.targets is None else some.targets.to(x)
+        left += w @ (target - x[:, columns] @ V + offset).square().sum(1)
+        square += w @ target.square().sum(1)
+        total += w @ target
+        weight += w.sum(dtype=torch.float64)
     if mean is not None:
-        square -= total.square().sum() / sum(len(x) for x, _ in rows)
+        square -= total.square().sum() / weight
     return float(left / square) if square > 0 else 0.0
 
 

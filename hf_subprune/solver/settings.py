@@ -5,8 +5,11 @@ from typing import Protocol
 
 import torch
 
-# What selection uses before cross-fitting has chosen, and what is used when there are no two folds to cross-fit on.
+# What is used when there are no two folds to cross-fit on.
 PRIOR_SHRINKAGE = 0.1
+# Of selection, where there are as many rows as columns or fewer: less with more rows. It only steadies the choice: the
+# prior counts in favour of columns with large weights, whatever they add to the output.
+_SELECTION_SHRINKAGE = 0.01
 
 
 class Configured(Protocol):
@@ -96,10 +99,11 @@ class Settings:
         """lambda of fits where it is not cross-fitted."""
         return PRIOR_SHRINKAGE if self.shrinkage == "auto" else float(self.shrinkage)
 
-    @property
-    def selection_shrinkage(self) -> float:
-        """lambda that selection uses, which is finite."""
-        return min(self.fixed_shrinkage, 1e6)
+    def selection_shrinkage(self, rows: int, columns: int) -> float:
+        """lambda that selection among so many columns uses, from the moments of so many rows; it is finite."""
+        if self.shrinkage == "auto":
+            return _SELECTION_SHRINKAGE * min(1.0, columns / max(rows, 1))
+        return min(float(self.shrinkage), 1e6)
 
     def generator(self) -> torch.Generator:
         """A new generator of random choices, at its seed."""

@@ -29,7 +29,7 @@ class BlockSolution:
         kept_columns: `(k * c,)` int64, sorted; the rows of `V`.
         V: `(k * c, m)`, the consumer's new weight, inputs by outputs.
         bias_shift: `(m,)`, to be added to the consumer's bias; zeros without one.
-        shrinkage: lambda of the reweighting; infinity when the weights stay as they are.
+        shrinkage: lambda of the reweighting; infinity when the weights stay as they are, or none is left.
         fitted_error: Relative error on all rows fitted on.
         method: How units were chosen: `"greedy"`, `"backward"`, `"stochastic"`, or the name of an importance.
         swaps: Number of exchanges made by swap refinement.
@@ -63,6 +63,10 @@ class Choice:
     guarantee: float | None = None
 
 
+NOTHING = Choice(torch.empty(0, dtype=torch.long), "removed", guarantee=1.0)
+"""No unit, of which there is one choice."""
+
+
 def choose(problem: Problem, k: int, settings: Settings) -> Choice:
     """Choose the `k` units of a block that `solve` keeps.
 
@@ -70,10 +74,12 @@ def choose(problem: Problem, k: int, settings: Settings) -> Choice:
         ValueError: `k`, a name or a shape does not fit.
         RuntimeError: the moments are not positive semi-definite.
     """
+    if k == 0:
+        return NOTHING
     if settings.importance != "greedy":
         ranked = scores(problem, settings.importance, settings.generator())
         return Choice(highest(ranked, k, problem.sets), settings.importance)
-    best = select(objective_of(problem, settings.selection_shrinkage), k, settings)
+    best = select(objective_of(problem, settings), k, settings)
     gain = best.swap_gain / best.objective if best.objective > 0 else 0.0
     return Choice(best.kept, best.method, best.swaps, gain, best.guarantee)
 
@@ -87,7 +93,8 @@ def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = 
 
     Args:
         problem: Of the block.
-        k: Number of units to keep; all of them leaves the block exactly as it is.
+        k: Number of units to keep; all of them leaves the block exactly as it is, none leaves the mean of the target
+            to the bias, if there is one.
         settings: How.
         chosen: Units to keep, for a block that must keep what others keep (`tied.choose_together`): selection is left
             out, and the guarantee is that of these units in this block.
@@ -96,11 +103,15 @@ def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = 
         ValueError: `k`, a name or a shape does not fit.
         RuntimeError: the moments are not positive semi-definite.
     """
-    if not 1 <= k <= problem.units:
-        raise ValueError(f"A block of {problem.units} units can keep 1 to {problem.units} of them, not {k}.")
+    if not 0 <= k <= problem.units:
+        raise ValueError(f"A block of {problem.units} units can keep 0 to {problem.units} of them, not {k}.")
     if k == problem.units:
         return _whole(problem)
-    choice = choose(problem, k, settings) if chosen is None else _certified(problem, chosen, settings)
+    if chosen is None or k == 0:
+        chosen = choose(problem, k, settings)
+        choice = replace(chosen, kept=chosen.kept.to(problem.W.device))
+    else:
+        choice = _certified(problem, chosen, settings)
     columns = columns_of(choice.kept, problem.groups)
     total = problem.total()
     shrinkage = math.inf
@@ -126,7 +137,9 @@ def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = 
 
 
 def _shrinkage(problem: Problem, prior: torch.Tensor, columns: torch.Tensor, settings: Settings) -> float:
-    """lambda of the fit on the kept columns, which pulls to the prior."""
+    """lambda of the fit on the kept columns, which pulls to the prior; infinity where none is kept."""
+    if len(columns) == 0:
+        return math.inf
     if settings.shrinkage == "auto" and len(problem.folds) > 1:
         return cross_fit(problem.folds, prior, columns).shrinkage
     return settings.fixed_shrinkage
@@ -145,5 +158,5 @@ def _certified(problem: Problem, chosen: Choice, settings: Settings) -> Choice:
     choice = replace(chosen, kept=chosen.kept.to(problem.W.device))
     if settings.importance != "greedy":
         return choice
-    objective = objective_of(problem, settings.selection_shrinkage)
+    objective = objective_of(problem, settings)
     return replace(choice, guarantee=certify(objective, choice.kept).fraction)

@@ -12,7 +12,7 @@ from .objective import Objective, regularise
 from .problem import Problem
 from .selection import greedy, select
 from .settings import Settings
-from .solve import Choice
+from .solve import NOTHING, Choice
 
 
 def choose_together(problems: Sequence[Problem], k: int, settings: Settings) -> Choice:
@@ -36,6 +36,8 @@ def choose_together(problems: Sequence[Problem], k: int, settings: Settings) -> 
     """
     if len({problem.units for problem in problems}) != 1:
         raise ValueError(f"Tied blocks have one number of units, got {[problem.units for problem in problems]}.")
+    if k == 0:
+        return NOTHING
     if settings.importance != "greedy":
         generator = settings.generator()  # one for all: each block draws anew
         ranks = [scores(problem, settings.importance, generator).cpu() for problem in problems]
@@ -75,7 +77,8 @@ def _joint(problems: Sequence[Problem], settings: Settings) -> Objective:
 def _weighed(problem: Problem, problems: Sequence[Problem], settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     """`H` and `C` of one block's part in the objective, on the device of the first block."""
     root = problem.metric_root() if all(p.output_metric is not None for p in problems) else None
-    H, C, t = regularise(problem.total(), problem.W, settings.selection_shrinkage, root)
+    total = problem.total()
+    H, C, t = regularise(total, problem.W, settings.selection_shrinkage(total.rows, len(problem.W)), root)
     device = problems[0].W.device
     if root is None:
         C *= 1 / math.sqrt(t) if t > 0 else 0.0

@@ -84,7 +84,7 @@ def solve_block(
         kept_columns=tuple(columns.tolist()),
         fitted_error=solution.fitted_error,
         held_out_error=error,
-        shrinkage=solution.shrinkage if survey.settings.reweight else None,
+        shrinkage=solution.shrinkage if survey.settings.reweight and width else None,
         method=solution.method if block.sets == 1 else f"{solution.method}, query heads",
         guarantee=solution.guarantee,
         seconds=time.perf_counter() - start,

@@ -48,7 +48,7 @@ def outcome(
         EquivalenceError: the shrunk model is not the masked model.
         ValueError: the layout that was asked for cannot say the widths.
     """
-    kept = {name: torch.tensor(report.kept_units) for name, report in solved.reports.items()}
+    kept = {name: torch.tensor(report.kept_units, dtype=torch.long) for name, report in solved.reports.items()}
     with work.clock("verification"), taken_back(solved.edits):
         verify(survey.model, widths.blocks, kept, survey.probe)
     with work.clock("evaluation"):

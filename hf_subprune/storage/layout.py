@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.offload import device_of, reading
 from ..models.running import undisturbed
+from .layers import without_idle_layers
 from .skeleton import build_skeleton, describe, nested_configs, read_back, sizes, tensors
 from .spec import LayoutSpec, apply_spec
 from .stock import find_stock_config
@@ -38,7 +39,7 @@ class Layout:
         kind: `"stock"`: `model.config` says all widths, nothing is needed to load it. `"ragged"`: the config carries
             an entry with the widths, which hf_subprune, or the remote code saved beside the weights, reads.
         reason: Why this layout, in words for the report.
-        undo: Puts `model.config` and the configs inside the model back as they were.
+        undo: Puts `model.config` and the configs inside the model back as they were, and layers that are gone.
     """
 
     kind: str
@@ -49,12 +50,14 @@ class Layout:
 def choose_layout(model: PreTrainedModel, layout: str = "auto", *, inputs: Mapping[str, Any]) -> Layout:
     """Make `model.config` describe the widths that `model` has, and prove that they load.
 
+    In a stock layout, layers that no longer add anything are taken out of the model.
+
     The proof: the class is built anew from the config as it reads back from disk, on the meta device; it takes the
     tensors of `model` (no copy is made) and must give the same outputs on `inputs`, with difference 0.0. Where a model
     spreads over several devices only shapes and attributes are compared, and `reason` says so.
 
     Args:
-        model: A pruned model. Only its configs change; on an error nothing does.
+        model: A pruned model. Only its configs change, and idle layers go; on an error nothing does.
         layout: `"stock"`, `"ragged"`, or `"auto"`: stock if the config can say the widths, else ragged.
         inputs: Keyword arguments of a forward, on the model's device.
 
@@ -64,21 +67,33 @@ def choose_layout(model: PreTrainedModel, layout: str = "auto", *, inputs: Mappi
     """
     if layout not in ("auto", "stock", "ragged"):
         raise ValueError(f"layout must be 'auto', 'stock' or 'ragged', got {layout!r}")
-    undo = _snapshot(model)
+    restore = [_snapshot(model)]
+
+    def undo() -> None:
+        for one in reversed(restore):
+            one()
+
     try:
         _drop_entries(model)
         chosen = _follow_choices(model)
+        shortened = None if layout == "ragged" else without_idle_layers(model, inputs)
+        if shortened is not None:
+            restore.append(shortened.undo)
+            adopt(model, shortened.config)
         spec = describe(model)
-        if not spec:
+        if not spec and shortened is None:
             kind, reason = "stock", "the config already says every width" + _prove(model, spec, inputs)
         elif layout == "ragged":
             kind, reason = "ragged", "asked for"
         else:
             kind, reason = _try_stock(model, spec, inputs, required=layout == "stock")
+            if kind == "stock" and shortened is not None:
+                reason = ", ".join(filter(None, (shortened.reason, reason)))
         if kind == "ragged":
             undo()
             _drop_entries(model)
             _follow_choices(model)
+            spec = describe(model)
             write_ragged(model, spec)
             reason += _prove(model, spec, inputs)
     except BaseException:
@@ -166,7 +181,7 @@ def adopt(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     for mine, theirs in pairs:
         for (_, part), (_, wanted) in zip(nested_configs(mine), nested_configs(theirs), strict=True):
             for name, value in vars(wanted).items():
-                if isinstance(value, (int, float)) and vars(part).get(name) != value:
+                if isinstance(value, (int, float, list)) and vars(part).get(name) != value:
                     setattr(part, name, value)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from ..models.forwards import CUT_ARGUMENTS, INNER_WIDTH
+from ..models.forwards import BYPASSED, CUT_ARGUMENTS, INNER_WIDTH
 from .spec import LayoutSpec, adaptations
 
 Key = tuple[str, str]
@@ -73,6 +73,7 @@ def describe(model: PreTrainedModel) -> LayoutSpec:
     }
     attributes: dict[str, dict[str, int]] = {}
     arguments: dict[str, dict[str, tuple[int, int, int]]] = {}
+    bypassed: dict[str, tuple[str, int]] = {}
     expected_modules = dict(built.named_modules())
     shared = _shared_configs(model)
     for path, module in model.named_modules():
@@ -82,14 +83,16 @@ def describe(model: PreTrainedModel) -> LayoutSpec:
             if isinstance(config, PreTrainedConfig) and id(config) not in shared:
                 own = _smaller_integers(vars(config), vars(expected_modules[path].config))
                 smaller |= {f"config.{name}": value for name, value in own.items()}
-            if not vars(module).keys().isdisjoint((INNER_WIDTH, CUT_ARGUMENTS)):
-                width, cut = adaptations(module)
+            if not vars(module).keys().isdisjoint((INNER_WIDTH, CUT_ARGUMENTS, BYPASSED)):
+                width, cut, how = adaptations(module)
                 smaller |= width
                 if cut:
                     arguments[path] = cut
+                if how is not None:
+                    bypassed[path] = how
             if smaller:
                 attributes[path] = smaller
-    return LayoutSpec(shapes, attributes, arguments)
+    return LayoutSpec(shapes, attributes, arguments, bypassed)
 
 
 def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

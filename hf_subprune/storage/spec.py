@@ -11,17 +11,21 @@ import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..models.forwards import CUT_ARGUMENTS, INNER_WIDTH, adapted, kept_entries
+from ..models.forwards import BYPASSED, CUT_ARGUMENTS, INNER_WIDTH, adapted, kept_entries
 
 FORMAT = 1
 """Version of the stored entry; files of a later version are refused."""
 
+_SECTIONS = ("format", "shapes", "attributes", "arguments", "bypassed")
+"""What the digest is of."""
+
 # More than any model has; an entry that somebody made up must not take long to refuse.
-_MOST_DIMS, _MOST_RENAMES = 8, 256
+_MOST_DIMS, _MOST_OUTPUTS, _MOST_RENAMES = 8, 64, 256
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,23 @@ class LayoutSpec:
             `{"in_features": 40}`. A name `"config.x"` is the value `x` of a config that this module alone reads.
         arguments: Dotted path of a module -> what its forward is given and cuts: argument -> `(dim, entries, kept)`,
             the dimension, how many entries the argument has along it, and how many of them are kept.
+        bypassed: Dotted path of a module that has no unit left and is not run -> `(consumer, entries)`: the path in it
+            of the linear that gives its bias, `"."` for itself and `""` for none, and the entries of the tuple that it
+            returns, or 0.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)
     arguments: dict[str, dict[str, tuple[int, int, int]]] = field(default_factory=dict)
+    bypassed: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.shapes or self.attributes or self.arguments)
+        return bool(self.shapes or self.attributes or self.arguments or self.bypassed)
 
     @property
     def modules(self) -> dict[str, set[str]]:
         """Dotted path of each module that differs -> names of its tensors that differ."""
-        names: dict[str, set[str]] = {path: set() for path in (*self.attributes, *self.arguments)}
+        names: dict[str, set[str]] = {path: set() for path in (*self.attributes, *self.arguments, *self.bypassed)}
         for tensor in self.shapes:
             path, _, leaf = tensor.rpartition(".")
             names.setdefault(path, set()).add(leaf)
@@ -54,11 +62,11 @@ class LayoutSpec:
 
     def restricted_to(self, prefix: str) -> "LayoutSpec":
         """The entries below the module `prefix`, under their full names."""
-        shapes = {name: shape for name, shape in self.shapes.items() if _is_below(name, prefix)}
-        attributes = {path: values for path, values in self.attributes.items() if _is_below(path, prefix)}
-        return LayoutSpec(
-            shapes, attributes, {path: cut for path, cut in self.arguments.items() if _is_below(path, prefix)}
-        )
+
+        def below(entries: dict[str, Any]) -> dict[str, Any]:
+            return {path: value for path, value in entries.items() if _is_below(path, prefix)}
+
+        return LayoutSpec(below(self.shapes), below(self.attributes), below(self.arguments), below(self.bypassed))
 
     def to_dict(self) -> dict:
         """JSON-ready form, with a digest that betrays later damage."""
@@ -71,6 +79,8 @@ class LayoutSpec:
             content["arguments"] = {
                 path: {name: list(sizes) for name, sizes in cut.items()} for path, cut in self.arguments.items()
             }
+        if self.bypassed:
+            content["bypassed"] = {path: list(how) for path, how in self.bypassed.items()}
         return {**content, "digest": _digest(content)}
 
     @classmethod
@@ -92,8 +102,8 @@ class LayoutSpec:
                 raise ValueError(damaged.format(f"{key!r} is missing"))
         shapes, attributes = entry["shapes"], entry["attributes"]
         for name, shape in shapes.items() if isinstance(shapes, dict) else [("shapes", shapes)]:
-            if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size > 0 for size in shape):
-                raise ValueError(damaged.format(f"shape of {name!r} is {shape!r}, not a list of positive integers"))
+            if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size >= 0 for size in shape):
+                raise ValueError(damaged.format(f"shape of {name!r} is {shape!r}, not a list of sizes"))
         for path, values in attributes.items() if isinstance(attributes, dict) else [("attributes", attributes)]:
             if not isinstance(values, dict) or not all(type(value) is int for value in values.values()):
                 raise ValueError(damaged.format(f"attributes of {path!r} are {values!r}, not names with integers"))
@@ -101,9 +111,13 @@ class LayoutSpec:
         for path, cut in arguments.items() if isinstance(arguments, dict) else [("arguments", arguments)]:
             if not isinstance(cut, dict) or not all(map(_are_sizes, cut.values())):
                 raise ValueError(damaged.format(f"arguments of {path!r} are {cut!r}, not names with three integers"))
+        bypassed = entry.get("bypassed", {})
+        for path, how in bypassed.items() if isinstance(bypassed, dict) else [("bypassed", bypassed)]:
+            if not _is_bypass(how):
+                raise ValueError(damaged.format(f"{path!r} is bypassed as {how!r}, not by a name and a number"))
         if type(version) is not int:
             raise ValueError(damaged.format(f"its format is {version!r}"))
-        content = {key: entry[key] for key in ("format", "shapes", "attributes", "arguments") if key in entry}
+        content = {key: entry[key] for key in _SECTIONS if key in entry}
         if _digest(content) != entry["digest"]:
             raise ValueError(damaged.format("its digest does not match its shapes and attributes"))
         return cls(
@@ -113,6 +127,7 @@ class LayoutSpec:
                 path: {name: (dim, entries, kept) for name, (dim, entries, kept) in cut.items()}
                 for path, cut in arguments.items()
             },
+            {path: (consumer, entries) for path, (consumer, entries) in bypassed.items()},
         )
 
 
@@ -121,6 +136,13 @@ def _are_sizes(values: object) -> bool:
     if not isinstance(values, (list, tuple)) or len(values) != 3 or any(type(value) is not int for value in values):
         return False
     return 0 <= values[2] <= values[1] and values[1] > 0
+
+
+def _is_bypass(values: object) -> bool:
+    """Whether something is the path of a consumer and a number of outputs."""
+    if not isinstance(values, (list, tuple)) or len(values) != 2 or type(values[1]) is not int:
+        return False
+    return isinstance(values[0], str) and 0 <= values[1] <= _MOST_OUTPUTS
 
 
 def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
@@ -143,9 +165,12 @@ def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
     """
     rename = _match(spec, model)
     applied = LayoutSpec()
-    for path, names in spec.arguments.items():
-        if path in rename:
-            _check_arguments(model.get_submodule(rename[path]), names, path)
+    forwards = {
+        path: (spec.attributes.get(path, {}).get(INNER_WIDTH), spec.arguments.get(path, {}), spec.bypassed.get(path))
+        for path in rename
+    }
+    for path, how in forwards.items():
+        _check_forward(model.get_submodule(rename[path]), *how, path)
     for tensor, shape in spec.shapes.items():
         path, _, leaf = tensor.rpartition(".")
         if path in rename:
@@ -157,35 +182,66 @@ def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
             for name, value in values.items():
                 if name != INNER_WIDTH:
                     _set_integer(module, name, value, path)
-                elif not 0 <= value <= sum(p.numel() for p in module.parameters()):
-                    raise ValueError(f"{path} was saved with an inner width of {value}, which no part of it has")
             applied.attributes[rename[path]] = dict(values)
-    for path in spec.modules:
-        width, cut = spec.attributes.get(path, {}).get(INNER_WIDTH), spec.arguments.get(path, {})
-        if path in rename and (width is not None or cut):
-            _adapt(model.get_submodule(rename[path]), width, cut)
+    for path, (width, cut, bypassed) in forwards.items():
+        if width is not None or cut or bypassed:
+            _adapt(model.get_submodule(rename[path]), width, cut, bypassed)
             if cut:
                 applied.arguments[rename[path]] = dict(cut)
+            if bypassed:
+                applied.bypassed[rename[path]] = bypassed
     return applied
 
 
-def _adapt(module: nn.Module, width: int | None, cut: dict[str, tuple[int, int, int]]) -> None:
-    """Let the forward of `module` follow an inner width and cut arguments; which entries, the checkpoint says."""
+def _check_forward(
+    module: nn.Module,
+    width: int | None,
+    cut: dict[str, tuple[int, int, int]],
+    bypassed: tuple[str, int] | None,
+    path: str,
+) -> None:
+    """Refuse what the forward is not given, more than a module as it is built has units for, and other consumers."""
+    if not vars(module).keys().isdisjoint((INNER_WIDTH, CUT_ARGUMENTS, BYPASSED)):
+        return  # a second time: it has been narrowed since
+    given = inspect.signature(type(module).forward).parameters
+    most = sum(parameter.numel() for parameter in module.parameters())
+    damaged = f"{path} was saved with {{}}, which {type(module).__name__} has not: restore config.json as it was saved"
+    if width is not None and not 0 < width <= most:
+        raise ValueError(damaged.format(f"an inner width of {width}"))
+    for name, (dim, entries, _) in cut.items():
+        if name not in given or not -_MOST_DIMS <= dim < _MOST_DIMS or entries > most:
+            raise ValueError(damaged.format(f"{entries} entries of its argument {name!r} along dimension {dim}"))
+    if bypassed is not None:
+        inside = dict(module.named_modules()).get("" if bypassed[0] == "." else bypassed[0])
+        if inside is None or next(inside.parameters(), None) is None:
+            raise ValueError(damaged.format(f"a consumer {bypassed[0]!r}"))
+
+
+def _adapt(
+    module: nn.Module,
+    width: int | None,
+    cut: dict[str, tuple[int, int, int]],
+    bypassed: tuple[str, int] | None,
+) -> None:
+    """Let the forward of `module` be as `LayoutSpec` says; which entries of arguments, the checkpoint says."""
     device = next(module.parameters()).device
     for name, (_, _, kept) in cut.items():
         if kept_entries(name) not in module._buffers:
             module.register_buffer(kept_entries(name), torch.arange(kept, device=device))
-    vars(module).update(adapted(module, width, {name: (dim, entries) for name, (dim, entries, _) in cut.items()}))
+    sizes = {name: (dim, entries) for name, (dim, entries, _) in cut.items()}
+    vars(module).update(adapted(module, width, sizes, bypassed))
 
 
-def adaptations(module: nn.Module) -> tuple[dict[str, int], dict[str, tuple[int, int, int]]]:
-    """How the forward of `module` was adapted, as in a `LayoutSpec`: attributes, and arguments."""
+def adaptations(
+    module: nn.Module,
+) -> tuple[dict[str, int], dict[str, tuple[int, int, int]], tuple[str, int] | None]:
+    """How the forward of `module` was adapted, as in a `LayoutSpec`: attributes, arguments, and how it is bypassed."""
     held = vars(module)
     cut = {
         name: (dim, entries, len(module.get_buffer(kept_entries(name))))
         for name, (dim, entries) in held.get(CUT_ARGUMENTS, {}).items()
     }
-    return ({INNER_WIDTH: held[INNER_WIDTH]} if INNER_WIDTH in held else {}), cut
+    return ({INNER_WIDTH: held[INNER_WIDTH]} if INNER_WIDTH in held else {}), cut, held.get(BYPASSED)
 
 
 def _set_integer(module: nn.Module, name: str, value: int, path: str) -> None:
@@ -201,18 +257,6 @@ def _set_integer(module: nn.Module, name: str, value: int, path: str) -> None:
     if owner is not module:
         owner = module.config = copy.deepcopy(module.config)
     setattr(owner, attribute, value)
-
-
-def _check_arguments(module: nn.Module, names: dict[str, tuple[int, int, int]], path: str) -> None:
-    """Refuse what the forward is not given, and more entries than a module can have units for."""
-    given = inspect.signature(type(module).forward).parameters
-    most = sum(parameter.numel() for parameter in module.parameters())
-    for name, (dim, entries, _) in names.items():
-        if name not in given or not -_MOST_DIMS <= dim < _MOST_DIMS or entries > most:
-            raise ValueError(
-                f"{path} was saved with {entries} entries of its argument {name!r} along dimension {dim}, which "
-                f"{type(module).__name__} is not given: restore config.json as it was saved"
-            )
 
 
 def _narrow(module: nn.Module, leaf: str, shape: tuple[int, ...], name: str) -> None:

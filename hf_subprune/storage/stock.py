@@ -212,7 +212,7 @@ class _Search:
     def _adapted(self) -> str:
         """A module whose forward was adapted to the units that it has left; `""` if there is none."""
         widths = (path for path, values in self.spec.attributes.items() if INNER_WIDTH in values)
-        return next(iter([*widths, *self.spec.arguments]), "")
+        return next(iter([*widths, *self.spec.arguments, *self.spec.bypassed]), "")
 
     def _uneven(self) -> str:
         """Two layers of one kind, alike before pruning, that keep different widths; `""` if there are none."""

@@ -16,6 +16,7 @@ from ..models.forwards import CUT_ARGUMENTS, INNER_WIDTH, adapted, kept_entries
 from ..models.linears import as_matrix, as_weight
 from ..models.offload import cut, device_of
 from ..models.weights import caches, parameter_like, sizes
+from .removal import never_run, why_it_stays
 
 _ABSENT: Any = object()
 """What an entry is before it is made."""
@@ -123,7 +124,8 @@ def shrink(
     Args:
         model: The model that `block` was discovered in.
         block: What to shrink.
-        kept: `(k,)` unit indices, strictly increasing, at least one.
+        kept: `(k,)` unit indices, strictly increasing; none removes a `removable` block: its `bypasses` are not run,
+            all of its tensors are empty but for the consumer's bias, and that bias is all that it still gives.
         weight: `(k * c, m)` new consumer weight, inputs by outputs, where `c` is the columns per unit and the inputs
             are the kept columns in increasing order; cast to the consumer's dtype. The kept slice of the present
             weight when omitted.
@@ -133,8 +135,9 @@ def shrink(
         The edit, in place; `Edit.undo()` takes it back.
 
     Raises:
-        ValueError: `kept` is empty, unsorted or out of range; `weight` or `bias` has the wrong shape, or the consumer
-            has no bias; the model's tensors are not those that the block was discovered in.
+        ValueError: `kept` is unsorted, out of range, or empty where the block cannot go; `weight` or `bias` has the
+            wrong shape, or the consumer has no bias; the model's tensors are not those that the block was discovered
+            in.
     """
     units = checked_units(block, kept)
     edit = ReplacingEdit(block.name, units)
@@ -144,6 +147,8 @@ def shrink(
         if tensor is None:
             tensor = _get_tensor(model, block, piece.tensor)
         tensors[piece.tensor] = _without(tensor, piece.dim, piece.index, units, block, piece.tensor)
+    if units.numel() == 0:
+        tensors |= {path: cut(tensor, dim, units) for path, tensor, dim in never_run(model, block)}
 
     consumer = model.get_submodule(block.consumer)
     for name, values in (("weight", weight), ("bias", bias)):
@@ -215,7 +220,7 @@ def kept_columns(block: Block, kept: Sequence[int] | torch.Tensor) -> torch.Tens
     """Columns of the consumer's input that the units in `kept` own, `(k * c,)` int64, sorted.
 
     Raises:
-        ValueError: `kept` is empty, unsorted or out of range.
+        ValueError: `kept` is unsorted, out of range, or empty where the block cannot go.
     """
     return block.columns[checked_units(block, kept)].flatten().sort().values
 
@@ -240,6 +245,8 @@ def _attribute_changes(model: nn.Module, block: Block, units: int) -> list[_Chan
 
 def _forward_changes(model: nn.Module, block: Block, units: torch.Tensor) -> list[_Change]:
     """Forwards that follow an inner width or cut arguments, with what they read."""
+    if units.numel() == 0:
+        return _bypassing_changes(model, block)
     changes = []
     widths = {one.module: int(one.per_unit * units.numel()) for one in block.attributes if one.name == INNER_WIDTH}
     for path in dict.fromkeys([*widths, *(argument.module for argument in block.arguments)]):
@@ -259,16 +266,32 @@ def _forward_changes(model: nn.Module, block: Block, units: torch.Tensor) -> lis
     return changes
 
 
+def _bypassing_changes(model: nn.Module, block: Block) -> list[_Change]:
+    """Forwards that are not run where no unit is left; what they would have followed stays as it is."""
+    changes = []
+    for bypass in block.bypasses:
+        module = model.get_submodule(bypass.module)
+        for name, after in adapted(module, None, {}, (bypass.consumer, bypass.entries)).items():
+            changes.append(_Change(vars(module), name, vars(module).get(name, _ABSENT), after))
+    return changes
+
+
 def _device(module: nn.Module) -> torch.device:
     return device_of(next(module.parameters()))
 
 
 def checked_units(block: Block, kept: Sequence[int] | torch.Tensor) -> torch.Tensor:
     units = torch.as_tensor(kept, device="cpu")
-    if units.ndim != 1 or units.numel() == 0 or units.is_floating_point() or units.dtype == torch.bool:
+    if units.shape == (0,):
+        if not block.removable:
+            raise ValueError(
+                f"Block {block.name!r} must keep a unit, but `kept` is empty: {why_it_stays(block)}. Keep one."
+            )
+        return units.long()
+    if units.ndim != 1 or units.is_floating_point() or units.dtype == torch.bool:
         raise ValueError(
-            f"Block {block.name!r}: `kept` must be a list of at least one unit index, found a "
-            f"{tuple(units.shape)} tensor of {units.dtype}."
+            f"Block {block.name!r}: `kept` must be a list of unit indices, found a {tuple(units.shape)} tensor of "
+            f"{units.dtype}."
         )
     units = units.long()
     if units[0] < 0 or units[-1] >= block.units or (units.diff() <= 0).any():

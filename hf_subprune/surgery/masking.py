@@ -25,10 +25,10 @@ def masked(consumer: nn.Module, block: Block, kept: Sequence[int] | torch.Tensor
     Args:
         consumer: The block's consumer; it is not changed.
         block: The block to mask.
-        kept: `(k,)` unit indices, strictly increasing, at least one.
+        kept: `(k,)` unit indices, strictly increasing; none of a `removable` block.
 
     Raises:
-        ValueError: `kept` is empty, unsorted or out of range.
+        ValueError: `kept` is unsorted, out of range, or empty where the block cannot go.
     """
     units = checked_units(block, kept)
     removed = torch.ones(block.columns.numel() // taps(consumer), dtype=torch.bool)
@@ -98,7 +98,7 @@ def mask(
     Args:
         model: The model that `block` was discovered in, unshrunk.
         block: What to mask.
-        kept: `(k,)` unit indices, strictly increasing, at least one.
+        kept: `(k,)` unit indices, strictly increasing; none of a `removable` block.
         weight: `(k * c, m)` new consumer weight on the columns of the kept units, inputs by outputs; the present one
             when omitted.
         bias: `(m,)` new consumer bias; the present one when omitted.
@@ -107,7 +107,7 @@ def mask(
         The edit, in place; `Edit.undo()` takes it back.
 
     Raises:
-        ValueError: `kept` is empty, unsorted or out of range.
+        ValueError: `kept` is unsorted, out of range, or empty where the block cannot go.
     """
     units = checked_units(block, kept)
     consumer: Any = model.get_submodule(block.consumer)

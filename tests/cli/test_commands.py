@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from command_line import WORDS, run, save_encoder, write_texts
+from command_line import WORDS, run
 from rich.table import Table
 from sample_report import make_report
 from tiny import tiny
@@ -12,16 +12,6 @@ from hf_subprune import PruneReport
 from hf_subprune.bench import commands
 from hf_subprune.cli import commands as cli
 from hf_subprune.coverage.tiny import tiny_model
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return save_encoder(tmp_path / "model")
-
-
-@pytest.fixture
-def texts(tmp_path):
-    return write_texts(tmp_path / "texts.txt")
 
 
 def test_prune_then_report_evaluate_and_load(folder, texts, tmp_path):

@@ -1,18 +1,8 @@
 import pytest
-from command_line import run, save_encoder, write_texts
+from command_line import run
 
 from hf_subprune import PruneConfig, PruneReport
 from hf_subprune.cli.options import config_options
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return save_encoder(tmp_path / "model")
-
-
-@pytest.fixture
-def texts(tmp_path):
-    return write_texts(tmp_path / "texts.txt")
 
 
 def test_options_override_the_config_file(folder, texts, tmp_path):

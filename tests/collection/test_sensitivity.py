@@ -53,7 +53,7 @@ def exact_metric(model, block, batches, output_rows):
         keep = torch.ones(shape[:-1], dtype=torch.bool).flatten() if inputs is None else inputs
         rows += int(keep.sum())
         compared = functools.partial(lambda e, run, batch: output_rows(run(e), batch), run=run, batch=batch)
-        jacobian = torch.autograd.functional.jacobian(compared, torch.zeros(shape))
+        jacobian = torch.autograd.functional.jacobian(compared, torch.zeros(shape), vectorize=True)
         jacobian = jacobian.flatten(0, 1).flatten(1, -2)[:, keep]  # (outputs, tokens, m)
         total += torch.einsum("otm,otn->mn", jacobian.double(), jacobian.double())
     return total / rows

@@ -133,7 +133,7 @@ def test_an_argument_is_cut_again_among_what_was_left():
 def test_a_spec_adapts_a_model_built_anew():
     pruned, x, bias = Widths(), torch.randn(2, 4, 6), torch.randn(2, 4, 2, 1)
     shrink(pruned, block(INNER, arguments=(BIAS,)), [1])
-    attributes, arguments = adaptations(pruned)
+    attributes, arguments, _ = adaptations(pruned)
     assert attributes == {INNER_WIDTH: 3} and arguments == {"bias": (2, 2, 1)}
     spec = LayoutSpec(
         {"up.weight": (3, 6), "up.bias": (3,), "down.weight": (6, 3)},

@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from forked import forks
 from hub_server import READER, WRITER, HubServer
 from huggingface_hub import constants
 from sample_report import make_report
@@ -330,16 +331,32 @@ def test_the_command_says_every_option_but_the_token():
 # The whole way, as a user goes it
 
 
-def run(code, hub, home):
-    """Python code in a process of its own that knows the Hub by its environment only."""
-    environment = {
-        **os.environ,
+def known_by_environment(hub, home):
+    return {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": WRITER,
         "HF_HOME": str(home),
     }
+
+
+@pytest.fixture(scope="module")
+def users(tmp_path_factory):
+    """A Hub, and processes that know it by their environment only; one runs code and gives what it prints."""
+    with HubServer() as hub, forks(**known_by_environment(hub, tmp_path_factory.mktemp("user"))) as server:
+
+        def run(code, folder):
+            (folder / "code.py").write_text(f"import sys\nsys.stdout = open({str(folder / 'printed')!r}, 'w')\n{code}")
+            assert server.run(folder / "code.py") == [0]
+            return (folder / "printed").read_text()
+
+        yield hub, run
+
+
+def run_fresh(code, hub, home):
+    """Python code in a process of its own, which has imported nothing and downloaded nothing."""
+    environment = {**os.environ, **known_by_environment(hub, home)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -347,7 +364,7 @@ def run(code, hub, home):
 
 PRUNE_AND_PUSH = """
 import sys
-sys.path[:0] = [{tests!r}, {tests!r} + "/report"]
+sys.path.insert(0, {tests!r})
 import torch
 from hf_subprune import PruneConfig, prune
 from test_hub import make_model, make_tokenizer
@@ -380,20 +397,19 @@ sys.modules["hf_subprune"] = None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["stock", "ragged"])
-def test_a_pushed_model_loads_in_a_fresh_process_at_every_revision(tmp_path, layout):
-    with HubServer() as hub:
-        code = PRUNE_AND_PUSH.format(tests=str(Path(__file__).parents[1]), layout=layout, repo=REPO)
-        (first, first_sum), (_, last_sum) = (line.split() for line in run(code, hub, tmp_path / "a").splitlines())
-        card = hub.files(REPO)["README.md"].decode()
-        load, *others = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-        pinned = load.replace(f'("{REPO}")', f'("{REPO}", revision="{first}")')
-        shown = run(load + SHOW + SHOW_TOKENS + pinned + SHOW, hub, tmp_path / "b")
-        last, tokens, pinned_to_first = shown.splitlines()
-        assert tokens == "[3, 2]"
-        assert float(last) == pytest.approx(float(last_sum), abs=5e-6)
-        assert float(pinned_to_first) == pytest.approx(float(first_sum), abs=5e-6)
-        assert abs(float(first_sum) - float(last_sum)) > 1.5e-5
-        # A stock model takes nothing of ours, a ragged one takes the code in the repo.
-        assert ("import hf_subprune" in load) == (layout == "ragged")
-        alone = next(code for code in others if "trust_remote_code" in code) if layout == "ragged" else load
-        assert float(run(WITHOUT_US + alone + SHOW, hub, tmp_path / "c")) == pytest.approx(float(last_sum), abs=5e-6)
+def test_a_pushed_model_loads_in_a_fresh_process_at_every_revision(tmp_path, users, layout):
+    (hub, run), repo = users, f"user/{layout}"
+    code = PRUNE_AND_PUSH.format(tests=str(Path(__file__).parent), layout=layout, repo=repo)
+    (first, first_sum), (_, last_sum) = (line.split() for line in run(code, tmp_path).splitlines())
+    card = hub.files(repo)["README.md"].decode()
+    load, *others = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    pinned = load.replace(f'("{repo}")', f'("{repo}", revision="{first}")')
+    last, tokens, pinned_to_first = run(load + SHOW + SHOW_TOKENS + pinned + SHOW, tmp_path).splitlines()
+    assert tokens == "[3, 2]"
+    assert float(last) == pytest.approx(float(last_sum), abs=5e-6)
+    assert float(pinned_to_first) == pytest.approx(float(first_sum), abs=5e-6)
+    assert abs(float(first_sum) - float(last_sum)) > 1.5e-5
+    # A stock model takes nothing of ours, a ragged one takes the code in the repo.
+    assert ("import hf_subprune" in load) == (layout == "ragged")
+    alone = next(code for code in others if "trust_remote_code" in code) if layout == "ragged" else load
+    assert float(run_fresh(WITHOUT_US + alone + SHOW, hub, tmp_path)) == pytest.approx(float(last_sum), abs=5e-6)

@@ -32,7 +32,7 @@ def test_errors_are_those_of_fits_on_one_fold_corrected_for_fits_on_both(weighed
     folds, W, groups = block.folds, block.W, block.groups
     metric = torch.diag(torch.tensor([9.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)) if weighed else None
     curve = loss_curve(replace(block, output_metric=metric), Settings(shrinkage=0.3))
-    assert [width for width, *_ in curve.errors] == [width for width, _ in curve.points[:-1]] == [1, 2, 3, 4, 5]
+    assert [width for width, *_ in curve.errors] == [width for width, _ in curve.points[:-1]] == [0, 1, 2, 3, 4, 5]
     share = [fold.t / sum(fold.t for fold in folds) for fold in folds]
     for width, fitted, held_out in curve.errors:
         columns = columns_of(curve.order[:width].sort().values, groups)

@@ -9,6 +9,7 @@ from least_squares import explained, problem
 from hf_subprune.solver.moments import MomentAccumulator
 from hf_subprune.solver.objective import Objective, objective_of, regularise
 from hf_subprune.solver.problem import Problem, columns_of
+from hf_subprune.solver.settings import Settings
 
 
 @pytest.mark.parametrize("c", [1, 3])
@@ -35,7 +36,7 @@ def test_shrinkage_adds_rows_that_want_the_original_weights():
         torch.testing.assert_close(H, B.T @ B)
         torch.testing.assert_close(C, B.T @ Y)
         assert t == pytest.approx(float(Y.square().sum()))
-    of_block = objective_of(Problem([moments.moments(W)], W, output_metric=root @ root.T), 0.3)
+    of_block = objective_of(Problem([moments.moments(W)], W, output_metric=root @ root.T), Settings(shrinkage=0.3))
     torch.testing.assert_close(of_block.C @ of_block.C.T, C @ C.T, rtol=1e-5, atol=1e-5 * float(C.square().max()))
 
 

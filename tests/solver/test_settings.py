@@ -20,9 +20,13 @@ def test_random_choices_begin_anew_with_each_block():
 
 
 def test_selection_has_a_finite_shrinkage():
-    assert Settings(shrinkage=0.7).selection_shrinkage == 0.7
-    assert Settings().selection_shrinkage == Settings().fixed_shrinkage == 0.1
-    assert Settings(shrinkage=float("inf")).selection_shrinkage < float("inf")
+    assert Settings(shrinkage=0.7).selection_shrinkage(100, 10) == 0.7
+    assert Settings(shrinkage=float("inf")).selection_shrinkage(100, 10) < float("inf")
+
+
+def test_selection_is_shrunk_less_the_more_rows_there_are():
+    few, some, many = (Settings().selection_shrinkage(rows, 100) for rows in (10, 100, 1000))
+    assert few == some > many > 0
 
 
 def test_wide_problems_are_in_float32():

@@ -67,6 +67,23 @@ def test_keeping_every_unit_changes_nothing():
     assert solution.fitted_error == 0.0
 
 
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("settings", [Settings(), Settings(importance="wanda"), Settings(method="backward")])
+def test_keeping_no_unit_leaves_the_mean_to_the_bias(intercept, settings):
+    folds, W = folds_of(intercept=intercept)
+    problem = Problem(folds, W, torch.arange(24).view(-1, 4))
+    solution = solve(problem, 0, settings)
+    assert solution.V.shape == (0, 6) and solution.kept_units.tolist() == solution.kept_columns.tolist() == []
+    mean = combine(folds).input_mean @ W
+    torch.testing.assert_close(solution.bias_shift, mean if intercept else torch.zeros_like(mean))
+    assert solution.fitted_error == pytest.approx(1.0) and solution.guarantee == 1.0
+    unmended = solve(problem, 0, replace(settings, reweight=False))
+    assert not unmended.bias_shift.any()
+    total = combine(folds)  # energies are centred where there is an intercept, and what is not mended is not
+    lost = total.rows * float(mean.square().sum()) / total.t if intercept else 0.0
+    assert unmended.fitted_error == pytest.approx(1.0 + lost)
+
+
 @pytest.mark.parametrize("rows", [8, 12, 20])
 def test_reweighting_helps_even_from_few_rows(rows):
     for seed in range(5):
@@ -125,8 +142,8 @@ def test_units_chosen_elsewhere_are_kept_with_their_own_guarantee(importance):
 
 def test_misuse_is_refused():
     folds, W = folds_of()
-    for k in (0, 25):
-        with pytest.raises(ValueError, match="1 to 24"):
+    for k in (-1, 25):
+        with pytest.raises(ValueError, match="0 to 24"):
             solve(Problem(folds, W), k, Settings())
     with pytest.raises(ValueError, match="Unknown importance"):
         solve(Problem(folds, W), 3, Settings(importance="magnitude"))

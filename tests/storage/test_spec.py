@@ -122,6 +122,9 @@ def test_round_trip():
         ({"arguments": {"a": {"b": [0, 4]}}}, "arguments of 'a' are"),
         ({"arguments": {"a": {"b": [0, 4, 5]}}}, "arguments of 'a' are"),
         ({"arguments": {"a": {"b": ["0", 4, None]}}}, "arguments of 'a' are"),
+        ({"bypassed": [1]}, "'bypassed' is bypassed as"),
+        ({"bypassed": {"a": ["", 10**12]}}, "'a' is bypassed as"),
+        ({"bypassed": {"a": [3, 0]}}, "'a' is bypassed as"),
         ({"format": True}, "format is True"),
         ({"shapes": {}}, "digest does not match"),
         ({"format": FORMAT + 1}, "pip install -U hf_subprune"),
@@ -155,6 +158,8 @@ SELF = "encoder.layer.0.attention.self"
         (LayoutSpec({}, {}, {SELF: {"hidden_states": (0, 10**12, 10**12)}}), "1000000000000 entries"),
         (LayoutSpec({}, {}, {SELF: {"a.b": (0, 4, 2)}}), "is not given"),
         (LayoutSpec({}, {}, {SELF: {"hidden_states": (99, 4, 2)}}), "along dimension 99"),
+        (LayoutSpec({}, {}, {}, {SELF: ("nowhere", 0)}), "a consumer 'nowhere'"),
+        (LayoutSpec({}, {}, {}, {f"{SELF}.dropout": ("", 0)}), "a consumer ''"),
         *(
             (LayoutSpec({}, {"encoder": {name: 3}}), f"no {name} of that size")
             for name in ("__class__", "__dict__", "_modules", "_parameters", "_forward_hooks", "forward", "config")
