@@ -59,7 +59,8 @@ from hf_subprune import PruneConfig, prune_checkpoint
 from hf_subprune.report import page
 page.find_spec = lambda _: None
 batches = ready_batches(tiny("llama", num_hidden_layers=2))
-prune_checkpoint(sys.argv[1], batches, PruneConfig(samples=8, held_out=4, batch_size=4, variant="asym"), sys.argv[2])
+config = PruneConfig(samples=8, held_out=4, batch_size=4, variant="asym", layout="ragged")
+prune_checkpoint(sys.argv[1], batches, config, sys.argv[2])
 """
 
 
@@ -175,10 +176,10 @@ def kind_of(path):
 def test_damage_is_named_or_does_not_matter(tmp_path, checkpoint, computed, instants):
     """Every kind of file that a stopped run has left, and of the checkpoint, damaged in one of the ways."""
     source, batches = checkpoint
-    config = PruneConfig(**QUICK, variant="asym")
+    config = PruneConfig(**QUICK, variant="asym", layout="ragged")
     prune_checkpoint(source, batches, config, tmp_path / "a")
     computed.start_anew()
-    computed.stop_at_block(3, StoppedError())
+    computed.stop_at_block(1, StoppedError())
     with pytest.raises(StoppedError):
         prune_checkpoint(source, batches, config, tmp_path / "stopped" / "out")
     computed.start_anew()

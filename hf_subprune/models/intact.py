@@ -22,7 +22,7 @@ def intact(model: nn.Module, change: Callable[[], _T], *, written: Iterable[torc
     """What `change` returns; whatever ends it before, an interrupt at any line too, the model is as it was.
 
     That is the last word, after what its own parts take back: modules hold the very objects that they held, with the
-    same flags, hooks, configs and buffers.
+    same flags, hooks, configs and buffers. An interrupt is raised as such, though taking back fails that it cut short.
 
     Args:
         model: Any.
@@ -35,7 +35,17 @@ def intact(model: nn.Module, change: Callable[[], _T], *, written: Iterable[torc
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # contexts that wait in generators end now, not behind this
         put_back()
-        raise
+        interrupt = _interrupt_behind(error)
+        if interrupt in (None, error):
+            raise
+        raise interrupt from None
+
+
+def _interrupt_behind(error: BaseException | None) -> BaseException | None:
+    """The interrupt itself, or the one in whose handling something else was raised; `None` if there was none."""
+    while isinstance(error, Exception):
+        error = error.__context__
+    return error
 
 
 def remembered(model: nn.Module, written: Iterable[torch.Tensor] = ()) -> Callable[[], None]:

@@ -23,6 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.utils import ModelOutput
 
+_PLAIN = {"fractions.Fraction": Fraction, "builtins.frozenset": frozenset}
+"""Plain values that torch does not read unasked."""
+
 
 class DamagedError(ValueError):
     """A file is not as it was written.
@@ -113,7 +116,7 @@ def _sealed(values: Any) -> str:
 
 
 def write_objects(path: Path, values: Any) -> None:
-    """Tensors in dataclasses of this package, outputs of models, lists, dicts and plain values."""
+    """Tensors in dataclasses of this package, outputs of models, lists, dicts, frozen sets and plain values."""
     with replacing(path) as part:
         torch.save(values, part)  # an archive that holds a checksum of each of its entries
 
@@ -155,8 +158,8 @@ def _known(name: str) -> Any:
     """
     module, _, leaf = name.rpartition(".")
     package = module.split(".")[0]
-    if name == "fractions.Fraction":
-        return Fraction
+    if name in _PLAIN:
+        return _PLAIN[name]
     if package in (__package__.split(".")[0], "transformers"):
         found = getattr(importlib.import_module(module), leaf, None)
         own = package != "transformers" and (is_dataclass(found) or _is_kind(found, tuple))

@@ -51,8 +51,8 @@ class Workspace:
         try:
             yield
         except BaseException:
-            self.undo.close()
-            raise
+            with self.undo:  # where taking back fails, what it was for stays known
+                raise
 
     def store(self, name: str) -> Store:
         """Where one stage keeps what it makes."""

@@ -1,5 +1,7 @@
 """Values that stages keep, in memory and in files."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -27,6 +29,11 @@ def test_sums_are_those_of_all_that_was_added(store):
         total.add(torch.full((3, 3), float(step)))
     total.add_up()  # of one process
     assert total.total().dtype == torch.float64 and (total.total() == 3).all()
+
+
+def test_plain_values_are_read_as_they_were(store):
+    value = {"part": Fraction(1, 3), "names": frozenset({"a", "b"}), "widths": ((1, 2.0), None)}
+    assert store.read(store.keep("plain", value)) == value
 
 
 def test_memory_outlasts_no_run():
