@@ -5,6 +5,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .allocation.surveying import take_survey
 from .blocks import some_of
@@ -26,17 +27,17 @@ from .data.datafiles import load_processing_class
 from .data.reading import read
 from .models.session import check_prunable, session
 from .pruning import prune_to
+from .report.place import Place, claimed
 from .report.report import PruneReport
-from .report.saving import check_output, check_shard_size, save_pruned
-from .runs.durable import check_space, write_json
+from .report.saving import check_shard_size, save_to
+from .runs.durable import DamagedError, check_space, digest_of, read_json, write_json
 from .runs.memory import freed_at_once
-from .runs.processes import processes, state
+from .runs.processes import from_process, processes, state
 from .runs.workspace import Workspace
 from .storage.skeleton import build_skeleton
 
 logger = logging.get_logger(__name__)
 
-_RUN = "run.json"
 # Weights that `from_pretrained` reads and that are no safetensors files of the usual name.
 _OTHER_WEIGHTS = ("*.bin", "*.safetensors", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf")
 
@@ -71,7 +72,7 @@ def prune_checkpoint(
         name_or_path: Folder or Hub id of a checkpoint in safetensors files.
         data: As for `prune`; the same again when a stopped run is started again.
         config: As for `prune`; any target but `latency`, which is measured on a model in memory.
-        out: Folder of the pruned model; made, or replaced when it holds an earlier result.
+        out: Folder of the pruned model; made if need be. An earlier result there is replaced, other files stay.
         processing_class: Of the data; the checkpoint's own when left out.
         dtype: Of the weights; `"auto"` keeps the saved one.
         device: Where layers run; an accelerator when there is one, when left out.
@@ -84,59 +85,122 @@ def prune_checkpoint(
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.
         ValueError: as `prune`; `out` holds something else; `max_shard_size` is no size; a file of the checkpoint is
-            cut short; or the run that was stopped had another model, config, data or number of processes: the message
-            says what differs.
+            cut short; the run that was stopped had another model, config, data or number of processes: the message
+            says what differs; or what it left is damaged.
+        BlockingIOError: another run writes to `out` now.
         OSError: `out` cannot be made, or the disk has no room. What is finished stays, and the same call goes on.
     """
-    config, out = PruneConfig.of(config), Path(out).absolute()
+    config = PruneConfig.of(config)
     if config.latency is not None:
         raise ValueError("Latency is measured on a model in memory: choose another target, or use `prune`.")
-    check_output(out)
     check_shard_size(max_shard_size)
-    source = _local(name_or_path)
-    shards = check_shards(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    check_space(out.parent, sum(path.stat().st_size for path in shards), "the pruned model")
-    started = out.parent / f".{out.name}.partial"
-    scratch = started / str(state().process_index)
-    shutil.rmtree(scratch / "new", ignore_errors=True)  # weights of a run that was stopped; they are made again
-    (scratch / "new").mkdir(parents=True)
-    processing_class = processing_class or load_processing_class(str(source))
-    model = _load(source, dtype, device, scratch / "converted")
-    model.name_or_path = str(name_or_path)
-    check_prunable(model, offloaded=True)
-    work = Workspace()
-    with freed_at_once(), session(model, folder=scratch / "new"):
-        with work.clock("data"):
-            samples = read(model, data, config, processing_class)
-        _check_same_run(scratch / _RUN, _run(source, shards, config, samples, model))
-        batches = FittingBatches(samples)
+    with claimed(out) if state().is_main_process else nullcontext() as place:
+        # No process touches anything before it is claimed.
+        started: Path = from_process(0, place.partial if place is not None else Path())
+        scratch = started / str(state().process_index)
+        source = _local(name_or_path)
+        shards = check_shards(source)
+        check_space(started, sum(path.stat().st_size for path in shards), "the pruned model")
+        run = _Run.resumed(scratch)
+        processing_class = processing_class or load_processing_class(str(source))
+        model = _load(source, dtype, device, scratch / "converted")
+        model.name_or_path = str(name_or_path)
+        check_prunable(model, offloaded=True)
+        work = Workspace()
+        with freed_at_once(), session(model, folder=scratch / "new"):
+            with work.clock("data"):
+                samples = read(model, data, config, processing_class)
+            run.begin(_identity(source, shards, config, samples, model))
+            batches = FittingBatches(samples)
 
-        def attempt(some: Samples) -> PruneReport:
-            folder = scratch / f"batches-of-{batches.size}"  # sums of other batches are others in the last bits
-            own = Workspace(folder, work.again().clock)
-            return prune_to(take_survey(some, [config], None, own), config, own)
+            def attempt(some: Samples) -> PruneReport:
+                folder = scratch / f"batches-of-{batches.size}"  # sums of other batches are others in the last bits
+                own = Workspace(folder, work.again().clock)
+                return prune_to(take_survey(some, [config], None, own), config, own)
 
-        report = replace(batches.run(attempt), command=command)
-    if state().is_main_process:
-        _save(out, model, processing_class, report, max_shard_size)
-    state().wait_for_everyone()
-    shutil.rmtree(scratch)
-    state().wait_for_everyone()
-    shutil.rmtree(started, ignore_errors=True)
+            with run.damage_named():
+                report = replace(batches.run(attempt), command=command)
+        if place is not None:
+            _save(place, model, processing_class, report, max_shard_size)
+        state().wait_for_everyone()
+        run.end()
+        state().wait_for_everyone()
     return report
 
 
+class _Run:
+    """What is on disk of a run between its start and its end, in a folder of its own.
+
+    A file says which run it is, with a checksum; nothing else there counts without it.
+
+    Args:
+        folder: Of one process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._file = folder, folder / "run.json"
+
+    @classmethod
+    def resumed(cls, folder: Path) -> "_Run":
+        """The run that was stopped there, if one was, ready to go on; weights are made again."""
+        run = cls(folder)
+        shutil.rmtree(folder / "new" if run._file.is_file() else folder, ignore_errors=True)
+        (folder / "new").mkdir(parents=True)
+        return run
+
+    def begin(self, identity: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write down what this run is, or compare it with what the run that was stopped here was.
+
+        Raises:
+            ValueError: they differ, or the file that says so is damaged.
+        """
+        identity = json.loads(json.dumps(identity))
+        if not self._file.is_file():
+            write_json(self._file, identity)
+            return
+        with self.damage_named():
+            before = read_json(self._file)
+        changed = [
+            f"{part} {name}: {before[part].get(name)!r} then, {identity[part].get(name)!r} now"
+            for part in identity
+            for name in sorted(before[part].keys() | identity[part].keys())
+            if before[part].get(name) != identity[part].get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"A run that was stopped left {self.folder}, and this one differs from it in {'; '.join(changed)}. "
+                "Start that one again to finish it, or remove the folder to begin this one."
+            )
+        logger.warning(f"Going on with the run that was stopped, from {self.folder}.")
+
+    @contextmanager
+    def damage_named(self) -> Iterator[None]:
+        """What to do is said with what is damaged."""
+        try:
+            yield
+        except (DamagedError, FileNotFoundError) as error:
+            raise ValueError(
+                f"The run that was stopped cannot go on: {error} Remove {self.folder.parent}, and start anew."
+            ) from error
+
+    def end(self) -> None:
+        """Nothing is left; what is, if this is cut short, counts for nothing."""
+        self._file.unlink()
+        shutil.rmtree(self.folder)
+
+
 def _save(
-    out: Path, model: PreTrainedModel, processing_class: Any, report: PruneReport, max_shard_size: int | str
+    place: Place, model: PreTrainedModel, processing_class: Any, report: PruneReport, max_shard_size: int | str
 ) -> None:
     try:
         with warnings.catch_warnings():
             # It saves a shard at a time, and says that a shard must fit in memory.
             warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-            save_pruned(out, model, processing_class, report, max_shard_size=max_shard_size)
+            save_to(place, model, processing_class, report, {"max_shard_size": max_shard_size})
     except SafetensorError as error:
-        raise OSError(f"{out} could not be written: {error}. Make room and start the same command again.") from error
+        raise OSError(
+            f"{place.folder} could not be written: {error}. Make room and start the same command again."
+        ) from error
 
 
 def check_shards(folder: Path) -> list[Path]:
@@ -150,7 +214,13 @@ def check_shards(folder: Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     names = {SAFE_WEIGHTS_NAME}
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{index} names no files of weights ({type(error).__name__}: {error}). Put the file back as it was, "
+                "and start again."
+            ) from error
     paths = sorted(folder / name for name in names)
     others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
     if others and not index.is_file() and not paths[0].is_file():
@@ -163,17 +233,27 @@ def check_shards(folder: Path) -> list[Path]:
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"The checkpoint {folder} lacks {path.name}: put the file back, and start again.")
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            found = path.stat().st_size
-            header = json.loads(file.read(length)) if 8 + length <= found else {}
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        if found != 8 + length + max(ends, default=0):
+        found, needed = path.stat().st_size, _needed_bytes(path)
+        if found != needed:
             raise ValueError(
-                f"{path} holds {found} bytes where its header asks for {8 + length + max(ends, default=0)}: it was "
-                "cut short. Put the whole file back, and start again."
+                f"{path} holds {found} bytes where its header asks for {needed}: it was cut short, or damaged. Put "
+                "the whole file back, and start again."
             )
     return paths
+
+
+def _needed_bytes(path: Path) -> int | None:
+    """The length of a safetensors file by its header; `None` where that cannot be read."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            return 8 + length
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            return 8 + length + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return None
 
 
 def _local(name_or_path: str | Path) -> Path:
@@ -208,10 +288,10 @@ def _placement(module: nn.Module, path: str, device: str) -> Iterator[tuple[str,
         yield path, device
 
 
-def _run(
+def _identity(
     source: Path, shards: list[Path], config: PruneConfig, samples: Samples, model: PreTrainedModel
 ) -> dict[str, dict[str, Any]]:
-    """What must be the same for a stopped run to go on."""
+    """What must be the same for a stopped run to go on: of files their content, whatever their place and times."""
     digest = hashlib.sha256()
     for batch in (*samples.fit, *samples.held_out):
         for name, value in sorted(batch.items()):
@@ -219,43 +299,12 @@ def _run(
             if isinstance(value, torch.Tensor):
                 digest.update(str((value.dtype, tuple(value.shape))).encode())
                 digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in shards}
-    described = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
+    described = [path for name in (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME) if (path := source / name).is_file()]
     return {
         "config": config.to_dict(),
         "data": {**samples.description, "sha256": digest.hexdigest()},
-        "model": {
-            "folder": str(source.resolve()),
-            "config.json": described,
-            "dtype": str(model.dtype),
-            "device": str(model.device),
-            "files": files,
-        },
+        "model": {"dtype": str(model.dtype), "device": str(model.device)},
+        "file": {path.name: digest_of(path) for path in (*described, *shards)},
         "processes": {"number": processes()},
         "versions": {name: version(name) for name in ("hf_subprune", "torch", "transformers")},
     }
-
-
-def _check_same_run(path: Path, run: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write down what this run is, or compare it with what the run that was stopped here was.
-
-    Raises:
-        ValueError: they differ.
-    """
-    run = json.loads(json.dumps(run))
-    if not path.exists():
-        write_json(path, run)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [
-        f"{part} {name}: {before[part].get(name)!r} then, {value!r} now"
-        for part, entries in run.items()
-        for name, value in entries.items()
-        if before[part].get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"A run that was stopped left {path.parent}, and this one differs from it in {'; '.join(changed)}. Start "
-            "that one again to finish it, or remove the folder to begin this one."
-        )
-    logger.warning(f"Going on with the run that was stopped, from {path.parent}.")

@@ -5,6 +5,7 @@ the model that the config builds to the stored widths, before it reads weights, 
 So does `from_config`, whose weights are random.
 """
 
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -58,6 +59,11 @@ class SubpruneConfig(QuantizationConfigMixin):
             ValueError: The entry is damaged or of a later format.
         """
         stored = config_dict.get("then")
+        if stored is not None and (not isinstance(stored, dict) or stored.get("quant_method") == QUANT_METHOD):
+            raise ValueError(
+                f"`then` of this model's subprune entry is {reprlib.repr(stored)}, not how its weights are quantized: "
+                "restore config.json as it was saved"
+            )
         config = cls(
             spec=LayoutSpec.from_dict(config_dict),
             stored=None if stored is None else auto.AutoQuantizationConfig.from_dict(stored),

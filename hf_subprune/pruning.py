@@ -24,6 +24,7 @@ from .data.trial import check_forward
 from .evaluation.costs import measure_latency
 from .evaluation.original import Original
 from .models.forms import apart
+from .models.intact import intact, remembered
 from .models.precision import precise_products
 from .models.running import inside, is_offloaded
 from .models.session import check_prunable, session
@@ -72,6 +73,16 @@ def prune(
     """
     config = PruneConfig.of(config)
     check_prunable(model, offloaded=True)
+    return intact(model, lambda: _prune(model, data, config, processing_class, evaluation))
+
+
+def _prune(
+    model: PreTrainedModel,
+    data: Any,
+    config: PruneConfig,
+    processing_class: Any,
+    evaluation: Callable[[PreTrainedModel], float] | None,
+) -> PruneReport:
     whole = "experts" in config.units
     with session(model, whole=whole):
         work = Workspace()
@@ -120,6 +131,21 @@ def prune_sizes(
         raise TypeError(f"`configs` must be a list of PruneConfig, one a size, not {type(configs).__name__}.")
     configs = [PruneConfig.of(config) for config in configs]
     _check_alike(configs)
+    put_back = remembered(model)
+    try:
+        yield from _prune_sizes(model, data, configs, processing_class, evaluation)
+    except BaseException:
+        put_back()
+        raise
+
+
+def _prune_sizes(
+    model: PreTrainedModel,
+    data: Any,
+    configs: Sequence[PruneConfig],
+    processing_class: Any,
+    evaluation: Callable[[PreTrainedModel], float] | None,
+) -> Iterator[PruneReport]:
     with session(model, precise=False) as handed_over:
         work, parameters = Workspace(), list(model.parameters())
         with precise_products(parameters):

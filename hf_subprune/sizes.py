@@ -1,6 +1,7 @@
 """Prune one model to several sizes, each saved in its own folder, with one table and one plot for all."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,9 +13,10 @@ from transformers import PreTrainedModel
 
 from .config import PruneConfig
 from .pruning import prune_sizes
+from .report.place import claimed
 from .report.records import REPORT_NAME
 from .report.report import PruneReport
-from .report.saving import check_output, check_shard_size, save_pruned
+from .report.saving import check_output, check_shard_size, save_to
 
 PLOT_NAME = "sizes.png"
 
@@ -49,9 +51,12 @@ def save_sizes(
     folders = check_sizes(folder, configs)
     check_shard_size(max_shard_size)
     reports: dict[Path, PruneReport] = {}
-    for path, report in zip(folders, prune_sizes(model, data, configs, processing_class), strict=True):
-        reports[path] = replace(report, command=command)
-        save_pruned(path, model, processing_class, reports[path], max_shard_size=max_shard_size)
+    with ExitStack() as stack:
+        places = [stack.enter_context(claimed(path)) for path in folders]
+        sizes = prune_sizes(model, data, configs, processing_class)
+        for path, place, report in zip(folders, places, sizes, strict=True):
+            reports[path] = replace(report, command=command)
+            save_to(place, model, processing_class, reports[path], {"max_shard_size": max_shard_size})
     if find_spec("matplotlib"):
         from .report.plots import plot_tradeoff
 

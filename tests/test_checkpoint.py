@@ -1,10 +1,7 @@
 import errno
 import json
 import os
-import random
 import shutil
-import signal
-import time
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -12,7 +9,6 @@ import psutil
 import pytest
 import torch
 from batches import ready_batches
-from forked import forks
 from runs_of import files
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -137,8 +133,73 @@ def test_another_config_data_or_model_is_refused(tmp_path, stopped):
     with pytest.raises(ValueError, match=r"data sha256: .* then, .* now"):
         prune_checkpoint(tmp_path / "model", other, CONFIG, tmp_path / "out")
     saved("llama", tmp_path / "model", seed=1)
-    with pytest.raises(ValueError, match="model files"):
+    with pytest.raises(ValueError, match=r"file model-0000\d-of-0000\d\.safetensors: '\w+' then, '\w+' now"):
         prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+
+
+def test_a_checkpoint_is_known_by_its_content(tmp_path, stopped, computed):
+    shutil.copytree(tmp_path / "model", tmp_path / "copied")
+    for shard in (tmp_path / "copied").iterdir():
+        os.utime(shard, (1, 1))
+    prune_checkpoint(tmp_path / "copied", stopped, CONFIG, tmp_path / "out")
+    assert computed.names == computed.blocks  # it went on
+    prune_checkpoint(tmp_path / "model", stopped, CONFIG, tmp_path / "again")
+    assert files(tmp_path / "out") == files(tmp_path / "again")
+
+
+def test_nothing_counts_without_the_file_that_says_which_run_it_is_of(tmp_path, stopped, computed):
+    (tmp_path / ".out.partial" / "0" / "run.json").unlink()
+    other = PruneConfig(**QUICK, keep=0.25)
+    prune_checkpoint(tmp_path / "model", stopped, other, tmp_path / "out")
+    prune_checkpoint(tmp_path / "model", stopped, other, tmp_path / "again")
+    assert files(tmp_path / "out") == files(tmp_path / "again")
+
+
+class Planted:
+    def __reduce__(self):
+        return (os.mkdir, ("planted",))
+
+
+def test_nothing_is_unpickled(tmp_path, stopped, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / ".out.partial" / "0").rglob("*.pt"):
+        torch.save(Planted(), path)
+    with pytest.raises(
+        ValueError, match=r"is not as it was written \(it names \w+\.mkdir, .* Remove .*\.out\.partial"
+    ):
+        prune_checkpoint(tmp_path / "model", stopped, CONFIG, tmp_path / "out")
+    assert not (tmp_path / "planted").exists()
+
+
+def test_what_another_user_made_is_not_read(tmp_path, stopped, monkeypatch):
+    monkeypatch.setattr("os.getuid", lambda: os.stat(tmp_path).st_uid + 1)
+    with pytest.raises(ValueError, match=r"\.out\.partial was not made by you"):
+        prune_checkpoint(tmp_path / "model", stopped, CONFIG, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["{}", "not JSON", '{"weight_map": []}'])
+def test_an_index_that_names_nothing_is_named(tmp_path, content):
+    batches = saved("llama", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json names no files of weights .* Put the file back"):
+        prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+
+
+def test_a_second_run_is_refused_and_the_first_goes_on(tmp_path, computed):
+    batches, refused = saved("llama", tmp_path / "model"), []
+
+    def start_another(name):
+        if name.startswith("blocks/") and not refused:
+            with pytest.raises(BlockingIOError, match=rf"Process {os.getpid()} on .* writes to .*out now") as error:
+                prune_checkpoint(tmp_path / "model", batches, PruneConfig(**QUICK, keep=0.25), tmp_path / "out")
+            refused.append(error)
+
+    computed.before = start_another
+    prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    assert refused
+    computed.start_anew()
+    prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "again")
+    assert files(tmp_path / "out") == files(tmp_path / "again")
 
 
 @pytest.mark.parametrize("damage", ["remove", "truncate"])
@@ -257,49 +318,6 @@ def test_the_command_prunes_a_checkpoint(tmp_path):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert PruneReport.load(tmp_path / "out").command.startswith("hf-subprune")
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
-UNPLOTTED = """
-import runpy, sys
-
-sys.modules["matplotlib"] = None  # as if it were not installed: plots take a third of a run
-runpy.run_module("hf_subprune.cli", run_name="__main__", alter_sys=True)
-"""
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_any_instant_ends_with_the_same_files(tmp_path):
-    (tmp_path / "unplotted.py").write_text(UNPLOTTED)
-    command = [
-        tmp_path / "unplotted.py",
-        *arguments(tmp_path, tmp_path / "a"),
-        "--variant",
-        "asym",
-        "--layout",
-        "ragged",
-    ]
-    with forks() as server:
-        start = time.monotonic()
-        assert server.run(*command) == [0]
-        whole = time.monotonic() - start
-        expected = files(tmp_path / "a")
-        command[command.index(str(tmp_path / "a"))] = str(tmp_path / "b")
-        kills, runs, random_instants = 0, 0, random.Random(0)
-        while kills < 20:
-            assert runs < 100
-            runs += 1
-            fresh, start = not (tmp_path / ".b.partial").exists(), time.monotonic()
-            (code,) = server.run(*command, seconds=random_instants.uniform(0, 1.05 * whole))
-            assert code in (0, -signal.SIGKILL)
-            kills += code != 0
-            if code == 0:
-                if fresh:  # the first run may have been slowed down by whatever else the machine did
-                    whole = min(whole, time.monotonic() - start)
-                assert files(tmp_path / "b") == expected
-                shutil.rmtree(tmp_path / "b")
-        assert server.run(*command) == [0]
-    assert files(tmp_path / "b") == expected
-    assert not (tmp_path / ".b.partial").exists()
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.fp16.safetensors"])

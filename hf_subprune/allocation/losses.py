@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-
-from transformers import PreTrainedModel
 
 from ..blocks import Block, Group, groups_of
 from ..collection.block_moments import BlockMoments
@@ -17,7 +15,7 @@ from ..solver.curves import LossCurve, loss_curve, losses_of_sets
 from ..solver.problem import Problem
 from ..solver.tied import order_together
 from .budgets import interpolate
-from .propagation import TRIAL_FRACTIONS, Points, Propagation, corrected, fill_in, measured_blocks, spread
+from .propagation import TRIAL_FRACTIONS, Points, Propagation, Quality, corrected, fill_in, measured_blocks, spread
 from .survey import Survey
 
 # Blocks of a family that gets one width whose curves are made, each in the middle of its part of the depth.
@@ -48,7 +46,7 @@ class _Losses:
 
 def with_losses(
     survey: Survey,
-    evaluation: Callable[[PreTrainedModel], float] | None,
+    evaluation: Quality | None,
     work: Workspace,
     *,
     curves: bool,

@@ -30,6 +30,34 @@ _MEASURED_BLOCKS = 12
 _MEASURED_ROWS = 512
 
 
+class Quality:
+    """What a caller's function says of models, which must be a number.
+
+    Args:
+        evaluation: Given a model, its quality; more is better.
+        model: The original.
+
+    Attributes:
+        original: Its quality.
+
+    Raises:
+        ValueError: now or later, the quality is NaN or infinite.
+    """
+
+    def __init__(self, evaluation: Callable[[PreTrainedModel], float], model: PreTrainedModel):
+        self._evaluation = evaluation
+        self.original = self(model)
+
+    def __call__(self, model: PreTrainedModel) -> float:
+        value = float(self._evaluation(model))
+        if not math.isfinite(value):
+            raise ValueError(
+                f"`evaluation` returned {value} for {type(model).__name__}, of which no loss can be told: let it "
+                "return a finite number, more for better."
+            )
+        return value
+
+
 class Propagation:
     """What a block's error does to the model's output, measured by pruning the block alone, or with its tie.
 
@@ -39,16 +67,15 @@ class Propagation:
 
     Args:
         samples: Of the original; batches of all but the first fold are run, the trials having been fitted on that.
-        evaluation: Quality of a model, more is better; measured in place of the drift on `samples`.
+        evaluation: Measured in place of the drift on `samples`.
     """
 
-    def __init__(self, samples: Samples, evaluation: Callable[[PreTrainedModel], float] | None = None):
+    def __init__(self, samples: Samples, evaluation: Quality | None = None):
         model = self.model = samples.model
         self.evaluation = evaluation
         self.batches: list[Batch] = []
         self._reference: list[Outputs] = []
         if evaluation is not None:
-            self._quality = float(evaluation(model))
             return
         unseen = [one for index, batch in enumerate(samples.fit) if index % FOLDS for one in _few_rows(batch)]
         order = sorted(range(len(unseen)), key=lambda i: abs(i - len(unseen) // 2))  # of middling length first
@@ -68,7 +95,7 @@ class Propagation:
                 bias = None if bias is None else bias.detach() + trial.bias_shift.to(bias)
                 undo.callback(shrink(self.model, block, trial.kept, weight=trial.V, bias=bias).undo)
             if self.evaluation is not None:
-                return max(0.0, self._quality - float(self.evaluation(self.model)))
+                return max(0.0, self.evaluation.original - self.evaluation(self.model))
             return scalar_drift(drift(self.model, self.batches, self._reference), self._per_sample)
 
     def factors(self, blocks: Sequence[Block], curves: Sequence[LossCurve]) -> Points:

@@ -25,10 +25,12 @@ from ..models.linears import matrix_shape
 from ..models.running import Batch, input_device, inside, is_offloaded
 from ..runs.memory import release_memory
 from ..runs.processes import from_process, processes
+from ..runs.store import Store
 from ..runs.workspace import Workspace
 from ..storage.layout import choose_layout
 from .families import Families, even_families, narrow_width, prove_stock
 from .losses import with_losses
+from .propagation import Quality
 from .survey import Survey
 from .targets import Target, resolve
 from .widths import check_target
@@ -53,11 +55,14 @@ def take_survey(
 
     Raises:
         ValueError: no block can be pruned, or a target cannot be reached; whole experts are asked for; `evaluation`
-            is read by no budget.
+            is read by no budget, or does not return a finite number.
     """
     first = configs[0]
     if "experts" in first.units:
         raise ValueError("Whole experts are removed by `prune`, to one size, not in training: leave them out.")
+    if evaluation is not None and not any(c.allocation() == "equal_loss" for c in configs):
+        raise ValueError("`evaluation` is read by budget='equal_loss' only: choose that budget, or leave it out.")
+    quality = None if evaluation is None else Quality(evaluation, samples.model)
     probe = send_to_device(samples.probe, input_device(samples.model))
     # In one file: a block is one object everywhere.
     found, blocks, targets, families, candidates, segments = work.once(
@@ -66,8 +71,6 @@ def take_survey(
     targets = from_process(0, targets)  # latencies differ from process to process
     needs_curves = needs_losses(configs) and bool(candidates)
     needs_metrics = first.loss_aware and bool(candidates) and (needs_curves or first.importance == "greedy")
-    if evaluation is not None and not any(c.allocation() == "equal_loss" for c in configs):
-        raise ValueError("`evaluation` is read by budget='equal_loss' only: choose that budget, or leave it out.")
     needed = _scratch_bytes(samples, candidates, first) if needs_metrics else 0
     work.check_space(needed, "what the run keeps of each layer")
     with work.clock("evaluation"):
@@ -91,7 +94,7 @@ def take_survey(
     shared = first.streams() == "layer" and (needs_curves or len(configs) > 1 or grouped)
     keep = shared and work.holds(sum(_moment_bytes(samples, block) for block in candidates))
     if needs_curves or keep:
-        survey = with_losses(survey, evaluation, work, curves=needs_curves, keep=keep)
+        survey = with_losses(survey, quality, work, curves=needs_curves, keep=keep)
     release_memory()
     return survey
 
@@ -105,7 +108,7 @@ def looked_at_again(survey: Survey) -> Survey:
     """The survey with sensitivities of the model as it is now."""
     return replace(
         survey,
-        metrics=_sensitivities(survey, None) if survey.metrics else {},
+        metrics=_sensitivities(survey, Store()) if survey.metrics else {},
         gradients=_activation_gradients(survey) if survey.gradients else {},
     )
 
@@ -211,19 +214,20 @@ def _moment_bytes(samples: Samples, block: Block) -> int:
 def _with_sensitivities(survey: Survey, metrics: bool, gradients: bool, work: Workspace) -> Survey:
     changes: dict[str, Any] = {}
     if metrics:
-        changes["metrics"] = work.once("sensitivities", lambda: _sensitivities(survey, work))
+        store = work.store("sensitivities")
+        changes["metrics"] = Means(work.once("sensitivities", lambda: _sensitivities(survey, store).parts), store)
     if gradients:
         changes["gradients"] = work.once("gradients", lambda: _activation_gradients(survey))
     return replace(survey, **changes)
 
 
-def _sensitivities(survey: Survey, work: Workspace | None) -> Means:
+def _sensitivities(survey: Survey, store: Store) -> Means:
     metrics = output_metrics(
         survey.samples,
         survey.candidates,
         seed=survey.configs[0].seed,
         recomputed=_recomputed(survey),
-        store=None if work is None else work.store("sensitivities"),
+        store=store,
     )
     silent = [name for name, M in metrics.items() if not float(M.diagonal().sum()) > 0]
     if silent:

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from transformers.utils import logging
 
 from ..bench.commands import bench_app
 from ..config import PruneConfig
+from ..report.plain import printable
 from .options import (
     Column,
     Columns,
@@ -144,7 +146,8 @@ def prune(
     from ..data.datafiles import load_mixture, load_model
     from ..pruning import prune as prune_model
     from ..report.hub import check_repo_name, push_folder
-    from ..report.saving import check_output, check_shard_size, save_pruned
+    from ..report.place import claimed
+    from ..report.saving import check_output, check_shard_size, save_to
     from ..report.tables import block_table, summary_table
     from ..runs.processes import processes, state
     from ..sizes import check_sizes, save_sizes, size_table
@@ -174,19 +177,21 @@ def prune(
         console.print("Saved to " + ", ".join(map(str, reports)) + ".", soft_wrap=True)
         return
     (config,) = configs
-    check_output(out)
     if push is not None:
         check_repo_name(push)
-    samples = load_mixture(data, split=split, column=column, seed=config.seed) if data else None
     if offload:
+        check_output(out)
+        samples = load_mixture(data, split=split, column=column, seed=config.seed) if data else None
         options = {"dtype": dtype, "max_shard_size": max_shard_size, "command": command_line()}
         report = prune_checkpoint(model, samples, config, out, **options)
     else:
-        loaded, processing_class = load_model(model, dtype=dtype)
-        samples = samples or _made_up(loaded, processing_class, configs)
-        report = replace(prune_model(loaded, samples, config, processing_class), command=command_line())
-        if state().is_main_process:
-            save_pruned(out, loaded, processing_class, report, max_shard_size=max_shard_size)
+        with claimed(out) if state().is_main_process else nullcontext() as place:
+            samples = load_mixture(data, split=split, column=column, seed=config.seed) if data else None
+            loaded, processing_class = load_model(model, dtype=dtype)
+            samples = samples or _made_up(loaded, processing_class, configs)
+            report = replace(prune_model(loaded, samples, config, processing_class), command=command_line())
+            if place is not None:
+                save_to(place, loaded, processing_class, report, {"max_shard_size": max_shard_size})
     console.print(summary_table(report), block_table(report))
     console.print(f"Saved to {out}.", soft_wrap=True)
     if push is not None and state().is_main_process:
@@ -325,5 +330,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:
-        Console(stderr=True).print(Text.assemble(("Error:", "red"), f" {error}"))
+        Console(stderr=True).print(Text.assemble(("Error:", "red"), " " + printable(str(error), keep="\n")))
         raise SystemExit(1) from error

@@ -28,7 +28,7 @@ from ..models.running import (
     undisturbed,
 )
 from ..runs.processes import own_share, summed
-from ..runs.store import MatrixSum, Store
+from ..runs.store import Store
 
 # Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output.
 _ROUNDS = 4
@@ -79,7 +79,7 @@ def output_metrics(
     _run_backwards(samples, sums, probes=probes, seed=seed, recomputed=recomputed)
     for total in sums:
         total.add_up()
-    return Means({block.name: (total.outer, total.rows) for total in sums for block in total.blocks})
+    return Means({block.name: total.kept for total in sums for block in total.blocks}, store)
 
 
 def activation_gradients(
@@ -171,15 +171,16 @@ class Means(Mapping[str, torch.Tensor]):
     """The matrices by block name; those in files are read when they are asked for.
 
     Args:
-        parts: By name the sum, and the number of rows that it is of.
+        parts: By name what stands for the sum in the store, the number of rows that it is of, and its device.
+        store: Of the sums.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[MatrixSum, int]]):
-        self.parts = dict(parts)
+    def __init__(self, parts: Mapping[str, tuple[Any, int, torch.device]], store: Store):
+        self.parts, self.store = dict(parts), store
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        outer, rows = self.parts[name]
-        return (outer.total() / max(rows, 1)).to(outer.device)
+        kept, rows, device = self.parts[name]
+        return (self.store.read(kept) / max(rows, 1)).to(device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)
@@ -189,7 +190,7 @@ class Means(Mapping[str, torch.Tensor]):
 
     def without(self, names: Sequence[str]) -> "Means":
         """All but some of the blocks."""
-        return Means({name: part for name, part in self.parts.items() if name not in names})
+        return Means({name: part for name, part in self.parts.items() if name not in names}, self.store)
 
 
 class _GradientSum:
@@ -240,14 +241,18 @@ class _OuterSum(_GradientSum):
 
     def __init__(self, samples: Samples, blocks: Sequence[Block], store: Store, name: str):
         super().__init__(samples, blocks)
-        self.outer = store.sum(name, self.m, self.device)
+        self._store, self._name = store, name
+        self._outer = store.sum(name, self.m, self.device)
 
     def _add(self, g: torch.Tensor, inputs: Any, real: Any) -> None:
-        self.outer.add(g.T @ g)
+        self._outer.add(g.T @ g)
 
     def add_up(self) -> None:
-        self.outer.add_up()
+        """Add the sums of all processes, and keep what they come to."""
+        self._outer.add_up()
         super().add_up()
+        self.kept = self._store.keep(self._name, self._outer.total()), self.rows, self.device
+        self._outer.drop()
 
 
 class _ActivationGradientSum(_GradientSum):

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import find_executable_batch_size
-from accelerate.utils.memory import should_reduce_batch_size
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..models.running import Batch
+from ..runs.memory import ran_out_of_memory
 from ..runs.processes import own_share
 from .padding import token_mask
 from .probe import is_divisible, probe_of, samples_in
@@ -161,13 +161,16 @@ class FittingBatches:
         """
         try:
             return attempt(self.samples)
-        except RuntimeError as failure:
-            if not should_reduce_batch_size(failure):
+        except (RuntimeError, MemoryError) as failure:
+            if not ran_out_of_memory(failure):
                 raise
 
         def smaller(size: int) -> _T:
             self.samples = self._whole.in_batches_of(size)
-            return attempt(self.samples)
+            try:
+                return attempt(self.samples)
+            except MemoryError as failure:  # Python's own, which accelerate does not count
+                raise torch.OutOfMemoryError("The CPU is out of memory.") from failure
 
         # Not before: it collects garbage first, which takes as long as pruning a block of a small model.
         return find_executable_batch_size(smaller, self._halve(), self._halve)()

@@ -12,9 +12,11 @@ from torch import nn
 
 from ..blocks import Block, Discovery, Refusal, counted_once, parameters_per_unit
 from ..models.forms import all_running, apart
+from ..models.intact import intact
 from ..models.offload import device_of
 from ..models.paths import Modules, layer_of
 from ..models.running import first_line, hooked, inside, undisturbed
+from ..runs.memory import is_of_the_machine
 from ..surgery.verification import EquivalenceError, verify
 from .arguments import Call
 from .probe_inputs import probe_inputs
@@ -59,6 +61,10 @@ def discover(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Disco
         raise ValueError("The model is on the meta device: load its weights before looking for blocks.")
     if inputs is None:
         inputs = _own_inputs(model)
+    return intact(model, lambda: _apart(model, inputs))
+
+
+def _apart(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     with apart(inside(model)), all_running(inside(model)):
         return _discover(model, inputs)
 
@@ -101,6 +107,8 @@ def _own_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
         with undisturbed(model), torch.no_grad():
             model(**inputs)
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
         raise ValueError(
             f"{type(model).__name__} cannot run on the probe batch made for it ({shapes}): {first_line(error)}. Pass "

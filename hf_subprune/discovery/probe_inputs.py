@@ -13,6 +13,7 @@ from torch import nn
 from ..models.offload import device_of
 from ..models.running import undisturbed
 from ..models.sizes import Sizes
+from ..runs.memory import is_of_the_machine
 from .input_makers import COMPANIONS, MAKERS, MODALITIES, PLACEHOLDERS, SAMPLES, TOKENS, Inputs
 
 MOST_TRIES = 24
@@ -43,6 +44,8 @@ def probe_inputs(model: nn.Module) -> Inputs:
             with undisturbed(model), torch.no_grad():
                 model(**placed)
         except Exception as error:  # whatever a forward raises when its inputs are not to its liking
+            if is_of_the_machine(error):
+                raise
             shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in placed.items())
             errors[f"{shapes or 'no inputs'}: {type(error).__name__}: {str(error).strip()[:200]}"] = None
         else:
@@ -136,7 +139,9 @@ def _features(model: nn.Module, method: str, inputs: Inputs) -> int:
     try:
         with undisturbed(model), torch.no_grad():
             output = function(**given)
-    except Exception:  # the forward says what is wrong with the inputs
+    except Exception as error:  # the forward says what is wrong with the inputs
+        if is_of_the_machine(error):
+            raise
         return 0
     output = getattr(output, "pooler_output", output)
     rows = output if isinstance(output, (list, tuple)) else [output]

@@ -26,6 +26,9 @@ LOCAL = 64
 FEW = 2
 """Readers that a producer of a block can have: the consumer, and one that reads other rows (a fused projection)."""
 
+_OF_AUTOGRAD = re.compile(r"not implemented|derivative|differentia|requires? grad|used in the graph|backward|inplace")
+"""In what torch says of a product that cannot be formed; nothing else that fails says something of a block."""
+
 
 class _RefusedError(Exception):
     """Why a candidate is refused, before it has a name; and as what, where that is not the kind of its units."""
@@ -73,6 +76,8 @@ class Seeker:
             try:
                 candidate = self._candidate(consumer)
             except RuntimeError as error:
+                if not _OF_AUTOGRAD.search(str(error)):
+                    raise
                 reason = f"what it reads cannot be differentiated: {first_line(error)}"
                 candidate = Refusal(consumer, "unknown", reason, LEFT_WHOLE)
             if isinstance(candidate, Block):

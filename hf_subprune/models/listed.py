@@ -11,8 +11,9 @@ from inspect import BoundArguments, signature
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
+
+from ..runs.memory import is_of_the_machine
 
 if TYPE_CHECKING:
     from typing import Self  # of Python 3.11
@@ -77,7 +78,7 @@ class ListedExperts:
         try:
             self._own(*given.args, **given.kwargs)
         except Exception as error:
-            if should_reduce_batch_size(error):
+            if is_of_the_machine(error):
                 raise
             return {}  # it does with its experts what is not followed here
         finally:

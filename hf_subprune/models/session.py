@@ -22,6 +22,8 @@ from .precision import precise_products
 from .quantized import is_unpacked
 from .running import evaluating, forward_replaced, input_device, inside, modules_by_path
 
+_WITH_EXTREMES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @contextmanager
 def session(
@@ -83,7 +85,8 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
     Raises:
         TypeError: not a `PreTrainedModel`.
         ValueError: quantized, PEFT-wrapped, compiled, on the meta device, made in inference mode or given within it,
-            or with weights that are computed anew for every forward; the message says what to do instead.
+            with weights that are computed anew for every forward, or with a weight that is NaN; the message says what
+            to do instead.
     """
     if hasattr(model, "peft_config"):
         raise ValueError(
@@ -121,6 +124,11 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
     on_meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if on_meta is not None and not offloaded:
         raise ValueError(f"Parameter {on_meta} is offloaded: load the whole model into memory for this.")
+    if missing := [name for name, p in model.named_parameters() if _holds_nan(p)]:
+        raise ValueError(
+            f"Parameters hold NaN: {some_of(missing)}. Nothing that is computed with them means anything: load the "
+            "weights anew, or train again from before they did."
+        )
 
 
 def _computes_weight(module: Any) -> bool:
@@ -132,3 +140,10 @@ def _computes_weight(module: Any) -> bool:
             isinstance(part, _WeightNorm) for parts in module.parametrizations.values() for part in parts
         )
     return linear_of(module) is not None and "weight" not in module._parameters
+
+
+def _holds_nan(parameter: nn.Parameter) -> bool:
+    """Extremes pass on NaN, and unlike `isnan` they take no memory of the size of the parameter."""
+    if parameter.is_meta or parameter.dtype not in _WITH_EXTREMES or parameter.numel() == 0:
+        return False
+    return bool(torch.stack(parameter.detach().aminmax()).isnan().any())

@@ -1,16 +1,17 @@
 """The model card of a pruned model: what the Hub reads in its header, what people read below it."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import CONFIG_NAME, logging
 
 from ..config import PruneConfig
+from .plain import code, fenced, identifier, inline, is_repo_id, without_local
 from .records import PLOT_FOLDER, PLOTS, Record
 from .tables import block_table, markdown_table, refusal_table, summary_table
 
@@ -18,6 +19,7 @@ logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
+_WORDS = re.compile(r"[\w .,:/@+()?=&%~-]{1,300}")
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 UNIT_NAMES = {
@@ -67,11 +69,12 @@ def model_card(
     """
     title = repo_id.split("/")[-1]
     base = base_card_data(report.model)
-    metadata = _metadata(report, base, title, card_data or {})
+    local, report = report.model, without_local(report)
+    metadata = _metadata(report, local, base, title, card_data or {})
     guarantees = [b.guarantee for b in report.blocks if b.guarantee is not None and b.units_after < b.units_before]
     pruned = {b.kind for b in report.blocks if b.units_after < b.units_before}
     base_model = metadata.get("base_model")
-    processor = _processor_class(folder)
+    processor, architecture = _processor_class(folder), identifier(report.architecture)
     return ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
@@ -79,18 +82,22 @@ def model_card(
         repo_id=repo_id,
         title=title,
         base=f"[{base_model}](https://huggingface.co/{base_model})"
-        if isinstance(base_model, str)
-        else f"`{Path(report.model).name or report.architecture}`",
+        if is_repo_id(base_model)
+        else code(report.model or architecture),
         units=" and ".join(name for kind, name in UNIT_NAMES.items() if kind in pruned) or "units",
         summary=markdown_table(summary_table(report)),
         plots=_plots(folder),
         processor=processor,
-        imports=", ".join(sorted(filter(None, [report.architecture, processor]))),
+        architecture=architecture,
+        imports=", ".join(sorted(filter(None, [architecture, processor]))),
         auto_class=_auto_class(folder, report.architecture),
         least_guarantee=min(guarantees, default=None),
         block_table=markdown_table(block_table(report)),
         refusal_table=markdown_table(refusal_table(report.refusals)),
         settings=_settings(report.config),
+        command=fenced(report.command),
+        source=inline(str(report.data.get("source", "calibration data"))),
+        versions=inline(", ".join(f"{name} {version}" for name, version in sorted(report.versions.items()))),
     )
 
 
@@ -111,17 +118,24 @@ def base_card_data(model: str) -> dict[str, Any]:
 
 
 def _is_hub_id(model: str) -> bool:
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return not Path(model).exists()
+    return is_repo_id(model) and not Path(model).exists()
 
 
-def _metadata(report: Record, base: Mapping[str, Any], title: str, replaced: Mapping[str, Any]) -> ModelCardData:
-    values = {name: base[name] for name in INHERITED if name in base}
+def _is_plain(value: Any) -> bool:
+    """Whether something that another card says can be passed on: words, or a list of them."""
+    if isinstance(value, list):
+        return all(isinstance(one, str) and _is_plain(one) for one in value)
+    return isinstance(value, str) and _WORDS.fullmatch(value) is not None
+
+
+def _metadata(
+    report: Record, model: str, base: Mapping[str, Any], title: str, replaced: Mapping[str, Any]
+) -> ModelCardData:
+    values = {name: base[name] for name in INHERITED if name in base and _is_plain(base[name])}
     # A local folder has no id to name; what it derives from is then what this model derives from.
-    base_model = report.model if _is_hub_id(report.model) else base.get("base_model")
+    derived = base.get("base_model")
+    named = [one for one in (derived if isinstance(derived, list) else [derived]) if is_repo_id(one)]
+    base_model = model if _is_hub_id(model) else named if isinstance(derived, list) else next(iter(named), None)
     if base_model := replaced.get("base_model", base_model):
         values.update(base_model=base_model, base_model_relation=RELATION)
     if results := _results(report, base.get("pipeline_tag")):
@@ -184,11 +198,12 @@ def _auto_class(folder: str | Path | None, architecture: str) -> str | None:
     if folder is None:
         return None
     config = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
-    served = {target.split(".")[-1]: name for name, target in sorted(config.get("auto_map", {}).items(), reverse=True)}
-    return served.get(architecture)
+    classes = sorted(config.get("auto_map", {}).items(), reverse=True)
+    served: dict[str, str] = {target.split(".")[-1]: name for name, target in classes}
+    return identifier(served[architecture]) if architecture in served else None
 
 
 def _settings(config: Mapping[str, Any]) -> str:
     """Arguments of the `PruneConfig`, those with their default value left out."""
     defaults = PruneConfig().to_dict()
-    return ", ".join(f"{name}={value!r}" for name, value in config.items() if value != defaults.get(name))
+    return fenced(", ".join(f"{name}={value!r}" for name, value in config.items() if value != defaults.get(name)))

@@ -1,6 +1,7 @@
 """Push a pruned model to the Hugging Face Hub: model, processor, card, report and plots as one commit."""
 
 import json
+import os
 import shlex
 import shutil
 import tempfile
@@ -30,14 +31,17 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
+from ..blocks import some_of
 from .card import CARD_NAME, write_card
-from .records import REPORT_NAME, Record
+from .page import to_markdown
+from .place import ASIDE, WEIGHTS, add_written
+from .plain import without_local, without_paths
+from .records import PAGE_NAME, PLOT_FOLDER, PLOTS, REPORT_NAME, Record
 from .saving import save_pruned
 
 logger = logging.get_logger(__name__)
 
 COMMIT_MESSAGE = "Push a model pruned by hf_subprune"
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ def push_folder(
     report = _check_folder(folder)
     if not (folder / CARD_NAME).is_file():
         write_card(folder, report, repo_id, card_data)
+        add_written(folder, CARD_NAME)
     options = options or PushOptions()
     command = push_command(folder, repo_id, options)
     api = HfApi(token=options.token, library_name="hf_subprune", library_version=version("hf_subprune"))
@@ -183,9 +188,11 @@ def _check_folder(folder: Path) -> Record:
             f"{folder} holds no {REPORT_NAME}, so it is not a pruned model: save one with `hf-subprune prune --out`, "
             "or with `model.save_pretrained(folder)` and `report.save(folder)`."
         )
-    if not (folder / CONFIG_NAME).is_file() or not any(folder.glob("*.safetensors")):
+    weights = [path for path in folder.glob("*.safetensors") if not path.is_symlink()]
+    if not (folder / CONFIG_NAME).is_file() or (folder / CONFIG_NAME).is_symlink() or not weights:
         raise FileNotFoundError(
-            f"{folder} holds a report but no model ({CONFIG_NAME} and *.safetensors): `model.save_pretrained(folder)`."
+            f"{folder} holds a report but no model ({CONFIG_NAME} and *.safetensors, no links): "
+            "`model.save_pretrained(folder)`."
         )
     return Record.load(folder)
 
@@ -228,16 +235,12 @@ def _prepare_repo(api: HfApi, repo_id: str, options: PushOptions) -> ModelInfo:
 
 def _commit(api: HfApi, head: ModelInfo, folder: Path, options: PushOptions) -> CommitInfo:
     """One commit with every file of the folder; weights of another model that stood there are deleted in it."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = {path.relative_to(folder).as_posix(): path for path in paths}
-    files = {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.split("/"))}
+    files = _to_push(folder)
     stale = {file.rfilename for file in head.siblings or ()} - set(files)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationDelete(name) for name in sorted(stale) if any(fnmatchcase(name, weights) for weights in WEIGHTS)
     ]
-    operations += [
-        CommitOperationAdd(name, _without_paths(path) if name == REPORT_NAME else path) for name, path in files.items()
-    ]
+    operations += [CommitOperationAdd(name, content) for name, content in files.items()]
     # Unlike `upload_folder`, which commits a long upload in parts, `create_commit` sends everything and commits once.
     return api.create_commit(
         head.id,
@@ -249,12 +252,35 @@ def _commit(api: HfApi, head: ModelInfo, folder: Path, options: PushOptions) -> 
     )
 
 
-def _without_paths(path: Path) -> bytes:
-    """A saved report that names the model without saying where it lies on this machine."""
-    report = json.loads(path.read_text(encoding="utf-8"))
-    if Path(report["model"]).is_absolute():
-        report["model"] = Path(report["model"]).name
-    return (json.dumps(report, indent=2, sort_keys=True) + "\n").encode()
+def _to_push(folder: Path) -> dict[str, Path | bytes]:
+    """By name in the repo, each file or its content without places on this machine; no hidden files, and no links."""
+    files: dict[str, Path | bytes] = {}
+    links: list[str] = []
+    for around, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(around) / name for name in sorted([*folders, *names])):
+            name = path.relative_to(folder).as_posix()
+            if path.is_symlink():
+                links.append(name)
+            elif path.is_file() and not path.name.startswith(".") and not name.endswith(ASIDE):
+                files[name] = path
+    if links:
+        logger.warning(f"Links are not followed, and left out: {some_of(links)}.")
+    report = without_local(Record.load(folder))
+    files[REPORT_NAME] = _json(report.to_dict())
+    if PAGE_NAME in files:
+        plots = {title: f"{PLOT_FOLDER}/{name}" for title, name in PLOTS.items() if f"{PLOT_FOLDER}/{name}" in files}
+        files[PAGE_NAME] = to_markdown(report, plots).encode()
+    for name, content in files.items():
+        if name.endswith("_config.json") and isinstance(content, Path):
+            values = json.loads(content.read_text(encoding="utf-8"))
+            if "/" in str(values.get("name_or_path", "")):
+                files[name] = _json({**values, "name_or_path": without_paths(values["name_or_path"])})
+    return files
+
+
+def _json(values: Any) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _reason(error: Exception, repo_id: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from .plain import code, fenced, inline
 from .records import PAGE_NAME, PLOT_FOLDER, REPORT_NAME, Record
 from .tables import block_table, markdown_table, refusal_table, summary_table
 
@@ -36,13 +37,16 @@ def to_markdown(record: Record, plots: Mapping[str, str] | None = None) -> str:
         record: What is shown.
         plots: Path of an image, as the page is to link it, per title.
     """
-    parts = [f"# {record.architecture} pruned, {record.layout} layout", markdown_table(summary_table(record))]
+    parts = [
+        f"# {inline(record.architecture)} pruned, {inline(record.layout)} layout",
+        markdown_table(summary_table(record)),
+    ]
     parts += [f"![{title}]({path})" for title, path in (plots or {}).items()]
     parts += ["## Blocks", markdown_table(block_table(record))]
     if record.refusals:
         parts += ["## Left whole", markdown_table(refusal_table(record.refusals))]
-    settings = ", ".join(f"`{name}={value!r}`" for name, value in record.config.items())
+    settings = ", ".join(code(f"{name}={value!r}") for name, value in record.config.items())
     parts += ["## Settings", settings]
     if record.command:
-        parts.append(f"```bash\n{record.command}\n```")
+        parts.append(f"```bash\n{fenced(record.command)}\n```")
     return "\n\n".join(parts) + "\n"

@@ -1,7 +1,6 @@
 """Write a pruned model, its processor and its report into one folder, whole or not at all."""
 
-import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +10,20 @@ from transformers.utils import logging
 
 from ..storage.remote_code import write_remote_code
 from .page import save
-from .records import REPORT_NAME, Record
+from .place import Place, claimed
+from .records import Record
 
 logger = logging.get_logger(__name__)
 
 
 def check_output(folder: str | Path) -> None:
-    """Refuse a folder that holds something else than an earlier result of ours, or that cannot be made.
+    """Refuse a folder that a result could not be put into in the end; nothing is left there.
 
     Raises:
-        ValueError: `folder` is a file, or a folder that is neither empty nor ours.
-        OSError: nothing can be written beside it.
+        ValueError, OSError: as `place.claimed`.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"The output {folder} is a file: give a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT_NAME).is_file():
-        raise ValueError(
-            f"The output folder {folder} exists and was not written by hf_subprune (it holds no {REPORT_NAME}): "
-            "give another folder, or empty this one."
-        )
-    parent = next(path for path in folder.absolute().parents if path.exists())
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent):  # as `save_pruned` does
-            pass
-    except OSError as error:
-        raise OSError(
-            f"The output folder {folder} cannot be made, {parent} takes no new folder ({error.strerror}): "
-            "give another folder."
-        ) from error
+    with claimed(folder):
+        pass
 
 
 def check_shard_size(size: int | str) -> None:
@@ -57,25 +41,31 @@ def check_shard_size(size: int | str) -> None:
 def save_pruned(
     folder: str | Path, model: PreTrainedModel, processing_class: Any, report: Record, **save_options: Any
 ) -> None:
-    """Save into a folder beside `folder` and put it in place when it is complete.
+    """Save beside `folder` and put it in place when it is complete.
 
     A ragged model gets the code that loads it where hf_subprune is not installed.
 
     Args:
-        folder: Replaced when it is an earlier result of ours.
+        folder: What an earlier result of ours has there is replaced; other files stay.
         model: After `prune`.
         processing_class: Saved beside the model; may be `None`.
         report: From `prune`.
         save_options: For `save_pretrained`, e.g. `max_shard_size`.
 
     Raises:
-        ValueError, OSError: as `check_output`.
+        ValueError, OSError: as `place.claimed` and `Place.install`.
     """
-    folder = Path(folder)
-    check_output(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        staged = Path(scratch) / "new"
+    with claimed(folder) as place:
+        save_to(place, model, processing_class, report, save_options)
+
+
+def save_to(
+    place: Place, model: PreTrainedModel, processing_class: Any, report: Record, save_options: Mapping[str, Any]
+) -> None:
+    """As `save_pruned`, into a folder that the run has claimed."""
+    staged = place.staged
+    place.discard_staged()
+    try:
         model.save_pretrained(staged, **save_options)
         if report.layout == "ragged":
             try:
@@ -85,6 +75,7 @@ def save_pruned(
         if processing_class is not None:
             processing_class.save_pretrained(staged)
         save(report, staged)
-        if folder.exists():
-            shutil.move(folder, Path(scratch) / "old")
-        shutil.move(staged, folder)
+    except BaseException:
+        place.discard_staged()
+        raise
+    place.install()

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ..blocks import Refusal
 from ..config import TWO_STREAMS, PruneConfig
+from .plain import inline, printable
 from .records import BlockReport, Change, Record, TaskMetric
 
 # Of ways to share out a size, so many are shown.
@@ -20,7 +21,7 @@ _ALTERNATIVES = 4
 
 def summary_table(report: Record) -> Table:
     """The whole model before and after, as a rich table."""
-    table = Table(title=f"{report.architecture} pruned, {report.layout} layout", title_justify="left")
+    table = Table(title=printable(f"{report.architecture} pruned, {report.layout} layout"), title_justify="left")
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
     table.add_row("parameters", *change_row(report.parameters, 1e6, "M"))
@@ -29,14 +30,17 @@ def summary_table(report: Record) -> Table:
         table.add_row("latency", *change_row(report.latency, 1e-3, "ms"))
     for metric in report.metrics:
         table.add_row(
-            f"{metric.name.replace('_', ' ')}, {metric.data}", *metric.cells()[:2], f"{metric.value.ratio:.3f}"
+            printable(f"{metric.name.replace('_', ' ')}, {metric.data}"),
+            *metric.cells()[:2],
+            f"{metric.value.ratio:.3f}",
         )
     for name, value in report.drift_figures.items():
-        table.add_row(f"held-out {name.replace('_', ' ')}", "", f"{value:.4g}", "")
+        table.add_row(printable(f"held-out {name.replace('_', ' ')}"), "", f"{value:.4g}", "")
     measured = f"Latency: {in_words(report.measured_on)}. " if report.latency else ""
-    table.caption = f"{measured}{calibrated_on(report.data)} Layout: {report.layout_reason}{_alternatives(report)}"
+    caption = f"{measured}{calibrated_on(report.data)} Layout: {report.layout_reason}{_alternatives(report)}"
     if report.renewed_norms:
-        table.caption += f". Running statistics of {report.renewed_norms} batch norms are those of the samples"
+        caption += f". Running statistics of {report.renewed_norms} batch norms are those of the samples"
+    table.caption = printable(caption)
     table.caption_justify = "left"
     return table
 
@@ -64,7 +68,7 @@ def block_table(report: Record) -> Table:
         b, shrinkages = group[0], [b.shrinkage for b in group if b.shrinkage is not None]
         guarantees = [b.guarantee for b in group if b.guarantee is not None]
         table.add_row(
-            name,
+            printable(name),
             f"{b.units_after}/{b.units_before}",
             f"{mean(b.fitted_error for b in group):.4f}",
             f"{mean(b.held_out_error for b in group):.4f}",
@@ -105,8 +109,8 @@ def markdown_table(table: Table | Text) -> str:
     rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
     cells = zip(*(column.cells for column in table.columns), strict=True)
     rows: list[Iterable[object]] = [[column.header for column in table.columns], rules, *cells]
-    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + (f"\n\n{table.caption}" if table.caption else "")
+    lines = ["| " + " | ".join(inline(str(cell)).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + (f"\n\n{inline(str(table.caption))}" if table.caption else "")
 
 
 def refusal_table(refusals: Sequence[Refusal]) -> Table | Text:
@@ -117,7 +121,7 @@ def refusal_table(refusals: Sequence[Refusal]) -> Table | Text:
     for name in ("block", "kind", "reason", "what you can do"):
         table.add_column(name, overflow="fold")
     for r in refusals:
-        table.add_row(r.name, r.kind, r.reason, r.advice)
+        table.add_row(*map(printable, (r.name, r.kind, r.reason, r.advice)))
     return table
 
 
@@ -127,11 +131,11 @@ def metric_table(metrics: Sequence[TaskMetric]) -> Table:
     Args:
         metrics: On the same data.
     """
-    table = Table(title=f"{metrics[0].task} on {metrics[0].data}", title_justify="left")
+    table = Table(title=printable(f"{metrics[0].task} on {metrics[0].data}"), title_justify="left")
     for name in ("", "original", "pruned", "change"):
         table.add_column(name, justify="right" if name else "left")
     for metric in metrics:
-        table.add_row(metric.name.replace("_", " "), *metric.cells())
+        table.add_row(printable(metric.name.replace("_", " ")), *metric.cells())
     table.caption = f"In brackets: 95% intervals of the paired bootstrap over {metrics[0].samples} samples."
     table.caption_justify = "left"
     return table

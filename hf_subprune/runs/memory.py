@@ -1,9 +1,13 @@
-"""Memory that a run takes, and how it gives it back."""
+"""Memory that a run takes, how it gives it back, and errors that are of the machine that it runs on."""
 
 import ctypes
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 # Of glibc; other C libraries give memory back by themselves, or not at all.
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -11,6 +15,25 @@ _trim, _mallopt = getattr(_libc, "malloc_trim", None), getattr(_libc, "mallopt",
 
 # Pieces of this size and more are pages of their own: by default, and after large ones have been freed.
 _MMAP_THRESHOLD, _FIRST, _GROWN = -3, 128 * 2**10, 32 * 2**20
+
+
+_DEVICE_ERROR = getattr(torch, "AcceleratorError", ())  # of torch 2.8
+_OF_DEVICES = re.compile(
+    r"(CUDA|cuda|HIP|MPS|XPU|NCCL|cuDNN|CUDNN|cuBLAS|CUBLAS|cuSOLVER|CUSOLVER)\w*( runtime)? (error|driver|backend)"
+    r"|_STATUS_|out of memory|enough memory|allocate|[aA]llocation failed|device-side"
+)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether smaller batches may do."""
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether an error is one of memory, a device or a file, and so says nothing of what a model computes."""
+    if ran_out_of_memory(error) or isinstance(error, (OSError, _DEVICE_ERROR)):
+        return True
+    return isinstance(error, RuntimeError) and _OF_DEVICES.search(str(error)) is not None
 
 
 def release_memory() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 
-from .durable import read_objects, write_json, write_objects
+from .durable import check_objects, read_json, read_objects, write_json, write_objects
 from .processes import from_all, processes, summed
 
 Kept = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -55,26 +54,36 @@ class Store:
 
 
 class Files(Store):
-    """In files of a folder, which is made if need be."""
+    """In files of a folder, which is made if need be; a file's name stands for what it holds.
+
+    What an earlier run wrote is compared with its checksums when it is first read.
+
+    Raises:
+        DamagedError: on reading, a file is not as it was written.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._known: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
     def part(self, name: str) -> Store:
         return Files(self.folder / name)
 
-    def keep(self, name: str, value: Any) -> Path:
-        path = self.folder / f"{name}.pt"
-        write_objects(path, value)
-        return path
+    def keep(self, name: str, value: Any) -> str:
+        write_objects(self.folder / f"{name}.pt", value)
+        self._known.add(f"{name}.pt")
+        return f"{name}.pt"
 
-    def read(self, kept: Path, device: torch.device | None = None) -> Any:
-        value = read_objects(kept)
+    def read(self, kept: str, device: torch.device | None = None) -> Any:
+        if kept not in self._known:
+            check_objects(self.folder / kept)
+            self._known.add(kept)
+        value = read_objects(self.folder / kept)
         return value if device is None else send_to_device(value, device)
 
-    def drop(self, kept: Path) -> None:
-        kept.unlink()  # what is mapped into memory stays until it is let go of
+    def drop(self, kept: str) -> None:
+        (self.folder / kept).unlink()  # what is mapped into memory stays until it is let go of
 
     def sum(self, name: str, m: int, device: torch.device) -> MatrixSum:
         return MatrixFile(self.folder / f"{name}.bin", m, device)
@@ -83,13 +92,13 @@ class Files(Store):
         """One rename makes the step final for all parts; then what only earlier ones needed can go."""
         before = [state for state in self._states() if state["position"] == position - 1]
         files = {
-            part: [{name: path.name for name, path in paths.items() if path is not None} for paths in values]
+            part: [{name: file for name, file in files.items() if file is not None} for files in values]
             for part, values in kept.items()
         }
         states = [*(before if processes() > 1 else []), {"position": position, "files": files}]
         write_json(self.folder / _STATE, states)
         for part in kept:
-            needed = {file for state in states for paths in state["files"][part] for file in paths.values()}
+            needed = {file for state in states for files in state["files"][part] for file in files.values()}
             for path in (self.folder / part).iterdir():
                 if path.name not in needed:
                     path.unlink()
@@ -98,16 +107,12 @@ class Files(Store):
         return min(from_all(max((state["position"] for state in self._states()), default=0)))
 
     def resume(self, position: int) -> Kept:
-        files = next(state["files"] for state in self._states() if state["position"] == position)
-        return {
-            part: [{name: self.folder / part / file for name, file in paths.items()} for paths in values]
-            for part, values in files.items()
-        }
+        return next(state["files"] for state in self._states() if state["position"] == position)
 
     def _states(self) -> list[dict[str, Any]]:
         """The last state; the last two where there are several processes, one of which may be a step behind."""
         path = self.folder / _STATE
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return read_json(path) if path.exists() else []
 
 
 class MatrixSum:
@@ -135,6 +140,9 @@ class MatrixSum:
         """The sum; it is not to be changed."""
         return self._total
 
+    def drop(self) -> None:
+        """The sum is not read again."""
+
 
 class MatrixFile(MatrixSum):
     """As `MatrixSum`, in a file that is mapped into memory for as long as its total is held.
@@ -157,3 +165,6 @@ class MatrixFile(MatrixSum):
     def total(self) -> torch.Tensor:
         mapped = torch.from_file(str(self.path), shared=True, size=self.m * self.m, dtype=torch.float64)
         return mapped.view(self.m, self.m)
+
+    def drop(self) -> None:
+        self.path.unlink()

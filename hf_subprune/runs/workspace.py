@@ -51,8 +51,8 @@ class Workspace:
         try:
             yield
         except BaseException:
-            self.undo.close()
-            raise
+            with self.undo:  # where taking back fails, what it was for stays known
+                raise
 
     def store(self, name: str) -> Store:
         """Where one stage keeps what it makes."""
@@ -68,7 +68,11 @@ class Workspace:
             check_space(self.folder, needed, what)
 
     def once(self, name: str, compute: Callable[[], _T]) -> _T:
-        """What `compute` returns, or returned before the run was stopped."""
+        """What `compute` returns, or returned before the run was stopped.
+
+        Raises:
+            DamagedError: that is not as it was written.
+        """
         path = self._file(name)
         # A stop may have come when only some processes had written their files.
         if path is not None and not all(from_all(path.exists())):

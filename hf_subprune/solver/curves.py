@@ -83,9 +83,10 @@ def loss_curve(
         order: `(units,)` int64, whose beginnings are the nested sets, for a block that must keep what others keep; one
             greedy run chooses them without.
     """
+    problem = replace(problem, sets=1)  # beginnings of the path are of any size
     folds, groups, units = problem.folds, problem.columns, problem.units
     root = problem.metric_root()
-    objective = objective_of(replace(problem, sets=1), settings)
+    objective = objective_of(problem, settings)
     path = greedy(objective, units, tuning=settings.tuning) if order is None else nested(objective, order)
     del objective
     tried = {_width(units, f) for f in trial_fractions} if len(folds) > 1 else set()
@@ -131,7 +132,8 @@ def expected_loss(problem: Problem, columns: torch.Tensor, settings: Settings) -
 
 def _parts(problem: Problem, along: torch.Tensor, root: torch.Tensor | None, settings: Settings) -> list["_Fold"]:
     shrinkage = settings.fixed_shrinkage if settings.reweight else None
-    return [_Fold(fold, problem.W, along, root, shrinkage) for fold in problem.folds]
+    W = problem.W if shrinkage is None else problem.redundancy.folded(problem.W)
+    return [_Fold(fold, W, along, root, shrinkage) for fold in problem.folds]
 
 
 def _table(parts: Sequence["_Fold"], fits: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

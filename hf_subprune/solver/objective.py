@@ -77,10 +77,18 @@ def _checked(groups: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def objective_of(problem: Problem, settings: Settings) -> Objective:
-    """The objective of a block, with its metric, and with the shrinkage of selection."""
-    total = problem.total()
+    """The objective of a block, with its metric, and with the shrinkage of selection.
+
+    Units that are dead or copies add nothing to it: the first unit of a copy stands for both.
+    """
+    redundant, total = problem.redundancy, problem.total()
     shrinkage = settings.selection_shrinkage(total.rows, len(problem.W))
-    H, C, _ = regularise(total, problem.W, shrinkage, problem.metric_root())
+    H, C, _ = regularise(total, redundant.folded(problem.W), shrinkage, problem.metric_root())
+    silent = redundant.columns
+    if len(silent):
+        mean = H.diagonal().mean()
+        H[silent], H[:, silent], C[silent] = 0, 0, 0
+        H[silent, silent] = mean
     return Objective(H, C, problem.groups, problem.sets)
 
 

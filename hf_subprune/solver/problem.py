@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from .factorisation import factorise
 from .moments import Moments, combine
+from .redundancy import Redundancy, redundancy
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,11 @@ class Problem:
     def columns(self) -> torch.Tensor:
         """`(units, c)` int64, columns of each unit."""
         return torch.arange(len(self.W), device=self.W.device)[:, None] if self.groups is None else self.groups
+
+    @cached_property
+    def redundancy(self) -> Redundancy:
+        """Units that are dead, or copies of others."""
+        return redundancy(self.total(), self.columns, self.sets)
 
     def total(self) -> Moments:
         """Moments of all rows, as large as a fold: made where they are needed, and let go of."""

@@ -89,7 +89,7 @@ def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = 
 
     Greedily, S maximises `F(S) = tr(C_S' H_SS^-1 C_S)`; then `V = (H_SS + l I)^-1 (C_S + l W_S)` with
     `l = lambda * mean(diag H)`, where `H = B'B` `(n, n)` and `C = B'A W` `(n, m)`, centred where the consumer has a
-    bias.
+    bias. Of units that are copies of one another, one kept unit gets all weights in `W` (`redundancy`).
 
     Args:
         problem: Of the block.
@@ -113,10 +113,12 @@ def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = 
     else:
         choice = _certified(problem, chosen, settings)
     columns = columns_of(choice.kept, problem.groups)
-    shrinkage = _shrinkage(problem, columns, settings)
     total = problem.total()
+    shrinkage = math.inf
     if settings.reweight:
-        new = reweight(total, problem.W, columns, shrinkage)
+        prior = problem.redundancy.folded(problem.W, choice.kept)
+        shrinkage = _shrinkage(problem, prior, columns, settings)
+        new = reweight(total, prior, columns, shrinkage)
     else:
         new = Reweighted(problem.W.to(total.H)[columns], torch.zeros_like(total.target_mean), 0.0)
     return BlockSolution(
@@ -134,12 +136,12 @@ def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = 
     )
 
 
-def _shrinkage(problem: Problem, columns: torch.Tensor, settings: Settings) -> float:
-    """lambda of the fit on the kept columns; infinity where the weights stay as they are."""
-    if not settings.reweight or len(columns) == 0:
+def _shrinkage(problem: Problem, prior: torch.Tensor, columns: torch.Tensor, settings: Settings) -> float:
+    """lambda of the fit on the kept columns, which pulls to the prior; infinity where none is kept."""
+    if len(columns) == 0:
         return math.inf
     if settings.shrinkage == "auto" and len(problem.folds) > 1:
-        return cross_fit(problem.folds, problem.W, columns).shrinkage
+        return cross_fit(problem.folds, prior, columns).shrinkage
     return settings.fixed_shrinkage
 
 

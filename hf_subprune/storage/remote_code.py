@@ -56,7 +56,8 @@ def write_remote_code(folder: str | Path, model: PreTrainedModel) -> Path:
         The file written.
 
     Raises:
-        ValueError: `folder` holds no saved ragged model, or its model needs remote code of its own.
+        ValueError: `folder` holds no saved ragged model, or its model needs remote code of its own, or is of a class
+            that is not part of transformers.
     """
     config_file = Path(folder) / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
@@ -72,7 +73,7 @@ def write_remote_code(folder: str | Path, model: PreTrainedModel) -> Path:
             "hf_subprune. Remove auto_map from its config.json if the class is part of transformers by now"
         )
     native = _native_class(type(model))
-    classes = auto_classes(model.config)
+    classes = {auto: cls for auto, cls in auto_classes(model.config).items() if _is_native(cls)}
     config["auto_map"] = {auto: f"{MODULE}.{cls.__name__}" for auto, cls in classes.items()}
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     file = Path(folder) / f"{MODULE}.py"
@@ -92,8 +93,22 @@ def auto_classes(config: PreTrainedConfig) -> dict[str, type[PreTrainedModel]]:
 
 
 def _native_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of transformers that `cls` is, or that it was made from by the code that `write_remote_code` wrote."""
-    return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+    """The class of transformers that `cls` is, or that it was made from by the code that `write_remote_code` wrote.
+
+    Raises:
+        ValueError: it is of somebody's own, of which a file beside the weights cannot import the code.
+    """
+    native = [base for base in cls.__mro__ if _is_native(base)]
+    if not native:
+        raise ValueError(
+            f"{cls.__name__} is defined in {cls.__module__!r}, not in transformers: it loads where its code and "
+            "hf_subprune are imported before from_pretrained"
+        )
+    return native[0]
+
+
+def _is_native(cls: type) -> bool:
+    return cls.__module__.startswith("transformers.models.")
 
 
 def _source(classes: set[type[PreTrainedModel]]) -> str:

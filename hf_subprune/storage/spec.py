@@ -6,6 +6,8 @@ that a pruned model also loads where hf_subprune is not installed.
 
 import copy
 import hashlib
+import inspect
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +23,9 @@ FORMAT = 1
 
 _SECTIONS = ("format", "shapes", "attributes", "arguments", "bypassed")
 """What the digest is of."""
+
+# More than any model has; an entry that somebody made up must not take long to refuse.
+_MOST_DIMS, _MOST_OUTPUTS, _MOST_RENAMES = 8, 64, 256
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class LayoutSpec:
             ValueError: The entry is of a later format, incomplete, of wrong types, or changed since it was written.
         """
         version = entry.get("format")
-        if isinstance(version, int) and version > FORMAT:
+        if type(version) is int and version > FORMAT:
             raise ValueError(
                 f"this model's subprune entry has format {version}, this hf_subprune reads up to {FORMAT}: "
                 "pip install -U hf_subprune"
@@ -102,6 +107,16 @@ class LayoutSpec:
         for path, values in attributes.items() if isinstance(attributes, dict) else [("attributes", attributes)]:
             if not isinstance(values, dict) or not all(type(value) is int for value in values.values()):
                 raise ValueError(damaged.format(f"attributes of {path!r} are {values!r}, not names with integers"))
+        arguments = entry.get("arguments", {})
+        for path, cut in arguments.items() if isinstance(arguments, dict) else [("arguments", arguments)]:
+            if not isinstance(cut, dict) or not all(map(_are_sizes, cut.values())):
+                raise ValueError(damaged.format(f"arguments of {path!r} are {cut!r}, not names with three integers"))
+        bypassed = entry.get("bypassed", {})
+        for path, how in bypassed.items() if isinstance(bypassed, dict) else [("bypassed", bypassed)]:
+            if not _is_bypass(how):
+                raise ValueError(damaged.format(f"{path!r} is bypassed as {how!r}, not by a name and a number"))
+        if type(version) is not int:
+            raise ValueError(damaged.format(f"its format is {version!r}"))
         content = {key: entry[key] for key in _SECTIONS if key in entry}
         if _digest(content) != entry["digest"]:
             raise ValueError(damaged.format("its digest does not match its shapes and attributes"))
@@ -110,10 +125,24 @@ class LayoutSpec:
             {path: dict(values) for path, values in attributes.items()},
             {
                 path: {name: (dim, entries, kept) for name, (dim, entries, kept) in cut.items()}
-                for path, cut in entry.get("arguments", {}).items()
+                for path, cut in arguments.items()
             },
-            {path: (consumer, entries) for path, (consumer, entries) in entry.get("bypassed", {}).items()},
+            {path: (consumer, entries) for path, (consumer, entries) in bypassed.items()},
         )
+
+
+def _are_sizes(values: object) -> bool:
+    """Whether something is a dimension, a number of entries and how many of them are kept."""
+    if not isinstance(values, (list, tuple)) or len(values) != 3 or any(type(value) is not int for value in values):
+        return False
+    return 0 <= values[2] <= values[1] and values[1] > 0
+
+
+def _is_bypass(values: object) -> bool:
+    """Whether something is the path of a consumer and a number of outputs."""
+    if not isinstance(values, (list, tuple)) or len(values) != 2 or type(values[1]) is not int:
+        return False
+    return isinstance(values[0], str) and 0 <= values[1] <= _MOST_OUTPUTS
 
 
 def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
@@ -131,9 +160,17 @@ def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
 
     Raises:
         ValueError: `spec` names nothing of this model, could mean several parts of it, or does not fit its tensors.
+            Nothing is larger than the config builds it, and no name is set that is not a size there: whoever wrote the
+            entry can make a model narrower, and no more.
     """
     rename = _match(spec, model)
     applied = LayoutSpec()
+    forwards = {
+        path: (spec.attributes.get(path, {}).get(INNER_WIDTH), spec.arguments.get(path, {}), spec.bypassed.get(path))
+        for path in rename
+    }
+    for path, how in forwards.items():
+        _check_forward(model.get_submodule(rename[path]), *how, path)
     for tensor, shape in spec.shapes.items():
         path, _, leaf = tensor.rpartition(".")
         if path in rename:
@@ -146,16 +183,38 @@ def apply_spec(model: nn.Module, spec: LayoutSpec) -> LayoutSpec:
                 if name != INNER_WIDTH:
                     _set_integer(module, name, value, path)
             applied.attributes[rename[path]] = dict(values)
-    for path in spec.modules:
-        width, cut = spec.attributes.get(path, {}).get(INNER_WIDTH), spec.arguments.get(path, {})
-        bypassed = spec.bypassed.get(path)
-        if path in rename and (width is not None or cut or bypassed):
+    for path, (width, cut, bypassed) in forwards.items():
+        if width is not None or cut or bypassed:
             _adapt(model.get_submodule(rename[path]), width, cut, bypassed)
             if cut:
                 applied.arguments[rename[path]] = dict(cut)
             if bypassed:
                 applied.bypassed[rename[path]] = bypassed
     return applied
+
+
+def _check_forward(
+    module: nn.Module,
+    width: int | None,
+    cut: dict[str, tuple[int, int, int]],
+    bypassed: tuple[str, int] | None,
+    path: str,
+) -> None:
+    """Refuse what the forward is not given, more than a module as it is built has units for, and other consumers."""
+    if not vars(module).keys().isdisjoint((INNER_WIDTH, CUT_ARGUMENTS, BYPASSED)):
+        return  # a second time: it has been narrowed since
+    given = inspect.signature(type(module).forward).parameters
+    most = sum(parameter.numel() for parameter in module.parameters())
+    damaged = f"{path} was saved with {{}}, which {type(module).__name__} has not: restore config.json as it was saved"
+    if width is not None and not 0 < width <= most:
+        raise ValueError(damaged.format(f"an inner width of {width}"))
+    for name, (dim, entries, _) in cut.items():
+        if name not in given or not -_MOST_DIMS <= dim < _MOST_DIMS or entries > most:
+            raise ValueError(damaged.format(f"{entries} entries of its argument {name!r} along dimension {dim}"))
+    if bypassed is not None:
+        inside = dict(module.named_modules()).get("" if bypassed[0] == "." else bypassed[0])
+        if inside is None or next(inside.parameters(), None) is None:
+            raise ValueError(damaged.format(f"a consumer {bypassed[0]!r}"))
 
 
 def _adapt(
@@ -187,15 +246,16 @@ def adaptations(
 
 def _set_integer(module: nn.Module, name: str, value: int, path: str) -> None:
     """Set an integer attribute that exists; `"config.x"` is set in a copy of the config for this module alone."""
-    owner: object = module
     attribute = name.removeprefix("config.")
-    if attribute != name:
-        owner = module.config = copy.deepcopy(module.config)
-    if not hasattr(owner, attribute):
+    owner = module if attribute == name else vars(module).get("config")
+    built = vars(owner).get(attribute) if owner is not None and not attribute.startswith("_") else None
+    if type(built) is not int or not 0 <= value <= built:
         raise ValueError(
-            f"{path} was saved with {name}={value}, but {type(module).__name__} has no {name} here: load with the "
-            "version of transformers that config.json names"
+            f"{path} was saved with {name}={value}, but {type(module).__name__} has no {name} of that size or more "
+            "here: load with the version of transformers that config.json names, or restore config.json"
         )
+    if owner is not module:
+        owner = module.config = copy.deepcopy(module.config)
     setattr(owner, attribute, value)
 
 
@@ -229,17 +289,25 @@ def _match(spec: LayoutSpec, model: nn.Module) -> dict[str, str]:
     wanted = spec.modules
 
     def fits(path: str, names: set[str]) -> bool:
-        return path in found and names <= {*found[path]._parameters, *found[path]._buffers}
+        held = {**found[path]._parameters, **found[path]._buffers} if path in found else {}
+        return path in found and all(held.get(name) is not None for name in names)
 
     def renamed(strip: str, add: str) -> dict[str, str]:
         pairs = {path: _join(add, _strip(path, strip)) for path in wanted if _is_below(path, strip)}
         return {path: target for path, target in pairs.items() if fits(target, wanted[path])}
 
     base = getattr(model, "base_model_prefix", "")
-    usual = [renamed("", ""), renamed("", base), renamed(base, "")]
-    if any(usual):
-        return max(usual, key=len)
-    matches = [matched for rename in _renames(wanted, found) if (matched := renamed(*rename))]
+    strip, add = max([("", ""), ("", base), (base, "")], key=lambda rename: len(renamed(*rename)))
+    if usual := renamed(strip, add):
+        for path in wanted.keys() - usual.keys():
+            if _is_below(path, strip) and _join(add, _strip(path, strip)) in found:
+                raise ValueError(
+                    f"the pruned widths are of {', '.join(sorted(wanted[path]))} in {path!r}, where "
+                    f"{type(model).__name__} has no such tensors: restore config.json as it was saved"
+                )
+        return usual
+    possible = (matched for rename in _renames(wanted, found) if (matched := renamed(*rename)))
+    matches = list(itertools.islice(possible, 2))
     if len(matches) == 1:
         return matches[0]
     example = repr(next(iter(wanted)))
@@ -257,15 +325,21 @@ def _match(spec: LayoutSpec, model: nn.Module) -> dict[str, str]:
 
 def _renames(wanted: Iterable[str], found: Iterable[str]) -> set[tuple[str, str]]:
     """Leading paths to strip from, or to add to, the `wanted` paths so that some of them are among the `found`."""
-    found = set(found)
-    renames = set()
-    for path in wanted:
-        parts = path.split(".")
-        for cut in range(1, len(parts)):
-            if ".".join(parts[cut:]) in found:
-                renames.add((".".join(parts[:cut]), ""))
-        renames |= {("", target.removesuffix("." + path)) for target in found if target.endswith("." + path)}
+    found, wanted = set(found), set(wanted)
+    renames = {(path[: -len(end) - 1], "") for path in wanted for end in _endings(path) if end in found}
+    renames |= {("", path[: -len(end) - 1]) for path in found for end in _endings(path) if end in wanted}
+    if len(renames) > _MOST_RENAMES:
+        raise ValueError(
+            f"the pruned widths could mean {len(renames)} different parts of this model: restore config.json as it "
+            "was saved, or load the class that was pruned"
+        )
     return renames
+
+
+def _endings(path: str) -> list[str]:
+    """`"a.b.c"` -> `["b.c", "c"]`."""
+    parts = path.split(".")
+    return [".".join(parts[cut:]) for cut in range(1, len(parts))]
 
 
 def _is_below(path: str, prefix: str) -> bool:

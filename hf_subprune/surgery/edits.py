@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -30,6 +30,13 @@ class _Change:
     name: str
     before: Any
     after: Any
+
+    def put(self, value: Any) -> None:
+        """Make the entry this one, whatever it is now."""
+        if value is _ABSENT:
+            self.entries.pop(self.name, None)
+        else:
+            self.entries[self.name] = value
 
 
 class Edit(Protocol):
@@ -92,11 +99,13 @@ class ReplacingEdit:
                     f"Cannot {action} the surgery of {self.block!r}: {change.name!r} is not the one that it left. "
                     f"Undo later edits first, in the reverse of the order in which they were made."
                 )
-        for change, _, wanted in swaps:
-            if wanted is _ABSENT:
-                del change.entries[change.name]
-            else:
-                change.entries[change.name] = wanted
+        try:
+            for change, _, wanted in swaps:
+                change.put(wanted)
+        except BaseException:  # an interrupt
+            for change, present, _ in swaps:
+                change.put(present)
+            raise
 
 
 def shrink(
@@ -166,14 +175,24 @@ def shrink(
                 f"Block {block.name!r}: {change.name!r} was {change.before!r} when the block was discovered and is "
                 f"{change.entries.get(change.name)!r} now. Discover the blocks of this model again."
             )
-        change.entries[change.name] = change.after
-    for owner in owners.values():
-        for name, after in sizes(owner).items():
-            before = owner.__dict__[name]
-            if before != after:
-                changes.append(_Change(owner.__dict__, name, before, after))
-                owner.__dict__[name] = after
-    return edit
+    return _installed(edit, owners.values())
+
+
+def _installed(edit: ReplacingEdit, owners: Iterable[nn.Module] = ()) -> Edit:
+    """Make the edit's changes, and those of the sizes that owners remember: all of them, or none."""
+    try:
+        for change in edit._changes:
+            change.put(change.after)
+        for owner in owners:
+            for name, after in sizes(owner).items():
+                if owner.__dict__[name] != after:
+                    edit._changes.append(_Change(owner.__dict__, name, owner.__dict__[name], after))
+                    owner.__dict__[name] = after
+        return edit
+    except BaseException:
+        for change in reversed(edit._changes):
+            change.put(change.before)
+        raise
 
 
 def assign(model: nn.Module, block: str, values: Mapping[str, torch.Tensor]) -> Edit:
@@ -194,8 +213,7 @@ def assign(model: nn.Module, block: str, values: Mapping[str, torch.Tensor]) -> 
         before = entries[name]
         after = parameter_like(before, value.detach().to(before).clone(memory_format=torch.contiguous_format))
         edit._changes.append(_Change(entries, name, before, after))
-        entries[name] = after
-    return edit
+    return _installed(edit)
 
 
 def kept_columns(block: Block, kept: Sequence[int] | torch.Tensor) -> torch.Tensor:

@@ -116,13 +116,17 @@ def mask(
     touched = {id(p): p for p in (*owned, consumer.weight, consumer.bias) if p is not None}
     before = _copies(touched.values())
     columns = block.columns[units].flatten().sort().values.to(consumer.weight.device)
-    with torch.no_grad():
-        if weight is not None:
-            as_matrix(consumer, consumer.weight)[columns] = weight.to(consumer.weight)
-        if bias is not None:
-            consumer.bias.copy_(bias)
-    Mask(model, block, units).apply()
-    return MaskEdit(block.name, units, before, _copies(touched.values()))
+    try:
+        with torch.no_grad():
+            if weight is not None:
+                as_matrix(consumer, consumer.weight)[columns] = weight.to(consumer.weight)
+            if bias is not None:
+                consumer.bias.copy_(bias)
+        Mask(model, block, units).apply()
+        return MaskEdit(block.name, units, before, _copies(touched.values()))
+    except BaseException:  # an interrupt, too
+        _write(before)
+        raise
 
 
 @dataclass(eq=False)
@@ -154,5 +158,11 @@ def _copies(parameters: Iterable[nn.Parameter]) -> _Values:
 
 @torch.no_grad()
 def _write(values: _Values) -> None:
-    for parameter, value in values:
-        parameter.copy_(value)
+    """Write all of the values; an interrupt comes behind the last."""
+    try:
+        for parameter, value in values:
+            parameter.copy_(value)
+    except BaseException:
+        for parameter, value in values:
+            parameter.copy_(value)
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -14,11 +15,18 @@ from ..models.forms import all_running
 from ..models.linears import feature_axis, input_dim
 from ..models.precision import HALVES, ConvolutionsInFloat32, InFloat32
 from ..models.running import Reached, Watch, first_line, floating_tensors, hooked, inside, stateless, stop, undisturbed
+from ..runs.memory import is_of_the_machine
 from .edits import Edit, shrink
 from .masking import masked
 
 TOLERANCE = 1e-4
 """Largest difference allowed, as a fraction of the largest absolute value of the tensor compared."""
+
+_OF_SHAPES = re.compile(
+    r"shape|size|dim|channel|expand|broadcast|match|expect|split|stride|index|range|divisible|element|must be|mat1",
+    re.IGNORECASE,
+)
+"""In what torch and others say of tensors that do not fit one another."""
 
 
 class EquivalenceError(RuntimeError):
@@ -115,6 +123,8 @@ def verify(
             ]
             return _compare(blocks, (calls, expected[1]), found, tolerance)
         except Exception as error:
+            if not isinstance(error, _DifferenceError) and not _is_of_shapes(error):
+                raise
             reason = error.reason if isinstance(error, _DifferenceError) else f"it cannot run: {first_line(error)}"
             culprit = error.block if isinstance(error, _DifferenceError) else None
             cause = error
@@ -127,6 +137,15 @@ def verify(
             verify(model, choice, kept, inputs, tolerance, masking=masking)
         reason = f"each of {len(blocks)} blocks can be shrunk alone, but with all of them shrunk: {reason}"
     raise EquivalenceError(culprit or blocks[-1], reason) from cause
+
+
+def _is_of_shapes(error: Exception) -> bool:
+    """Whether an error is one that a forward raises which does not fit its tensors."""
+    if is_of_the_machine(error):
+        return False
+    if isinstance(error, RuntimeError):
+        return _OF_SHAPES.search(str(error)) is not None
+    return isinstance(error, (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError))
 
 
 def _remaining_outputs(

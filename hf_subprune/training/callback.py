@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..allocation.surveying import find
 from ..config import PruneConfig
 from ..data.reading import read_few
+from ..models.intact import intact
 from ..models.running import Batch, input_device, undisturbed
 from ..models.session import check_prunable, own_forward, session
 from ..pruning import prune
@@ -160,8 +161,12 @@ class SubpruneCallback(TrainerCallback, ExportableState):
         due = self.schedule.due(state.global_step, state.max_steps)
         if self._gradual is None or due <= self._done:
             return
-        with own_forward(self._gradual.model):
-            changed = self._gradual.step(self.schedule.removed(due))
+        gradual = self._gradual
+        with own_forward(gradual.model):
+            # Edits in training write values: a step that is interrupted takes all of them back.
+            changed = intact(
+                gradual.model, lambda: gradual.step(self.schedule.removed(due)), written=gradual.model.parameters()
+            )
         self._done = due
         if not changed:
             return
@@ -192,7 +197,9 @@ class SubpruneCallback(TrainerCallback, ExportableState):
                     f"{self.schedule.steps} pruning steps: the others are made at once, with no training behind them."
                 )
             with self._pruning(self._gradual.model):
-                self.report = self._gradual.finish()
+                self.report = intact(
+                    self._gradual.model, self._gradual.finish, written=self._gradual.model.parameters()
+                )
             self.progress = self._gradual = None
             self._log_report(state)
 

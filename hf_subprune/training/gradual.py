@@ -85,8 +85,13 @@ class GradualPruning:
 
     def mask(self) -> None:
         """Set the removed units' parameters to zero again, after something has changed parameters."""
-        for one in self._masks:
-            one.apply()
+        try:
+            for one in self._masks:
+                one.apply()
+        except BaseException:  # an interrupt, which comes behind the last
+            for one in self._masks:
+                one.apply()
+            raise
 
     def clear(self, state: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
         """Set the removed units' entries in the optimizer's statistics to zero."""

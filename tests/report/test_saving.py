@@ -17,12 +17,13 @@ def test_a_result_replaces_an_earlier_one_of_ours(tmp_path):
     first, first_report = pruned(keep=0.75)
     second, second_report = pruned(keep=0.25)
     save_pruned(tmp_path / "out", first, None, first_report)
-    (tmp_path / "out" / "stale.txt").write_text("from the first run")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / ".git").mkdir()
     save_pruned(tmp_path / "out", second, None, second_report)
     assert PruneReport.load(tmp_path / "out") == second_report
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert loaded.num_parameters() == second.num_parameters()
-    assert not (tmp_path / "out" / "stale.txt").exists()
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine" and (tmp_path / "out" / ".git").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

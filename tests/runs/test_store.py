@@ -1,5 +1,7 @@
 """Values that stages keep, in memory and in files."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -29,6 +31,11 @@ def test_sums_are_those_of_all_that_was_added(store):
     assert total.total().dtype == torch.float64 and (total.total() == 3).all()
 
 
+def test_plain_values_are_read_as_they_were(store):
+    value = {"part": Fraction(1, 3), "names": frozenset({"a", "b"}), "widths": ((1, 2.0), None)}
+    assert store.read(store.keep("plain", value)) == value
+
+
 def test_memory_outlasts_no_run():
     store = Store()
     store.commit(1, {"current": [{"layer": object()}]})
@@ -42,7 +49,7 @@ def test_a_file_that_was_dropped_is_gone_though_its_value_is_held(tmp_path):
     kept = store.keep("target", torch.ones(4))
     value = store.read(kept)
     store.drop(kept)
-    assert not kept.exists() and (value == 1).all()
+    assert not (tmp_path / kept).exists() and (value == 1).all()
 
 
 def test_another_store_goes_on_behind_the_last_final_step(tmp_path):
@@ -59,4 +66,4 @@ def test_another_store_goes_on_behind_the_last_final_step(tmp_path):
     (kept, nothing) = again.resume(2)["current"]
     assert nothing == {} and kept.keys() == {"layers.1"}
     assert torch.equal(again.part("current").read(kept["layers.1"]), torch.ones(2))
-    assert not first[0]["layers.0"].exists()  # what only the first step needed
+    assert not (tmp_path / "current" / first[0]["layers.0"]).exists()  # what only the first step needed

@@ -152,3 +152,13 @@ def test_models_that_need_code_of_their_own_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"comes from remote code itself \(modeling_other\.OtherModel\)"):
         write_remote_code(tmp_path, model)
+
+
+def test_a_class_that_is_not_part_of_transformers_is_refused_by_name(tmp_path):
+    model = ragged("bert")
+    own = type("Own", (tf.PreTrainedModel,), {"__module__": "script"})
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match="Own is defined in 'script', not in transformers"):
+        write_remote_code(tmp_path, object.__new__(own))
+    assert (tmp_path / "config.json").read_text() == before

@@ -118,6 +118,14 @@ def test_round_trip():
         ({"shapes": {"a": [4, -1]}}, "shape of 'a' is"),
         ({"shapes": {"a": [4.0]}}, "shape of 'a' is"),
         ({"attributes": {"a": {"b": "4"}}}, "attributes of 'a' are"),
+        ({"arguments": [1, 2]}, "arguments of 'arguments' are"),
+        ({"arguments": {"a": {"b": [0, 4]}}}, "arguments of 'a' are"),
+        ({"arguments": {"a": {"b": [0, 4, 5]}}}, "arguments of 'a' are"),
+        ({"arguments": {"a": {"b": ["0", 4, None]}}}, "arguments of 'a' are"),
+        ({"bypassed": [1]}, "'bypassed' is bypassed as"),
+        ({"bypassed": {"a": ["", 10**12]}}, "'a' is bypassed as"),
+        ({"bypassed": {"a": [3, 0]}}, "'a' is bypassed as"),
+        ({"format": True}, "format is True"),
         ({"shapes": {}}, "digest does not match"),
         ({"format": FORMAT + 1}, "pip install -U hf_subprune"),
     ],
@@ -133,3 +141,39 @@ def test_incomplete_entries_are_refused(key):
     del entry[key]
     with pytest.raises(ValueError, match=f"'{key}' is missing.*restore config.json"):
         LayoutSpec.from_dict(entry)
+
+
+SELF = "encoder.layer.0.attention.self"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (LayoutSpec({f"{SELF}.query.weight": (10**9, 10**9)}), "does not fit inside the shape"),
+        (LayoutSpec({"encoder.layer": (3,)}), "does not have"),
+        (LayoutSpec({f"{SELF}.query.__class__": (3,)}), "does not have"),
+        (LayoutSpec({}, {SELF: {"num_attention_heads": 10**9}}), "of that size or more"),
+        (LayoutSpec({}, {SELF: {"num_attention_heads": -7}}), "of that size or more"),
+        (LayoutSpec({}, {SELF: {"inner_width": 10**12}}), "inner width of 1000000000000"),
+        (LayoutSpec({}, {}, {SELF: {"hidden_states": (0, 10**12, 10**12)}}), "1000000000000 entries"),
+        (LayoutSpec({}, {}, {SELF: {"a.b": (0, 4, 2)}}), "is not given"),
+        (LayoutSpec({}, {}, {SELF: {"hidden_states": (99, 4, 2)}}), "along dimension 99"),
+        (LayoutSpec({}, {}, {}, {SELF: ("nowhere", 0)}), "a consumer 'nowhere'"),
+        (LayoutSpec({}, {}, {}, {f"{SELF}.dropout": ("", 0)}), "a consumer ''"),
+        *(
+            (LayoutSpec({}, {"encoder": {name: 3}}), f"no {name} of that size")
+            for name in ("__class__", "__dict__", "_modules", "_parameters", "_forward_hooks", "forward", "config")
+        ),
+        (LayoutSpec({}, {SELF: {"config.__class__": 3}}), "of that size or more"),
+        (LayoutSpec({f"a{i}.layer.{i}.w": (1, 1) for i in range(20000)}), "does not have"),
+    ],
+)
+def test_a_made_up_entry_can_do_nothing_but_narrow(spec, message):
+    with pytest.raises(ValueError, match=message):
+        apply_spec(bert(tf.BertModel), spec)
+
+
+def test_parts_that_could_be_meant_in_many_ways_are_refused_at_once():
+    model = nn.ModuleDict({f"m{i}": nn.ModuleDict({"query": nn.Linear(2, 2)}) for i in range(300)})
+    with pytest.raises(ValueError, match="could mean 300 different parts"):
+        apply_spec(model, LayoutSpec({"query.weight": (1, 2)}))
