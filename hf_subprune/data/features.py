@@ -49,6 +49,7 @@ def text_config(config: Any) -> Any:
 def most_positions(model: PreTrainedModel) -> int | None:
     """Tokens of the longest text that the positions of a model allow; `None` where they allow any."""
     limits = [getattr(text_config(model.config), "max_position_embeddings", None)]
+    limits.append(getattr(model.config, "max_target_positions", None))  # of a decoder that writes down speech
     for name, module in model.named_modules():
         # RoBERTa numbers positions from the padding index on: so many rows of the table are never reached.
         if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None:

@@ -45,7 +45,7 @@ def to_markdown(record: Record, plots: Mapping[str, str] | None = None) -> str:
     parts += ["## Blocks", markdown_table(block_table(record))]
     if record.refusals:
         parts += ["## Left whole", markdown_table(refusal_table(record.refusals))]
-    settings = ", ".join(code(f"{name}={value!r}") for name, value in record.config.items())
+    settings = ", ".join(code(f"{name}={value!r}") for name, value in sorted(record.config.items()))
     parts += ["## Settings", settings]
     if record.command:
         parts.append(f"```bash\n{fenced(record.command)}\n```")

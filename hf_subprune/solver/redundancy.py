@@ -58,7 +58,8 @@ class Redundancy:
                 if self.first[unit] != DEAD:
                     heir[self.first[unit]] = unit
         source, target = self.groups, self.groups[heir[self.first.clamp(min=0)]]
-        share = torch.where((self.first == DEAD)[:, None], 0.0, self.ratio[source] / self.ratio[target])
+        counts = (self.first != DEAD)[:, None] & (self.ratio[target] != 0)  # of a dead column, there is no part
+        share = torch.where(counts, self.ratio[source] / self.ratio[target], 0.0)
         source, result = source.flatten(), W.clone()
         result[source] = 0
         return result.index_add_(0, target.flatten(), (share.view(-1, 1) * W[source]).to(W))
@@ -93,5 +94,6 @@ def redundancy(moments: Moments, groups: torch.Tensor, sets: int = 1) -> Redunda
     first = torch.where(dead, DEAD, first[first])
     of = groups[first.clamp(min=0)]
     found = H[groups, of].double() / energy[of].clamp_min(torch.finfo(torch.float64).tiny)
-    ratio[groups.flatten()] = torch.where((first == DEAD)[:, None], 1.0, found).flatten()
+    alone = (first == DEAD) | (first == torch.arange(units, device=H.device))
+    ratio[groups.flatten()] = torch.where(alone[:, None], 1.0, found).flatten()
     return Redundancy(first, ratio, groups)

@@ -18,7 +18,7 @@ def test_prune_then_report_evaluate_and_load(folder, texts, tmp_path):
     out = tmp_path / "out"
     printed = run(
         "prune", folder, "--data", texts, "--out", out, "--keep", "mlp=0.5,attention=0.75", "--samples", 24,
-        "--held-out", 8, "--batch-size", 4, "--quiet",
+        "--held-out", 8, "--batch-size", 4, "--budget", "uniform", "--quiet",
     )  # fmt: skip
     assert "bert.encoder.layer.0.mlp" in printed
     report = PruneReport.load(out)

@@ -88,7 +88,7 @@ def test_processes_prune_a_checkpoint_together_and_go_on_after_a_stop(tmp_path, 
     assert any(server.run(script, tmp_path / "model", tmp_path / "stopped", "stop", processes=2))
     partial = tmp_path / "stopped" / ".layer.partial"
     positions = [
-        [state["position"] for state in json.loads(path.read_text())]
+        [state["position"] for state in read_json(path)]
         for path in sorted(partial.glob("*/batches-of-*/walk/state.json"))
     ]
     assert positions == [[1, 2], [1]]

@@ -74,7 +74,7 @@ def test_an_install_that_fails_midway_takes_everything_back(family, install, var
 @pytest.mark.slow
 def test_every_way_of_pruning_solves_the_same_blocks(tmp_path, computed):
     """`prune`, `prune_sizes`, `prune_checkpoint`, and gradual pruning in one step, which masks before it removes."""
-    config = PruneConfig(**QUICK, variant="layer")
+    config = PruneConfig(**QUICK, variant="layer", budget="uniform")
     alone, in_sizes, in_steps = (tiny("gpt2") for _ in range(3))
     alone.save_pretrained(tmp_path / "model")
     batches = ready_batches(alone)
