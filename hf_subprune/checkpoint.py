@@ -252,7 +252,10 @@ def _local(name_or_path: str | Path) -> Path:
 
 def _load(source: Path, dtype: Any, device: Any, folder: Path) -> PreTrainedModel:
     """The model with its layers on disk; `folder` takes weights that are stored in another form than they are used."""
-    config = AutoConfig.from_pretrained(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The config of {source} cannot be read: {error} Put its config.json back.") from error
     model_class = getattr(transformers, (config.architectures or [""])[0], None)
     if model_class is None:
         with torch.device("meta"):

@@ -16,6 +16,7 @@ from ..models.experts import stack_of
 from ..models.linears import input_dim, is_convolution, is_linear, taps
 from ..models.paths import Modules, layer_of
 from ..models.running import first_line
+from ..runs.memory import is_of_the_machine
 from .refusals import LEFT_WHOLE, NO_ATTRIBUTE
 from .tracing import OUTPUT, Read, Source, Trace
 from .units import NO_UNIT, SHARED, Jacobian, Line, Units, agrees, decode, first_column
@@ -25,9 +26,6 @@ LOCAL = 64
 
 FEW = 2
 """Readers that a producer of a block can have: the consumer, and one that reads other rows (a fused projection)."""
-
-_OF_AUTOGRAD = re.compile(r"not implemented|derivative|differentia|requires? grad|used in the graph|backward|inplace")
-"""In what torch says of a product that cannot be formed; nothing else that fails says something of a block."""
 
 
 class _RefusedError(Exception):
@@ -76,7 +74,7 @@ class Seeker:
             try:
                 candidate = self._candidate(consumer)
             except RuntimeError as error:
-                if not _OF_AUTOGRAD.search(str(error)):
+                if is_of_the_machine(error):
                     raise
                 reason = f"what it reads cannot be differentiated: {first_line(error)}"
                 candidate = Refusal(consumer, "unknown", reason, LEFT_WHOLE)

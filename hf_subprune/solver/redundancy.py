@@ -28,7 +28,7 @@ class Redundancy:
 
     Args:
         first: `(units,)` int64: the first unit of which a unit is a copy, itself where it is none, `DEAD` if it is.
-        ratio: `(n,)` float64: a column is as much of the same column of its first unit.
+        ratio: `(n,)` float64: a column is as much of the same column of its first unit; 1 for what says nothing.
         groups: `(units, c)` int64, columns of each unit.
     """
 
@@ -76,7 +76,8 @@ def redundancy(moments: Moments, groups: torch.Tensor, sets: int = 1) -> Redunda
     groups = groups.to(H.device)
     energy = H.diagonal().double()
     raw = energy + moments.rows * moments.input_mean.double().square() if moments.intercept else energy
-    dead = (energy <= _CONSTANT * raw)[groups].all(1)
+    still = energy <= _CONSTANT * raw
+    dead = still[groups].all(1)
     first = torch.arange(units, device=H.device)
     ratio = torch.ones(len(H), dtype=torch.float64, device=H.device)
     size = units // sets
@@ -86,12 +87,12 @@ def redundancy(moments: Moments, groups: torch.Tensor, sets: int = 1) -> Redunda
         equal = torch.ones(len(rows), units, dtype=torch.bool, device=H.device)
         for column in groups.T:  # the same column of each unit
             cosine = H[column[rows][:, None], column].double() / norm[column[rows], None] / norm[column]
-            equal &= cosine.abs() >= 1 - _EQUAL
+            equal &= (cosine.abs() >= 1 - _EQUAL) | (still[column[rows], None] & still[column])
         equal &= ~dead & (torch.arange(units, device=H.device) // size == (rows // size)[:, None])
         equal[torch.arange(len(rows), device=H.device), rows] = True
         first[rows] = equal.int().argmax(1)
     first = torch.where(dead, DEAD, first[first])
     of = groups[first.clamp(min=0)]
     found = H[groups, of].double() / energy[of].clamp_min(torch.finfo(torch.float64).tiny)
-    ratio[groups.flatten()] = torch.where((first == DEAD)[:, None], 1.0, found).flatten()
+    ratio[groups.flatten()] = torch.where((first == DEAD)[:, None] | still[groups], 1.0, found).flatten()
     return Redundancy(first, ratio, groups)

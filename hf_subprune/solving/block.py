@@ -61,7 +61,9 @@ def solve_block(
         FileNotFoundError: the block was solved before the run was stopped, and its solution is gone.
     """
     if moments is None:
-        raise FileNotFoundError(f"The solution of {block.name}, which was finished, is gone: start the run anew.")
+        raise FileNotFoundError(
+            f"The solution of {block.name} ({block.consumer}.pt), which was finished, is gone: start the run anew."
+        )
     start = time.perf_counter()
     consumer: Any = survey.model.get_submodule(block.consumer)
     try:
