@@ -23,6 +23,7 @@ from .report.report import PruneReport
 
 if TYPE_CHECKING:
     from .checkpoint import prune_checkpoint
+    from .data.generation import generated_text
     from .report.saving import save_pruned
     from .training.callback import SubpruneCallback
     from .training.recovery import recover
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # Imported when they are first asked for: they bring in Trainer, or what reads models and data by name.
 _LAZY = {
     "SubpruneCallback": "training.callback",
+    "generated_text": "data.generation",
     "prune_checkpoint": "checkpoint",
     "recover": "training.recovery",
     "save_pruned": "report.saving",
@@ -41,6 +43,7 @@ __all__ = [
     "PruneConfig",
     "PruneReport",
     "SubpruneCallback",
+    "generated_text",
     "prune",
     "prune_checkpoint",
     "prune_sizes",

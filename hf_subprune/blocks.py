@@ -253,7 +253,7 @@ def choose_blocks(blocks: Sequence[Block], refusals: Sequence[Refusal], config: 
             there is.
     """
     names = [b.name for b in blocks]
-    for option in ("include", "exclude"):
+    for option in ("include", "exclude", "remove"):
         for pattern in getattr(config, option):
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
@@ -287,6 +287,21 @@ def choose_blocks(blocks: Sequence[Block], refusals: Sequence[Refusal], config: 
             f"exclude={list(config.exclude)}; prunable blocks found: {there}.{advice}{why}"
         )
     return chosen
+
+
+def removed_blocks(blocks: Sequence[Block], config: PruneConfig) -> list[Block]:
+    """Those of the blocks that the config lets keep no unit.
+
+    Raises:
+        ValueError: one of them cannot go.
+    """
+    gone = [b for b in blocks if any(fnmatchcase(b.name, pattern) for pattern in config.remove)]
+    if staying := [b.name for b in gone if not b.removable]:
+        raise ValueError(
+            f"`remove` names {', '.join(staying)}, which must keep a unit (stored with others, or the model does not "
+            f"compute the same without it): take it out of `remove`."
+        )
+    return gone
 
 
 def some_of(names: Collection[str]) -> str:

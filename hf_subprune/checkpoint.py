@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .allocation.surveying import take_survey
+from .blocks import some_of
 from .config import PruneConfig
 from .data.batches import FittingBatches, Samples
 from .data.datafiles import load_processing_class
@@ -36,6 +37,9 @@ from .runs.workspace import Workspace
 from .storage.skeleton import build_skeleton
 
 logger = logging.get_logger(__name__)
+
+# Weights that `from_pretrained` reads and that are no safetensors files of the usual name.
+_OTHER_WEIGHTS = ("*.bin", "*.safetensors", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf")
 
 
 def prune_checkpoint(
@@ -203,7 +207,8 @@ def check_shards(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, each there and as long as its header says.
 
     Raises:
-        FileNotFoundError: there is none, or one that the index names is missing.
+        FileNotFoundError: there is none, only weights of another format or name, or one that the index names is
+            missing.
         ValueError: one is cut short.
     """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
@@ -217,6 +222,14 @@ def check_shards(folder: Path) -> list[Path]:
                 "and start again."
             ) from error
     paths = sorted(folder / name for name in names)
+    others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
+    if others and not index.is_file() and not paths[0].is_file():
+        raise FileNotFoundError(
+            f"The checkpoint {folder} has its weights in {some_of(others)} and not in {SAFE_WEIGHTS_NAME}, of which "
+            "one layer at a time can be read. Convert it once, with room for all of it in memory: load the model with "
+            "from_pretrained (variant='fp16' for files of that name), save it to a new folder with save_pretrained, "
+            "its tokenizer or processor too, and prune that folder."
+        )
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"The checkpoint {folder} lacks {path.name}: put the file back, and start again.")

@@ -113,6 +113,7 @@ _MACS = Rule(
 _SIZES = Rule("a number of bytes, or text such as '500 MB' or '0.5 GiB in bf16'", (int, str), _is_size)
 _FRACTION = Rule("a fraction in (0, 1]", (int, float), _is_fraction)
 _SHRINKAGE = Rule("'auto' or a finite number, 0 or more", (str, int, float), _is_shrinkage)
+_PACKING = Rule("'auto', True or False", (str, bool), lambda value: value in ("auto", True, False))
 _SWITCH = Rule("True or False", (bool,), lambda value: True)
 _PATTERNS = Rule(
     "a tuple of block name patterns, such as ('encoder.layer.0.*',)",
@@ -130,8 +131,9 @@ class PruneConfig:
             Fraction, in (0, 1], of the prunable blocks' parameters to keep; or one fraction per unit kind,
             `{"mlp": 0.5, "attention": 0.75}`, where a kind left out is kept whole. Where whole experts go besides
             other units it is such a dict, whose other fractions are of what is left then. `None` when another target
-            is set: exactly one of `keep`, `params`, `macs`, `latency` and `size` says how small the model is to be,
-            and it is met from below, to within one rounding step.
+            is set: exactly one of `keep`, `params`, `macs`, `latency` and `size` says how small the model is to be.
+            It is met from below: what blocks keep is within 0.5% of what they may, where steps of a unit are as fine;
+            by budget `"uniform"`, or with `round_to`, within one rounding step; a latency within 6%.
         units (`tuple[str, ...]`, default `("mlp", "attention")`):
             Which kinds of units may be removed: `"mlp"` (neurons), `"attention"` (heads; under grouped-query
             attention, key/value heads with all of their query heads, or as many query heads of each of them, whichever
@@ -145,13 +147,17 @@ class PruneConfig:
             fastest, at half of the forwards, and several sizes share its moments.
         layout (`str`, default `"auto"`):
             How the pruned model is stored. `"stock"`: equal widths in every layer, loads without this package;
-            `"ragged"`: widths differ by layer; `"auto"`: stock where the architecture's config can say the widths.
+            `"ragged"`: widths differ by layer; `"auto"`: stock where the architecture's config can say the widths,
+            which budget `"auto"` chooses so that it can, unless the size is out of reach then.
         budget (`str`, default `"auto"`):
             Who keeps how much. `"global"`: every block the width at which the predicted drift of the model's output
             is least; `"equal_loss"`: the smallest widths at which no block alone loses more than a common amount
-            (Kuzmin et al.); `"uniform"`: the same fraction everywhere; `"auto"`: `"global"` with layout `"ragged"` or
-            `"stock"`, else `"uniform"`. With layout `"stock"`, `"global"` and `"equal_loss"` give all layers one
-            width and choose how much goes to MLPs and how much to attention.
+            (Kuzmin et al.); `"uniform"`: the same fraction everywhere; `"auto"`: `"global"`. By `"auto"` with layout
+            `"auto"`, and by any but `"uniform"` with layout `"stock"`, all layers get one width for each number that
+            the model's config has: of neurons (those of an encoder and a decoder are two in some), of key/value
+            heads, of query heads. What is shared out is how much goes to each; blocks for which the config has no
+            number, as BERT's heads, stay whole. By `"auto"` with layout `"auto"`, layers get widths of their own
+            where the size is out of reach otherwise.
         params (`int`, default `None`):
             Target: parameters of the whole model.
         macs (`float`, default `None`):
@@ -168,6 +174,9 @@ class PruneConfig:
             fewer than `samples + held_out`, a fifth of what there is is held out (at least one sample).
         max_length (`int`, default `256`):
             Tokens a text sample is truncated to; fewer where the model or its tokenizer takes fewer.
+        packing (`bool` or `"auto"`, default `"auto"`):
+            Join plain texts, for causal language models, and cut them into windows of `max_length` tokens, so that
+            none is padding and less of long texts is cut. `"auto"` does so where most texts are longer than that.
         batch_size (`int`, default `16`):
             Most samples in one calibration batch; few samples make smaller ones, so that both folds have some.
         importance (`str`, default `"greedy"`):
@@ -189,12 +198,18 @@ class PruneConfig:
             by a label-free Fisher or Gauss-Newton matrix, one backward a calibration batch.
         round_to (`int`, default `None`):
             Widths of MLP blocks are rounded down to a multiple of this many units (never below one multiple; blocks
-            that have fewer units are not rounded); by default 64 where all layers keep the same fraction, 8 where they
-            do not, 1 where blocks are too small.
+            that have fewer units are not rounded). By default, where all layers get one width, the first of 64, 8 and
+            1 that comes within 0.5% of the target; of 8 and 1 where they do not; 64 by budget `"uniform"`. 1 where
+            blocks are too small.
         include (`tuple[str, ...]`, default `()`):
             Patterns (`fnmatch`) of block names; when given, only matching blocks are pruned.
         exclude (`tuple[str, ...]`, default `()`):
             Patterns (`fnmatch`) of block names that are left whole.
+        remove (`tuple[str, ...]`, default `()`):
+            Patterns (`fnmatch`) of the names of blocks that keep no unit: their sublayers are gone, and where those of
+            a whole layer are, so is the layer. What is left of the budget is shared out among the others.
+        skip_unreadable (`bool`, default `False`):
+            Pass over samples that cannot be read, with a warning each, instead of an error that names the first one.
         seed (`int`, default `0`):
             Seed of the shuffling of streamed data and of every random choice.
 
@@ -215,6 +230,7 @@ class PruneConfig:
     samples: Annotated[int, _whole(1)] = 128
     held_out: Annotated[int, _whole(1)] = 32
     max_length: Annotated[int, _whole(1)] = 256
+    packing: Annotated[bool | str, _PACKING] = "auto"
     batch_size: Annotated[int, _whole(1)] = 16
     importance: Annotated[str, _one_of(IMPORTANCES)] = "greedy"
     method: Annotated[str, _one_of(METHODS)] = "auto"
@@ -225,6 +241,8 @@ class PruneConfig:
     round_to: Annotated[int | None, _optional(_whole(1))] = None
     include: Annotated[tuple[str, ...], _PATTERNS] = ()
     exclude: Annotated[tuple[str, ...], _PATTERNS] = ()
+    remove: Annotated[tuple[str, ...], _PATTERNS] = ()
+    skip_unreadable: Annotated[bool, _SWITCH] = False
     seed: Annotated[int, _whole(0)] = 0
 
     def __post_init__(self) -> None:

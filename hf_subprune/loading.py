@@ -2,6 +2,7 @@
 
 Importing this module (and `hf_subprune`, which does) registers `QUANT_METHOD`. `from_pretrained` then shapes
 the model that the config builds to the stored widths, before it reads weights, and the result is an ordinary model.
+So does `from_config`, whose weights are random.
 """
 
 import reprlib
@@ -16,6 +17,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .models.quantized import remove_marks
 from .storage.layout import QUANT_METHOD, entry, write_ragged
 from .storage.spec import LayoutSpec, apply_spec
 
@@ -149,12 +151,7 @@ class SubpruneQuantizer(_PrunedFirst):
         return type(f"Pruned{quantizer.__name__}", (_PrunedThenQuantized, quantizer), {})(config, **kwargs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        """Make it an ordinary model again: `.half()`, `.float()` and Trainer refuse what is marked as quantized."""
-        for name in ("is_quantized", "quantization_method", "hf_quantizer"):
-            vars(model).pop(name, None)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                vars(module.config).pop("_is_quantized", None)
+        remove_marks(model)
         write_ragged(model, self.applied)
         return model
 
@@ -180,8 +177,28 @@ class _PrunedThenQuantized(_PrunedFirst):
         return model
 
 
+def _from_config(cls: Any, config: Any, **kwargs: Any) -> PreTrainedModel:
+    """What `from_config` calls: the model that a config describes, with random weights, in its pruned widths."""
+    model = _build(cls, config, **kwargs)
+    listed = getattr(config, "quantization_config", None)
+    listed = listed.to_dict() if isinstance(listed, SubpruneConfig) else listed
+    if isinstance(listed, dict) and listed.get("quant_method") == QUANT_METHOD:
+        write_ragged(model, apply_spec(model, LayoutSpec.from_dict(listed)))
+    return model
+
+
+_build = vars(PreTrainedModel)["_from_config"].__func__
+_build = getattr(_build, "replaced", _build)  # after a reload, what is there is what an earlier import put there
+vars(_from_config)["replaced"] = _build
+
+
 def register() -> None:
-    """Make `from_pretrained` know ragged models. Done on import; once more, after a reload, replaces the classes."""
+    """Make `from_pretrained` and `from_config` know ragged models.
+
+    Done on import; once more, after a reload, replaces the classes.
+    """
+    # Transformers gives quantizers no part in `from_config`, which would build the unpruned model without a word.
+    PreTrainedModel._from_config = classmethod(_from_config)  # type: ignore[method-assign, assignment]
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
     auto.AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
     auto.register_quantization_config(QUANT_METHOD)(SubpruneConfig)

@@ -20,6 +20,7 @@ from .allocation.surveying import take_survey
 from .config import TARGETS, PruneConfig
 from .data.batches import FittingBatches, Samples
 from .data.reading import read
+from .data.trial import check_forward
 from .evaluation.costs import measure_latency
 from .evaluation.original import Original
 from .models.forms import apart
@@ -194,6 +195,7 @@ def _without_experts(
     model = samples.model
     fraction, rest = without_experts(config)
     with work.clock("evaluation"):
+        check_forward(samples)
         original = Original.of(samples)
         before = _seconds(samples)
     with work.undone_on_failure():

@@ -104,10 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     original, tokenizer = load_or_train(options.model, make_model, texts, options.steps)
     trial = perplexity_trial(original, tokenizer, unseen)
     common = {"samples": options.samples, "held_out": max(2, options.samples // 4), "max_length": LENGTH}
+    common |= {"keep": options.keep, "budget": "uniform"}  # the same widths for all
     rows = []
     for name, way in WAYS.items():
         model = copy.deepcopy(original)
-        report = prune(model, texts, PruneConfig(**common, **way, keep=options.keep), tokenizer)
+        report = prune(model, texts, PruneConfig(**common, **way), tokenizer)
         rows.append({"chosen by": name, "parameters": report.parameters.ratio, **before_and_after(trial, model)})
     print_table("Perplexity of unseen docstrings, with 95% intervals of the paired bootstrap", rows)
     return rows

@@ -99,8 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, dict[str, flo
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     held_out = max(1, options.samples // 4)
-    # Training mends the residual stream: a step need not.
-    config = PruneConfig(keep=options.keep, variant="layer", samples=options.samples, held_out=held_out)
+    # Training mends the residual stream: a step need not. The widths are the same for all.
+    config = PruneConfig(
+        keep=options.keep, budget="uniform", variant="layer", samples=options.samples, held_out=held_out
+    )
     pretrained = None if options.pretrained is None else options.pretrained or str(demo_model_folder())
     tokenizer = AutoTokenizer.from_pretrained(pretrained) if pretrained else None
     training, test, tokenizer = make_data(options.paragraphs, options.validate, tokenizer)

@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             batch_size=options.batch_size,
             variant="layer",  # random weights have neither errors worth mending
             loss_aware=False,  # nor sensitivities worth a backward
+            budget="uniform",  # nor losses worth comparing
         ),
         out,
     )

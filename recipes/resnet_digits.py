@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     common = {
         "units": ("channels",),
         "keep": options.keep,
+        "budget": "uniform",  # the same widths for all
         "samples": options.samples,
         "held_out": max(2, options.samples // 4),
     }

@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from hf_subprune.collection.additions import first_tensor
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.models.linears import is_convolution
 from hf_subprune.models.running import call
@@ -33,7 +34,7 @@ def rows(model, calibration, path, output=False):
     """What reaches (or leaves) a module at the real tokens of the batches fitted on, by plain forwards."""
     seen = []
     module = model.get_submodule(path)
-    hook = module.register_forward_hook(lambda _m, args, out: seen.append(out if output else args[0]))
+    hook = module.register_forward_hook(lambda _m, args, out: seen.append(first_tensor(out if output else args)))
     for batch in calibration.fit:
         call(model, batch)
     hook.remove()

@@ -1,3 +1,4 @@
+import copy
 import importlib
 import json
 
@@ -404,3 +405,12 @@ def test_registration_survives_a_reload_of_the_module():
     assert auto.LOADING_ATTRIBUTES_CONFIG_TYPES.count(hf_subprune.loading.SubpruneConfig) == 1
     names = [known.__name__ for known in auto.LOADING_ATTRIBUTES_CONFIG_TYPES]
     assert names.count("SubpruneConfig") == 1
+
+
+def test_a_config_builds_a_model_in_its_pruned_widths():
+    model = ragged("llama")
+    built = type(model)._from_config(copy.deepcopy(model.config))
+    assert [value.shape for value in built.state_dict().values()] == [v.shape for v in model.state_dict().values()]
+    importlib.reload(hf_subprune.loading)
+    again = tf.AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+    assert again.num_parameters() == model.num_parameters()

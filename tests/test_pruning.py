@@ -20,7 +20,7 @@ def test_every_family_shrinks_to_half_and_runs(family):
     model = tiny(family)
     batches = ready_batches(model)
     before = model.num_parameters()
-    report = prune(model, batches, PruneConfig(**QUICK))
+    report = prune(model, batches, PruneConfig(**QUICK, budget="uniform"))
     assert {b.kind for b in report.blocks} == {"mlp", "attention"}
     for block in report.blocks:
         assert block.units_after == block.units_before // 2 == len(block.kept_units)
@@ -53,7 +53,7 @@ def test_new_weights_beat_plain_removal(family, variant):
     reports = {}
     for reweight in (True, False):
         model = tiny(family)
-        config = PruneConfig(**QUICK, variant=variant, reweight=reweight)
+        config = PruneConfig(**QUICK, variant=variant, reweight=reweight, budget="uniform")  # the same widths
         reports[reweight] = prune(model, ready_batches(model), config)
     first = [reports[reweight].blocks[0].fitted_error for reweight in (True, False)]  # later blocks see other inputs
     assert first[0] <= first[1]  # alike where cross-fitting leaves the weights as they are
@@ -90,15 +90,16 @@ def test_dtype_flags_and_untouched_parameters_are_kept(dtype):
 def test_a_pruned_model_can_be_pruned_again():
     model = tiny("bert")
     batches = ready_batches(model)
-    prune(model, batches, PruneConfig(**QUICK))
-    again = prune(model, batches, PruneConfig(**QUICK))
+    prune(model, batches, PruneConfig(**QUICK, budget="uniform"))
+    again = prune(model, batches, PruneConfig(**QUICK, budget="uniform"))
     assert [b.units_after for b in again.blocks] == [b.units_before // 2 for b in again.blocks]
     assert {b.units_before for b in again.blocks if b.kind == "mlp"} == {28}
 
 
 def test_kinds_can_be_kept_apart():
     model = tiny("bert")
-    report = prune(model, ready_batches(model), PruneConfig(**QUICK, keep={"mlp": 0.25, "attention": 0.75}))
+    config = PruneConfig(**QUICK, keep={"mlp": 0.25, "attention": 0.75}, budget="uniform")
+    report = prune(model, ready_batches(model), config)
     assert {(b.kind, b.units_after) for b in report.blocks} == {("mlp", 14), ("attention", 3)}
 
 
@@ -136,7 +137,8 @@ def test_the_same_seed_gives_the_same_model():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep": 0.01}, r"keep=0\.01 would leave block .* none of its 4 attention units"),
+        ({"keep": 0.01}, r"keep=0\.01 is out of reach: .* Keep at least 0\.\d+"),
+        ({"keep": 0.01, "budget": "uniform"}, r"keep=0\.01 would leave block .* none of its 4 attention units"),
         ({"exclude": ("*",)}, "No prunable block is left"),
         ({"exclude": ("nothing.like.it",)}, r"'nothing\.like\.it' matches no block; the blocks are bert\.encoder"),
     ],
@@ -286,7 +288,7 @@ def test_a_failure_at_any_size_restores_the_model(monkeypatch, variant, size):
         return exchange(work, owner, value)
 
     monkeypatch.setattr(Workspace, "exchange", fail_midway)
-    configs = [PruneConfig(**QUICK, variant=variant, keep=keep) for keep in (0.75, 0.5)]
+    configs = [PruneConfig(**QUICK, variant=variant, keep=keep, budget="uniform") for keep in (0.75, 0.5)]
     sizes = prune_sizes(model, ready_batches(model), configs)
     for _ in range(size):
         assert next(sizes).parameters.after == model.num_parameters()

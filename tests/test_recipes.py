@@ -11,7 +11,7 @@ import pytest
 import torch
 from batches import ready_batches
 from tiny import tiny
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from hf_subprune import PruneConfig, prune
@@ -189,6 +189,101 @@ def test_a_checkpoint_larger_than_memory_is_pruned_and_runs(recipe, tmp_path):
     row = recipe("llama_7b_offload").main(arguments)
     assert row["of the original"] < 0.9
     assert row["finite logits"]
+
+
+# Beside other methods
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """Folder of a tiny language model that knows the docstrings' words."""
+    folder = tmp_path_factory.mktemp("llama")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RECIPES)
+        tokenizer = importlib.import_module("missing_word").make_tokenizer(docstrings(300))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=60,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+SHORT = ["--draws", "1", "--samples", "8", "--length", "16", "--keep", "0.8"]
+
+
+@pytest.mark.slow
+def test_a_language_model_is_pruned_beside_other_methods(recipe, llama, capsys):
+    rows = recipe("smollm2").main(["--model", llama, *SHORT])
+    plain = {row["pruned"]: row["loads plainly"] for row in rows}
+    assert plain == dict.fromkeys(recipe("smollm2").WAYS, True) | {"ragged": False, "flap": False, "osscar": True}
+    assert all(0.7 < row["blocks' parameters"] <= 0.8 for row in rows)
+    assert all(0.9 < row["least"] <= row["perplexity / dense"] <= row["most"] < 1.5 for row in rows)
+    printed = capsys.readouterr().out
+    assert "that of the original is" in printed and "What follows, at temperature 0" in printed
+
+
+@pytest.mark.slow
+def test_a_language_model_is_pruned_on_its_own_and_on_another_text(recipe, llama, tmp_path):
+    (tmp_path / "other.txt").write_text("\n".join(docstrings(60)))
+    figures = [
+        recipe("smollm2").main(["--model", llama, *SHORT, "--only", "neurons", *words])[0]["perplexity / dense"]
+        for words in ([], ["--data-free"], ["--calibrate", str(tmp_path / "other.txt")])
+    ]
+    assert len(set(figures)) == 3
+
+
+def test_flap_removes_what_fluctuates_least_and_leaves_its_mean(recipe):
+    smollm2 = recipe("smollm2")
+    model, original = tiny("llama"), tiny("llama")
+    windows = torch.randint(3, 120, (4, 16), generator=torch.Generator().manual_seed(0))
+    for each in (model, original):  # what one key/value group says hardly changes
+        with torch.no_grad():
+            each.model.layers[0].self_attn.v_proj.weight[8:16] *= 0.1
+    smollm2.flap(model, smollm2.Calibration(windows, windows), smollm2.in_blocks(model) // 2)
+    assert 0.4 < smollm2.in_blocks(model) / smollm2.in_blocks(original) <= 0.5  # with its biases
+    attention = model.model.layers[0].self_attn
+    values = original.model.layers[0].self_attn.v_proj.weight.view(3, 8, -1)
+    left = [
+        group
+        for group in range(3)
+        if any(torch.equal(values[group], v) for v in attention.v_proj.weight.view(-1, 8, 48))
+    ]
+    assert 1 not in left and attention.o_proj.in_features == 16 * len(left)
+    outputs = []
+    for each in (model, original):
+        each.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _m, _i, output: outputs.append(output))
+        with torch.no_grad():
+            each(windows)
+    pruned, whole = outputs
+    assert not torch.allclose(pruned, whole, atol=1e-3)
+    torch.testing.assert_close(pruned.mean((0, 1)), whole.mean((0, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_osscar_leaves_least_squares_weights_in_layers_of_one_width(recipe):
+    smollm2 = recipe("smollm2")
+    model, original = tiny("llama"), tiny("llama")
+    windows = torch.randint(3, 120, (6, 16), generator=torch.Generator().manual_seed(0))
+    inputs = []
+    hook = original.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        original(windows)
+    hook.remove()
+    smollm2.osscar(model, smollm2.Calibration(windows, windows), int(0.8 * smollm2.in_blocks(model)))
+    assert smollm2.in_blocks(model) <= 0.8 * smollm2.in_blocks(original)
+    assert {layer.mlp.down_proj.in_features for layer in model.model.layers} == {model.config.intermediate_size}
+    before, after = original.model.layers[0].mlp, model.model.layers[0].mlp
+    kept = [int((before.up_proj.weight == row).all(1).nonzero()) for row in after.up_proj.weight]
+    B, W = inputs[0].flatten(0, 1).double(), before.down_proj.weight.T.double()
+    H = B.T @ B + 0.01 * B.square().sum(0).mean() * torch.eye(len(W))
+    V = torch.linalg.solve(H[kept][:, kept], (H @ W)[kept])
+    torch.testing.assert_close(after.down_proj.weight.T.double(), V, rtol=1e-4, atol=1e-4)
 
 
 # Gradual pruning

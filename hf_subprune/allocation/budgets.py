@@ -103,18 +103,18 @@ def least_loss(choices: Sequence[Choices], budget: float) -> list[Any]:
 
 def _best_combination(choices: Sequence[Choices], budget: float) -> list[Any]:
     """The combination of least total loss, and of those that lose alike the dearest."""
-
     options = [list(zip(c.losses, c.costs, c.widths, strict=True)) for c in choices]
-    best: tuple[float, float, list[Any]] | None = None
+    best: tuple[float, float] | None = None
+    widths: list[Any] = []
     for combination in itertools.product(*options):
-        losses, costs, widths = zip(*combination, strict=True)
-        rank = (sum(losses), -sum(costs), list(widths))
-        if sum(costs) <= budget * (1 + 1e-9) and (best is None or rank[:2] < best[:2]):
-            best = rank
+        cost = sum(option[1] for option in combination)
+        rank = (sum(option[0] for option in combination), -cost)
+        if cost <= budget * (1 + 1e-9) and (best is None or rank < best):
+            best, widths = rank, [option[2] for option in combination]
     if best is None:
         least = sum(c.costs[0] for c in choices)
         raise ValueError(f"The smallest widths cost {least:.6g}, the budget is {budget:.6g}.")
-    return best[2]
+    return widths
 
 
 def equal_loss(choices: Sequence[Choices], budget: float) -> list[Any]:

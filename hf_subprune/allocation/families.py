@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
 from ..blocks import Block, groups_of
 from ..models.forms import together
 from ..models.running import Batch, inside
-from ..storage.layout import choose_layout
+from ..storage.layout import choose_layout, config_says
 from ..surgery.edits import narrowed
 
 
@@ -23,18 +23,26 @@ class Families:
         names: Of the blocks of each family, in forward order; every block that may be pruned is in one.
         whole: Of the blocks that stay whole, since no number of the config says how wide they are.
         even: Whether the config says the width of each family; blocks have widths of their own otherwise.
+        gone: Of the blocks that keep no unit, each in a family of its own.
         refused: Widths that the config cannot say all the same: name of a block, sets of its units, number of these.
     """
 
     names: tuple[tuple[str, ...], ...]
     whole: frozenset[str] = frozenset()
     even: bool = False
+    gone: frozenset[str] = frozenset()
     refused: frozenset[tuple[str, int, int]] = frozenset()
 
     @classmethod
     def single(cls, blocks: Sequence[Block]) -> Families:
         """Each block with a width of its own, but for those that share their units or are stored together."""
         return cls(tuple(tuple(block.name for block in group.blocks) for group in groups_of(blocks)))
+
+    def without(self, gone: Sequence[Block]) -> Families:
+        """The families, of which some blocks keep no unit."""
+        names = frozenset(block.name for block in gone)
+        left = (tuple(name for name in family if name not in names) for family in self.names)
+        return replace(self, names=(*filter(None, left), *((name,) for name in names)), gone=names)
 
     def of(self, blocks: Iterable[Block]) -> list[list[Block]]:
         """Some of the blocks, family by family."""
@@ -58,31 +66,30 @@ def prove_stock(model: PreTrainedModel, blocks: Sequence[Block], widths: Mapping
         choose_layout(model, "stock", inputs=probe).undo()
 
 
-def even_families(model: PreTrainedModel, blocks: Sequence[Block], probe: Batch) -> Families:
+def even_families(model: PreTrainedModel, blocks: Sequence[Block]) -> Families:
     """The families of a model whose widths its config is to say.
 
     Blocks at the same place of equal layers are one family, and those of several places are where the config has one
-    number for them. Which it has is found by trial: each is narrowed for the time being.
+    number for them. Which it has is found by trial, by the shapes of tensors: each is narrowed for the time being.
 
     Args:
         model: In a `session`.
         blocks: That may be pruned.
-        probe: A small batch, on the model's device.
     """
     places: dict[tuple[str, str, int], list[Block]] = {}
     for block in blocks:
         places.setdefault((re.sub(r"\d+", "*", block.name), block.kind, block.units), []).append(block)
     said: list[list[Block]] = []
-    together: dict[tuple[str, int], list[list[Block]]] = {}
+    unsaid: dict[tuple[str, int], list[list[Block]]] = {}
     for (_, kind, units), family in places.items():
-        if _is_said(model, family, probe):
+        if _is_said(model, family):
             said.append(family)
         else:
-            together.setdefault((kind, units), []).append(family)
+            unsaid.setdefault((kind, units), []).append(family)
     whole: list[Block] = []
-    for parts in together.values():
+    for parts in unsaid.values():
         family = [block for block in blocks if any(block in part for part in parts)]
-        if len(parts) > 1 and _is_said(model, family, probe):
+        if len(parts) > 1 and _is_said(model, family):
             said.append(family)
         else:
             whole += family
@@ -91,10 +98,13 @@ def even_families(model: PreTrainedModel, blocks: Sequence[Block], probe: Batch)
     return Families(tuple(names), frozenset(block.name for block in whole), even=True)
 
 
-def _is_said(model: PreTrainedModel, family: Sequence[Block], probe: Batch) -> bool:
+def _is_said(model: PreTrainedModel, family: Sequence[Block]) -> bool:
     """Whether the config has a number for the width of all of the family, by the trial of one width."""
     width = narrow_width(family[0])
-    return width < family[0].units and loads_as_stock(model, family, {block.name: width for block in family}, probe)
+    if width == family[0].units:
+        return False
+    with narrowed(model, family, {block.name: width for block in family}), together(inside(model)):
+        return config_says(model)
 
 
 def narrow_width(block: Block) -> int:

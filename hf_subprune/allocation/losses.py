@@ -18,8 +18,8 @@ from .budgets import interpolate
 from .propagation import TRIAL_FRACTIONS, Points, Propagation, Quality, corrected, fill_in, measured_blocks, spread
 from .survey import Survey
 
-# Blocks of a family that gets one width whose curves are made, at equal distances over the depth.
-_STANDING_FOR_ALL = 4
+# Blocks of a family that gets one width whose curves are made, each in the middle of its part of the depth.
+_STANDING_FOR_ALL = 5
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _looked_at(survey: Survey) -> set[str]:
     if not all(families.even for families in survey.families):
         return {block.name for block in survey.candidates}
     families = [family for one in survey.families for family in one.of(survey.candidates)]
-    return {name for family in families for name in spread(family, _STANDING_FOR_ALL)}
+    return {name for family in families for name in spread(family, _STANDING_FOR_ALL, ends=False)}
 
 
 def _of_nearest(survey: Survey, points: Mapping[str, Points]) -> dict[str, Points]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..blocks import Block, groups_of
 from ..collection.block_moments import FOLDS
 from ..data.batches import Samples, pieces
-from ..evaluation.drift import Drift, Outputs, drift, iter_outputs
+from ..evaluation.drift import Drift, Outputs, drift, model_outputs
 from ..models.running import Batch
 from ..solver.curves import LossCurve, Trial
 from ..surgery.edits import shrink
@@ -80,9 +80,9 @@ class Propagation:
         unseen = [one for index, batch in enumerate(samples.fit) if index % FOLDS for one in _few_rows(batch)]
         order = sorted(range(len(unseen)), key=lambda i: abs(i - len(unseen) // 2))  # of middling length first
         unseen = [unseen[index] for index in order]
-        for batch, outputs in zip(unseen, iter_outputs(model, unseen), strict=True):
+        for batch in unseen:
             self.batches.append(batch)
-            self._reference.append(outputs)
+            self._reference += model_outputs(model, [batch])
             if sum(len(one.rows) for one in self._reference) >= _MEASURED_ROWS:
                 break
         self._per_sample = has_row_per_sample(self._reference, self.batches)
@@ -133,11 +133,21 @@ def has_row_per_sample(outputs: Sequence[Outputs], batches: Sequence[Batch]) -> 
     return sum(len(o.rows) for o in outputs) == sum(len(next(iter(batch.values()))) for batch in batches)
 
 
-def spread(blocks: Sequence[Block], count: int) -> set[str]:
-    """Names of `count` of the blocks at equal distances, and of those that are decided on together with them."""
+def spread(blocks: Sequence[Block], count: int, *, ends: bool = True) -> set[str]:
+    """Names of `count` of the blocks at equal distances, and of those that are decided on together with them.
+
+    Args:
+        blocks: In forward order.
+        count: Of blocks, or of groups of them.
+        ends: Whether the first and the last are among them. Else each is in the middle of its part of the depth, and
+            typical of it: the first layers of a model and its last one are like no others.
+    """
     groups = groups_of(blocks)
     count = min(len(groups), count)
-    places = {round(i * (len(groups) - 1) / max(count - 1, 1)) for i in range(count)}
+    if ends:
+        places = {round(i * (len(groups) - 1) / max(count - 1, 1)) for i in range(count)}
+    else:
+        places = {int((i + 0.5) * len(groups) / count) for i in range(count)}
     return {block.name for place in places for block in groups[place].blocks}
 
 

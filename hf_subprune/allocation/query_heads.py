@@ -64,8 +64,9 @@ def units_by_loss(
         chosen = choose_units(survey.blocks, target, config, families, survey.predicted(), of_queries)
         to_prune = [block for block, kept in chosen.values() if kept < block.units]
         kept_units = {name: kept for name, (_, kept) in chosen.items()}
-        heads = [(b.name, b.sets, kept_units[b.name]) for b in to_prune if b.kind == "attention"]
-        if not (families.even and heads) or _loads(survey, to_prune, kept_units):
+        left = [block for block in to_prune if block.name not in families.gone]
+        heads = [(b.name, b.sets, kept_units[b.name]) for b in left if b.kind == "attention"]
+        if not (families.even and heads) or _loads(survey, left, kept_units):
             return to_prune, kept_units
         families = replace(families, refused=families.refused | set(heads))
 
@@ -80,7 +81,7 @@ def alternatives(survey: Survey, config: PruneConfig) -> tuple[tuple[str, float]
     found: dict[str, float] = {}
     for family in families.of(survey.candidates):
         first = family[0]
-        if first.kind != "attention":
+        if first.kind != "attention" or first.name in families.gone:
             continue
         options = {(first.sets, width) for width in range(1, first.units + 1)}
         if first.queries is not None:
@@ -125,7 +126,7 @@ def _at_equal_cost(
     survey: Survey, blocks: Sequence[Block], widths: Mapping[str, int], config: PruneConfig, work: Workspace
 ) -> tuple[list[Block], dict[str, int]]:
     target = survey.target(config)
-    heads = {b.name: kept for b in blocks if (kept := _affordable(b, widths[b.name], target))}
+    heads = {b.name: kept for b in blocks if widths[b.name] and (kept := _affordable(b, widths[b.name], target))}
     offered = [b for b in blocks if b.name in heads]
     if not offered:
         return list(blocks), dict(widths)

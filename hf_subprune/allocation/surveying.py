@@ -10,21 +10,24 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..blocks import Block, Discovery, choose_blocks, groups_of, some_of
+from ..blocks import Block, Discovery, choose_blocks, groups_of, removed_blocks, some_of
 from ..collection.block_moments import FOLDS
 from ..collection.planning import plan
 from ..collection.segments import Plan
 from ..collection.sensitivity import Means, activation_gradients, output_metrics
 from ..config import TWO_STREAMS, PruneConfig
 from ..data.batches import Samples
+from ..data.trial import check_forward
 from ..discovery.discover import discover
 from ..evaluation.original import Original
+from ..models.forms import together
 from ..models.linears import matrix_shape
-from ..models.running import Batch, input_device, is_offloaded
+from ..models.running import Batch, input_device, inside, is_offloaded
 from ..runs.memory import release_memory
 from ..runs.processes import from_process, processes
 from ..runs.store import Store
 from ..runs.workspace import Workspace
+from ..storage.layout import choose_layout
 from .families import Families, even_families, narrow_width, prove_stock
 from .losses import with_losses
 from .propagation import Quality
@@ -61,10 +64,9 @@ def take_survey(
         raise ValueError("`evaluation` is read by budget='equal_loss' only: choose that budget, or leave it out.")
     quality = None if evaluation is None else Quality(evaluation, samples.model)
     probe = send_to_device(samples.probe, input_device(samples.model))
-    found, blocks, targets, families, candidates, segments = (
-        work.once(  # in one file: a block is one object everywhere
-            "blocks", lambda: _find(samples, configs, probe, work)
-        )
+    # In one file: a block is one object everywhere.
+    found, blocks, targets, families, candidates, segments = work.once(
+        "blocks", lambda: find(samples, configs, probe, work)
     )
     targets = from_process(0, targets)  # latencies differ from process to process
     needs_curves = needs_losses(configs) and bool(candidates)
@@ -111,18 +113,31 @@ def looked_at_again(survey: Survey) -> Survey:
     )
 
 
-def _find(
+def find(
     samples: Samples, configs: Sequence[PruneConfig], probe: Batch, work: Workspace
 ) -> tuple[Discovery, list[Block], list[Target], list[Families], list[Block], Plan]:
+    """What can be pruned of a model, how small it is to be, and in which order its parts run.
+
+    Args:
+        samples, configs, work: As for `take_survey`.
+        probe: Of the samples, on the model's device.
+
+    Raises:
+        ValueError: as `take_survey`; the data does not fit the model, or what is pruned could not be saved.
+    """
     model = samples.model
     with work.clock("discovery"):
+        check_forward(samples)
+        if not is_offloaded(model):  # else this would read all of it, twice
+            with together(inside(model)):  # what could not be saved is refused now rather than after the work
+                choose_layout(model, inputs=probe).undo()
         found = discover(model, probe)
         blocks = choose_blocks(found.blocks, found.refusals, configs[0])
     with work.clock("targets"):
         targets = resolve(samples, blocks, configs)
         families = _families(model, blocks, targets, configs, probe)
     sizes = list(zip(targets, families, strict=True))
-    candidates = [b for b in blocks if any(_may_shrink(b, target) and b.name not in f.whole for target, f in sizes)]
+    candidates = [b for b in blocks if any(_may_shrink(b, target, tied) for target, tied in sizes)]
     with work.clock("discovery"):
         segments = plan(samples, candidates)
     return found, blocks, targets, families, candidates, segments
@@ -140,9 +155,10 @@ def _families(
     Raises:
         ValueError: a target cannot be met, or, for layout `"stock"`, not with widths that the config says.
     """
-    single = Families.single(blocks)
+    gone = removed_blocks(blocks, configs[0])
+    single = Families.single(blocks).without(gone)
     if any(config.is_even() for config in configs):
-        even = even_families(model, blocks, probe)
+        even = even_families(model, blocks).without(gone)
     found = []
     for config, target in zip(configs, targets, strict=True):
         chosen = even if config.is_even() else single
@@ -157,14 +173,16 @@ def _families(
                 raise
             chosen = single
             widths = check_target(blocks, target, config, chosen)
-        if config.layout == "stock" and chosen is single:  # refused now rather than after the work
+        if config.layout == "stock" and chosen is single and not gone:  # refused now rather than after the work
             prove_stock(model, blocks, widths, probe)
         found.append(chosen)
     return found
 
 
-def _may_shrink(block: Block, target: Target) -> bool:
+def _may_shrink(block: Block, target: Target, families: Families) -> bool:
     """Whether a target can take units from a block."""
+    if block.name in families.gone | families.whole:
+        return block.name in families.gone
     return any(
         block.name in part.blocks and part.limit < sum(target.costs[name][-1] for name in part.blocks)
         for part in target.parts

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..blocks import Block
 from ..config import PruneConfig
@@ -79,7 +79,11 @@ def choose_widths(
     for part in target.parts:
         inside = [block for block in blocks if block.name in part.blocks]
         if config.allocation() == "uniform":
-            widths |= _uniform(inside, part, target, config)
+            left = [block for block in inside if block.name not in families.gone]
+            widths |= dict.fromkeys(families.gone & {block.name for block in inside}, 0)
+            if left:
+                some = part if len(left) == len(inside) else replace(part, asked=None)
+                widths |= _uniform(left, some, target, config)
         else:
             chosen = _ByLoss(part, target, config, families, losses or {}, {}).share(inside)
             widths |= {name: width for name, (_, width) in chosen.items()}
@@ -174,18 +178,25 @@ class _ByLoss:
 
         Of the roundings in turn, the first one counts that comes near enough to the target, else the nearest.
         """
+        if not blocks:
+            return {}
         families = self.families.of(blocks)
-        full = sum(self.target.costs[block.name][-1] for block in blocks)
+        full, limit = sum(self.target.costs[block.name][-1] for block in blocks), self.part.limit
+        share = min(1.0, limit / full) if full > 0 else 1.0
         search = least_loss if self.config.allocation() == "global" else equal_loss
+        steps = _steps(self.config, self.families.even)
         tried: list[tuple[float, list[tuple[int, int]]]] = []
-        for step in _steps(self.config, self.families.even):
-            choices = [undominated(tie([self._choices(b, step, full) for b in family])) for family in families]
-            self._check(choices)
-            chosen = search(choices, self.part.limit)
+        for step in steps:
+            choices = self._widths(families, step, share)
+            if sum(family.costs[0] for family in choices) > limit * (1 + 1e-9):
+                continue  # finer steps may do
+            chosen = search(choices, limit)
             cost = sum(one.costs[one.widths.index(name)] for one, name in zip(choices, chosen, strict=True))
             tried.append((cost, chosen))
-            if cost >= (1 - _SLACK) * min(self.part.limit, full):
+            if cost >= (1 - _SLACK) * min(limit, full):
                 break
+        if not tried:
+            raise ValueError(self._out_of_reach(families, steps[-1], share, full))
         _, chosen = max(tried, key=lambda one: one[0])
         found: dict[str, tuple[Block, int]] = {}
         for family, (sets, width) in zip(families, chosen, strict=True):
@@ -193,12 +204,17 @@ class _ByLoss:
                 found[block.name] = (block if block.queries is None or sets == block.sets else block.queries, width)
         return found
 
-    def _choices(self, block: Block, step: int, full: float) -> Choices:
+    def _widths(self, families: Sequence[Sequence[Block]], step: int, share: float) -> list[Choices]:
+        """The widths of each family where about this share of all is kept."""
+        return [undominated(tie([self._choices(block, step, share) for block in family])) for family in families]
+
+    def _choices(self, block: Block, step: int, share: float) -> Choices:
         """The widths of a block, named by the number of sets of its units and how many units are kept."""
         costs = self.target.costs[block.name]
+        if block.name in self.families.gone:
+            return Choices(((block.sets, 0),), (costs[0],), (0.0,))
         if block.name in self.families.whole:
             return Choices(((block.sets, block.units),), (costs[-1],), (0.0,))
-        share = min(1.0, self.part.limit / full) if full > 0 else 1.0
         multiples = allowed_widths(block.units, multiple(block, step, asked=self.config.round_to is not None))
         widths = tuple(width for width in multiples if width >= _FLOOR * share * block.units)
         predicted = zip(widths, interpolate(self.losses[block.name], widths), strict=True)
@@ -209,17 +225,20 @@ class _ByLoss:
         said = [option for option in sorted(options) if (block.name, *option[1]) not in self.families.refused]
         return Choices(*zip(*((name, cost, loss) for cost, name, loss in said), strict=True))
 
-    def _check(self, choices: Sequence[Choices]) -> None:
-        """Raise `ValueError` if the smallest widths are too many."""
+    def _out_of_reach(self, families: Sequence[Sequence[Block]], step: int, share: float, full: float) -> str:
+        """What to say where the smallest widths are too many for this share of the full cost."""
         part, target = self.part, self.target
-        least = sum(family.costs[0] for family in choices)
-        if least <= part.limit * (1 + 1e-9):
-            return
-        smallest = target.limit + least - part.limit
+
+        def least(share: float) -> float:
+            return sum(family.costs[0] for family in self._widths(families, step, share))
+
+        smallest = target.limit + least(share) - part.limit
         advice = "Ask for that much at least."
         if target.name == "keep":
-            advice = f"Keep at least {math.ceil(1e4 * least / sum(f.costs[-1] for f in choices)) / 1e4}."
-        raise ValueError(
+            while least(share) > share * full * (1 + 1e-9):  # the more is kept, the more of each block
+                share = math.ceil(1e4 * least(share) / full) / 1e4
+            advice = f"Keep at least {share}."
+        return (
             f"{target.name}={part.asked or getattr(self.config, target.name)} is out of reach: it allows "
             f"{target.limit:.6g} {target.unit}, and the smallest width of every block makes {smallest:.6g}. {advice}"
         )

@@ -23,9 +23,11 @@ from .options import (
     Columns,
     Commands,
     Data,
+    DataFree,
     Dtype,
     Label,
     MetricName,
+    Mixture,
     Model,
     Quiet,
     Split,
@@ -124,8 +126,9 @@ def _survey(out: Path | None, heads: Sequence[str]) -> None:
 def prune(
     configs: list[PruneConfig],
     model: Model,
-    data: Data,
     out: Annotated[Path, typer.Option(help="Folder to write the pruned model, its processor and the report to.")],
+    data: Mixture = None,
+    data_free: DataFree = False,
     split: Split = None,
     column: Column = None,
     dtype: Dtype = "auto",
@@ -140,7 +143,7 @@ def prune(
 ) -> None:
     """Prune a model on unlabeled samples and save it; with several values of --keep, each size in a folder of OUT."""
     from ..checkpoint import prune_checkpoint
-    from ..data.datafiles import load_data, load_model
+    from ..data.datafiles import load_mixture, load_model
     from ..pruning import prune as prune_model
     from ..report.hub import check_repo_name, push_folder
     from ..report.place import claimed
@@ -151,6 +154,10 @@ def prune(
 
     _set_quiet(quiet)
     check_shard_size(max_shard_size)
+    if data_free == (data is not None):
+        raise ValueError("Give --data DATA, or --data-free for text that the model makes up itself.")
+    if data_free and (split or column or offload):
+        raise ValueError("--data-free generates with the model in memory: leave --split, --column and --offload out.")
     if len(configs) > 1:
         if offload:
             raise ValueError("--offload takes one size: give one value of --keep.")
@@ -160,7 +167,10 @@ def prune(
             raise ValueError("Several processes prune to one size at a time: give one value of --keep.")
         check_sizes(out, configs)
         loaded, processing_class = load_model(model, dtype=dtype)
-        samples = load_data(data, split=split, column=column)
+        if data:
+            samples = load_mixture(data, split=split, column=column, seed=configs[0].seed)
+        else:
+            samples = _made_up(loaded, processing_class, configs)
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "command": command_line()}
         reports = save_sizes(out, loaded, samples, configs, processing_class, **options)
         console.print(size_table(list(reports.values())))
@@ -171,13 +181,14 @@ def prune(
         check_repo_name(push)
     if offload:
         check_output(out)
-        samples = load_data(data, split=split, column=column)
+        samples = load_mixture(data, split=split, column=column, seed=config.seed) if data else None
         options = {"dtype": dtype, "max_shard_size": max_shard_size, "command": command_line()}
         report = prune_checkpoint(model, samples, config, out, **options)
     else:
         with claimed(out) if state().is_main_process else nullcontext() as place:
-            samples = load_data(data, split=split, column=column)
+            samples = load_mixture(data, split=split, column=column, seed=config.seed) if data else None
             loaded, processing_class = load_model(model, dtype=dtype)
+            samples = samples or _made_up(loaded, processing_class, configs)
             report = replace(prune_model(loaded, samples, config, processing_class), command=command_line())
             if place is not None:
                 save_to(place, loaded, processing_class, report, {"max_shard_size": max_shard_size})
@@ -185,6 +196,16 @@ def prune(
     console.print(f"Saved to {out}.", soft_wrap=True)
     if push is not None and state().is_main_process:
         console.print(f"Pushed: {push_folder(out, push).commit_url}", soft_wrap=True)
+
+
+def _made_up(model: Any, tokenizer: Any, configs: Sequence[PruneConfig]) -> list[str]:
+    """Text for configs that differ in size alone; of several processes, all read that of the first."""
+    from ..data.generation import generated_text
+    from ..runs.processes import from_process
+
+    config = configs[0]
+    options = {"max_length": config.max_length, "batch_size": config.batch_size, "seed": config.seed}
+    return from_process(0, generated_text(model, tokenizer, config.samples + config.held_out, **options))
 
 
 @app.command()

@@ -15,11 +15,26 @@ from typer.core import TyperGroup
 from ..config import TARGETS, PruneConfig, field_help
 
 Model = Annotated[str, typer.Argument(help="Local folder or Hub id of a model.", metavar="MODEL")]
-Data = Annotated[
-    str, typer.Option(help="Hub data set id, a .txt, .jsonl, .csv or .parquet file, or a folder of images.")
+_SOURCE = "Hub data set, id or id:config; a .txt, .jsonl, .csv or .parquet file; or a folder of these or of images."
+Data = Annotated[str, typer.Option(help=_SOURCE)]
+Mixture = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help=f"{_SOURCE} Given several times, a mixture; SOURCE=WEIGHT says how often samples of each come up. Or "
+        "--data-free.",
+    ),
 ]
-Split = Annotated[str | None, typer.Option(help="Split of a Hub data set; train, or its first one, when left out.")]
-Column = Annotated[str | None, typer.Option(help="Column to read; found by its type when left out.")]
+Split = Annotated[
+    str | None,
+    typer.Option(help="Split of a Hub data set or a folder, such as test; train, or the first one, when left out."),
+]
+Column = Annotated[
+    str | None, typer.Option(help="Column to read, 'first,second' for pairs of sentences; found when left out.")
+]
+DataFree = Annotated[
+    bool, typer.Option("--data-free", help="In place of --data: text that MODEL, a language model, makes up itself.")
+]
 Columns = Annotated[
     str | None, typer.Option("--column", help="Column to read, 'first,second' for sts; found by its type if left out.")
 ]
@@ -69,6 +84,8 @@ def _parse(name: str, text: str) -> Any:
     default = getattr(PruneConfig, name)
     if isinstance(default, tuple):
         return tuple(part.strip() for part in text.split(",") if part.strip())
+    if name == "packing":
+        return {"true": True, "false": False}.get(text.lower(), text)
     if name in ("macs", "latency", "shrinkage", "params", "round_to", "size"):
         for number in (int, float):
             try:

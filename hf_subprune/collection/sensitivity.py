@@ -7,17 +7,26 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import ModelOutput
 
 from ..blocks import Block
-from ..data.batches import Samples, is_divisible, samples_in
+from ..data.batches import Samples
 from ..data.padding import token_mask
+from ..data.probe import is_divisible, samples_in
 from ..evaluation.drift import compared_output
 from ..models.experts import by_layer
 from ..models.linears import feature_axis, input_rows, matrix_shape, weight_matrix
 from ..models.offload import device_of
 from ..models.precision import fast_products
-from ..models.running import Batch, forward_replaced, hooked, input_device, modules_by_path, placed, undisturbed
+from ..models.running import (
+    Batch,
+    as_mapping,
+    forward_replaced,
+    hooked,
+    input_device,
+    modules_by_path,
+    placed,
+    undisturbed,
+)
 from ..runs.processes import own_share, summed
 from ..runs.store import Store
 
@@ -152,7 +161,8 @@ def _parts(batches: Sequence[Batch], part: int) -> Iterator[tuple[int, Batch]]:
     for number in own_share(len(batches)):
         batch = batches[number]
         if is_divisible(batch) and samples_in(batch) >= _ROUNDS:
-            yield number, {name: value[part::_ROUNDS] for name, value in batch.items()}
+            # Forwards take `view`s of what they are given.
+            yield number, {name: value[part::_ROUNDS].contiguous() for name, value in batch.items()}
         elif number % _ROUNDS == part:
             yield number, batch
 
@@ -267,9 +277,7 @@ class _ActivationGradientSum(_GradientSum):
 
 def _probe(samples: Samples, batch: Batch, output: Any, generator: torch.Generator) -> torch.Tensor | None:
     """The scalar whose gradient is taken; `None` where the output is not finite (moments will name the culprit)."""
-    if not isinstance(output, ModelOutput):
-        output = ModelOutput({str(i): value for i, value in enumerate(output)})
-    kind, compared = compared_output(output)
+    kind, compared = compared_output(as_mapping(output))
     mask = token_mask(samples.model, "", batch, compared.shape)
     rows = compared.reshape(-1, compared.shape[-1])
     rows = (rows if mask is None else rows[mask.to(rows.device)]).float()

@@ -14,13 +14,11 @@ from ..models.running import Batch
 from ..runs.memory import ran_out_of_memory
 from ..runs.processes import own_share
 from .padding import token_mask
+from .probe import is_divisible, probe_of, samples_in
 
 logger = logging.get_logger(__name__)
 
 _T = TypeVar("_T")
-
-# Tokens of a text that are enough to see what depends on what.
-_PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +33,7 @@ class Samples:
         held_out_samples: Samples in `held_out`.
         source: What the data was, in words.
         model: The model the batches are for; it knows which consumers lie in a decoder or an image tower.
+        cut: What part of the samples' tokens (of waveforms, their values) did not get into the batches.
     """
 
     fit: list[Batch]
@@ -43,6 +42,7 @@ class Samples:
     held_out_samples: int
     source: str
     model: PreTrainedModel = field(repr=False)
+    cut: float = 0.0
 
     @classmethod
     def of(cls, model: PreTrainedModel, batches: Sequence[Batch]) -> "Samples":
@@ -51,18 +51,8 @@ class Samples:
 
     @property
     def probe(self) -> Batch:
-        """Two samples to fit on (all of the first batch where its tensors cannot be cut), texts without their ends.
-
-        Discovery holds what every layer makes of it at once.
-        """
-        first = self.fit[0]
-        if not is_divisible(first):
-            return first
-        two = {name: value[:2] for name, value in first.items()}
-        shapes, mask = {value.shape for value in two.values()}, two.get("attention_mask")
-        if "input_ids" in two and len(shapes) == 1 and (mask is None or bool(mask[:, 0].all())):
-            return {name: value[:, :_PROBE_TOKENS] for name, value in two.items()}
-        return two
+        """Two samples, for what is found out on few of them: see `probe_of`."""
+        return probe_of(self.model, self.fit)
 
     def in_batches_of(self, size: int) -> "Samples":
         """The same samples, batches cut into ones of at most `size` samples; the folds stay as they are, or nearly.
@@ -81,13 +71,18 @@ class Samples:
 
     @property
     def description(self) -> dict[str, Any]:
-        """The data in plain JSON types: where it came from, its samples, and its tokens where it has any."""
+        """The data in plain JSON types: where it came from, its samples, and its tokens where it has any.
+
+        `cut` is what part of the samples was left out, `padded` what part of the batches is padding.
+        """
         return {
             "source": self.source,
             "fit_samples": self.fit_samples,
             "held_out_samples": self.held_out_samples,
             "fit_tokens": _tokens(self.fit),
             "held_out_tokens": _tokens(self.held_out),
+            "cut": self.cut,
+            "padded": _padded([*self.fit, *self.held_out]),
         }
 
     def mask(self, shape: Sequence[int], index: int, consumer: str) -> torch.Tensor | None:
@@ -111,12 +106,6 @@ class Samples:
         return flat if mask is None else flat[mask.to(flat.device)]
 
 
-def samples_in(batch: Batch) -> int:
-    """Number of samples: other tensors may hold several rows a sample, such as patches, or one for all samples."""
-    rows = {len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim}
-    return min(rows - {1}, default=1)
-
-
 def _tokens(batches: list[Batch]) -> int | None:
     """Real tokens of the batches; `None` without token ids."""
     if not batches or "input_ids" not in batches[0]:
@@ -124,11 +113,10 @@ def _tokens(batches: list[Batch]) -> int | None:
     return sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
 
 
-def is_divisible(batch: Batch) -> bool:
-    """Whether the batch can be cut into samples: every tensor has one first dimension."""
-    return all(
-        isinstance(value, torch.Tensor) and value.ndim and len(value) == samples_in(batch) for value in batch.values()
-    )
+def _padded(batches: list[Batch]) -> float:
+    """What part of the batches' tokens is padding."""
+    tokens = _tokens(batches)
+    return 0.0 if not tokens else 1 - tokens / sum(batch["input_ids"].numel() for batch in batches)
 
 
 def pieces(batch: Batch, size: int) -> list[Batch]:

@@ -1,19 +1,22 @@
 """The command line's MODEL and DATA: a name or a path to what the Python interface takes."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from datasets import IterableDataset, load_dataset
+from datasets import IterableDataset, interleave_datasets, load_dataset
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..runs.processes import state
+from .texts import COMPLETIONS, PAIRS
 
 # The reader of `datasets` for each kind of file.
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_WEIGHTED = re.compile(r"(.+)=(\d*\.?\d+)")
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -23,11 +26,12 @@ def load_data(
     """Open data as a stream.
 
     Args:
-        source: A `.txt` (a sample per line), `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of images (with
-            folders inside), or the id of a data set on the Hub, `"id:name"` for one of its configurations.
-        split: Of a Hub data set, or of a folder of images with folders such as `train` and `test`; the train split, or
-            the first one, when left out. A file is one split, `"train"`.
-        column: The only column to read; found by its type later when left out.
+        source: A `.txt` (a sample per line), `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of such files or
+            of images (with folders inside), or the id of a data set on the Hub, `"id:name"` for one of its
+            configurations.
+        split: Of a Hub data set, or of a folder with names such as `train` and `test` in it; the train split, or the
+            first one, when left out. A file is one split, `"train"`.
+        column: The only column to read, or `"first,second"` for a pair of sentences; found later when left out.
         labels: Whether the folders that images lie in are their labels.
 
     Raises:
@@ -36,14 +40,18 @@ def load_data(
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        if not any(file.suffix.lower() in _IMAGES for file in path.rglob("*")):
-            raise ValueError(
-                f"The folder {path} holds no images: give a folder of images, or one {_file_kinds()} file."
-            )
-        data = _open("imagefolder", split, {"data_dir": str(path), "drop_labels": not labels})
+        kinds = {file.suffix.lower() for file in path.rglob("*")}
+        if kinds & _IMAGES:
+            data = _open("imagefolder", split, {"data_dir": str(path), "drop_labels": not labels})
+        elif kinds & set(_READERS):
+            data = _open(str(path), split, {})
+        else:
+            raise ValueError(f"The folder {path} holds no images and no {_file_kinds()} file.")
     elif path.is_file():
         if path.suffix.lower() not in _READERS:
-            raise ValueError(f"{path} cannot be read as data: give a {_file_kinds()} file, or a folder of images.")
+            raise ValueError(
+                f"{path} cannot be read as data: give a {_file_kinds()} file, or a folder of these or of images."
+            )
         data = _open(_READERS[path.suffix.lower()], split, {"data_files": str(path)})
     elif path.suffix.lower() in _READERS or path.is_absolute() or source.startswith((".", "~")):
         raise FileNotFoundError(f"No file or folder {path}.")
@@ -52,12 +60,50 @@ def load_data(
     return data if column is None else _select(data, source, column)
 
 
+def load_mixture(
+    sources: Sequence[str], *, split: str | None = None, column: str | None = None, seed: int = 0
+) -> IterableDataset:
+    """Open several data sets as one stream, in which samples of each come up as often as its weight says.
+
+    Args:
+        sources: As for `load_data`, each with its weight behind an equals sign or without one, `"code.jsonl=0.3"`; a
+            weight left out is 1. Weights are relative to one another. One source alone is opened as it is.
+        split: As for `load_data`, of each of them.
+        column: As for `load_data`, of each of them.
+        seed: Of the draws.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_data`; a weight is not positive.
+    """
+    parts = [_WEIGHTED.fullmatch(source) for source in sources]
+    names = [part[1] if part else source for part, source in zip(parts, sources, strict=True)]
+    weights = [float(part[2]) if part else 1.0 for part in parts]
+    if not all(weights):
+        raise ValueError(f"Weights of data sets must be positive, got {', '.join(sources)}.")
+    opened = [load_data(name, split=split, column=column) for name in names]
+    if len(opened) == 1:
+        return opened[0]
+    shares = [weight / sum(weights) for weight in weights]
+    return interleave_datasets(
+        [_with_usual_name(data) for data in opened], shares, seed=seed, stopping_strategy="all_exhausted"
+    )
+
+
+def _with_usual_name(data: IterableDataset) -> IterableDataset:
+    """The data with its only column of strings called `"text"`, as that of the others, and without further columns."""
+    row = next(iter(data))
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    if "text" in strings:
+        return data.select_columns(["text"])
+    return data.select_columns(strings).rename_column(strings[0], "text") if len(strings) == 1 else data
+
+
 def _file_kinds() -> str:
     return ", ".join(list(_READERS)[:-1]) + f" or {list(_READERS)[-1]}"
 
 
 def _open(reader: str, split: str | None, arguments: dict[str, Any]) -> IterableDataset:
-    source = arguments.get("data_files") or arguments.get("data_dir")
+    source = arguments.get("data_files") or arguments.get("data_dir") or reader
     try:
         splits = load_dataset(reader, streaming=True, **arguments)
     except Exception as error:  # readers raise their own library's errors
@@ -96,9 +142,13 @@ def _one_split(splits: Mapping[str, IterableDataset], source: str, split: str | 
 
 def _select(data: IterableDataset, source: str, column: str) -> IterableDataset:
     columns = data.column_names or list(next(iter(data), {}))
-    if column not in columns:
-        raise ValueError(f"{source} has no column {column!r}, choose one of {', '.join(map(repr, columns))}.")
-    return data.select_columns([column])
+    names = [column] if column in columns else [name.strip() for name in column.split(",")]
+    if missing := [name for name in names if name not in columns]:
+        raise ValueError(f"{source} has no column {missing[0]!r}, choose one of {', '.join(map(repr, columns))}.")
+    data = data.select_columns(names)
+    if len(names) == 2 and tuple(names) not in (*COMPLETIONS, *PAIRS):
+        data = data.rename_columns(dict(zip(names, PAIRS[0], strict=True)))
+    return data
 
 
 def load_model(

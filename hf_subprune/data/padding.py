@@ -38,6 +38,8 @@ def token_mask(
         return None
     in_decoder = model.config.is_encoder_decoder and (not consumer or _is_within(model, consumer, model.get_decoder()))
     mask = batch.get("decoder_attention_mask" if in_decoder else "attention_mask")
+    if mask is not None and mask.shape == getattr(batch.get("input_ids"), "shape", None):
+        mask = mask.flatten(0, -2)  # choices run as samples
     if mask is None or mask.ndim != 2:
         return None
     rows = tuple(shape[:-1])

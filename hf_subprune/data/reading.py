@@ -22,7 +22,10 @@ from ..models.sizes import Sizes
 from .batches import Samples
 from .collation import Encoded, Ready, collate, read_ready
 from .decoding import add_decoder_inputs
-from .features import Accepts, Features, example_columns, make_encoder, text_config
+from .features import Accepts, most_positions, text_config
+from .probe import samples_in
+from .rows import Rows
+from .trial import largest
 
 logger = logging.get_logger(__name__)
 
@@ -30,38 +33,62 @@ logger = logging.get_logger(__name__)
 _ATTEMPTS = 4
 _FIRST_WAIT = 1.0
 
-# Rows looked through for one without a missing value, to tell columns by.
-_HEAD = 16
-
 
 def read(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> Samples:
     """Read `config.samples + config.held_out` samples and batch them for the model.
 
-    Data with a length is sampled without replacement, streams are shuffled through a buffer of as many samples as
-    are read, other iterables and ready batches are read in order. Blank texts are passed over. Samples are sorted by
-    length and padded on the right to the longest of their batch, whatever the tokenizer's padding side is: without
-    `position_ids` only then are a token's positions those it has alone. Waveforms are cut to the shortest instead.
-    Columns with labels are dropped, so that no loss is computed. Encoder-decoder models without decoder inputs get
-    the text shifted right where both sides share a vocabulary, or what the model generates (speech, images).
+    Data with a length is sampled without replacement, streams are shuffled through a buffer of as many samples as are
+    read, other iterables and ready batches are read in order. Blank texts and rows that lack a value are passed over.
+    Plain texts are packed, as `packing` says; other samples are sorted by length and padded on the right to the
+    longest of their batch, whatever the tokenizer's padding side is: without `position_ids` only then are a token's
+    positions those it has alone. Waveforms are cut to the shortest instead. Batches are made smaller where more than a
+    twenty-fifth would be padding, or be cut. Columns with labels are dropped, so that no loss is computed.
+    Encoder-decoder models without decoder inputs get the text shifted right where both sides share a vocabulary, or
+    what the model generates (speech, images).
 
     Args:
         model: Any pretrained model; not changed.
-        data: A `datasets.Dataset` or `IterableDataset` (text, image or audio column, or already tokenized), or a
-            pandas `DataFrame` of such columns; a list of strings, images or waveforms; or ready batches (dicts of
-            tensors).
-        config: `samples`, `held_out`, `max_length`, `batch_size`, `shrinkage` and `seed` are read.
+        data: A `datasets.Dataset` or `IterableDataset` (text, conversations, prompt and completion, a pair of
+            sentences, image or audio, or already tokenized), or a pandas `DataFrame` of such columns; a list of
+            strings, images or waveforms; or ready batches (dicts of tensors).
+        config: `samples`, `held_out`, `max_length`, `packing`, `batch_size`, `shrinkage`, `skip_unreadable` and `seed`
+            are read.
         processing_class: Tokenizer, image processor, feature extractor or processor; not for processed data.
 
     Raises:
-        ValueError: the data is empty or too short, has no fitting column, lacks its processing class, or holds token
-            ids that the model has no embedding for.
+        ValueError: the data is empty or too short, has no fitting column, lacks its processing class, holds token ids
+            that the model has no embedding for, or a sample that cannot be read, which is named; or the tokenizer is
+            another model's.
         TypeError: the data is of a kind not listed above.
     """
     found = _found(model, data, config, processing_class, wanted=config.samples + config.held_out)
-    fit, held_out, counts = found.split(config)
+    fit, held_out, counts, cut = found.split(config)
     for batch in fit + held_out:
         _complete(model, batch)
-    return Samples(fit, held_out, *counts, source=_describe(data), model=model)
+    if counts < (config.samples, config.held_out):
+        logger.warning(
+            f"The calibration data ({_describe(data)}) holds {sum(counts)} samples, of {config.samples} to fit on and "
+            f"{config.held_out} to hold out that were asked for: {counts[0]} are fitted on, {counts[1]} held out."
+        )
+    return Samples(fit, held_out, *counts, source=_describe(data), model=model, cut=cut)
+
+
+def read_few(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> Samples:
+    """Two samples of the data, to try the model on, once it is certain that `read` would find enough.
+
+    They are both those to fit on and those held out.
+
+    Args:
+        model, data, config, processing_class: As for `read`.
+
+    Raises:
+        ValueError, TypeError: as in `read`.
+    """
+    fit, held_out, *_ = _found(model, data, config, processing_class, config.samples + config.held_out).split(config)
+    few = largest(fit + held_out)
+    _complete(model, few)
+    count = samples_in(few)
+    return Samples([few], [few], count, count, source=_describe(data), model=model)
 
 
 def batch_some(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> list[Batch]:
@@ -99,13 +126,15 @@ def batch_all(
     Raises:
         ValueError, TypeError: as in `read`; also a blank text, which would shift the samples against their labels.
     """
-    pad_id = _pad_id(model, processing_class)
-    longest = _max_length(model, processing_class, max_length)
-    encoded = _encoded(_accepts(model), iter(data), processing_class, longest)
-    while group := list(itertools.islice(encoded, batch_size)):
+    pad_id, accepts = _pad_id(model, processing_class), _accepts(model)
+    rows = Rows(model, accepts, processing_class, longest_text(model, processing_class, max_length))
+    samples = rows.samples(enumerate(data))
+    while group := list(itertools.islice(samples, batch_size)):
         if None in group:
-            raise ValueError("A text to evaluate on is blank: filter it out, together with its label.")
-        batch = collate([features for features in group if features is not None], pad_id)
+            raise ValueError(
+                "A sample to evaluate on is blank or lacks a value: filter it out, together with its label."
+            )
+        batch = collate([sample for sample in group if sample is not None], pad_id, accepts.token_axes - 1)
         _complete(model, batch)
         yield batch
 
@@ -117,6 +146,8 @@ def _accepts(model: PreTrainedModel) -> Accepts:
         main=model.main_input_name,
         targets=frozenset(find_labels(type(model))),
         sizes=Sizes(model.config),
+        causal=model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids",
+        frames=getattr(model, "_get_feat_extract_output_lengths", None),
     )
 
 
@@ -130,15 +161,17 @@ def _found(
     if first is None:
         raise ValueError(f"The calibration data ({_describe(data)}) is empty.")
     items = itertools.chain([first], items)
-    if accepts.is_batch(first):
-        return Ready(read_ready(items, accepts, wanted))
-    longest = _max_length(model, processing_class, config.max_length)
-    encoded = _encoded(accepts, items, processing_class, longest)
-    return Encoded(list(itertools.islice(filter(None, encoded), wanted)), _pad_id(model, processing_class))
+    if accepts.is_batch(first[1]):
+        return Ready(read_ready((item for _, item in items), accepts, wanted))
+    rows = Rows(model, accepts, processing_class, longest_text(model, processing_class, config.max_length))
+    most = -(-wanted // len(data)) if hasattr(data, "__len__") else 0
+    samples = rows.samples(items, packing=config.packing, most=most, skip=config.skip_unreadable)
+    read = list(itertools.islice(filter(None, samples), wanted))
+    return Encoded(read, _pad_id(model, processing_class), accepts.token_axes - 1)
 
 
-def _items(data: Any, config: PruneConfig, accepts: Accepts) -> Iterator[Any]:
-    """The items of the data in the order in which they are used."""
+def _items(data: Any, config: PruneConfig, accepts: Accepts) -> Iterator[tuple[int, Any]]:
+    """The items of the data in the order in which they are used, each with its number."""
     if isinstance(data, (DatasetDict, IterableDatasetDict)):
         raise TypeError(f"Calibration data must be one split, choose one of {', '.join(map(repr, data))}.")
     if isinstance(data, pd.DataFrame):
@@ -150,9 +183,10 @@ def _items(data: Any, config: PruneConfig, accepts: Accepts) -> Iterator[Any]:
                 "return_tensors='pt', or pass columns as datasets.Dataset.from_dict(data). Keys found: "
                 f"{', '.join(map(repr, data)) or 'none'}."
             )
-        yield data
+        yield 0, data
     elif isinstance(data, IterableDataset):
-        yield from _retrying(data.shuffle(seed=config.seed, buffer_size=config.samples + config.held_out))
+        shuffled = data.shuffle(seed=config.seed, buffer_size=config.samples + config.held_out)
+        yield from enumerate(_retrying(shuffled))
     elif (
         isinstance(data, (Dataset, Sequence, torch.utils.data.Dataset))
         and not isinstance(data, (str, bytes))
@@ -161,9 +195,9 @@ def _items(data: Any, config: PruneConfig, accepts: Accepts) -> Iterator[Any]:
         order: Iterable[int] = range(len(data))
         if len(data) and not accepts.is_batch(data[0]):
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        yield from (data[i] for i in order)
+        yield from ((i, data[i]) for i in order)
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, Path)):
-        yield from data
+        yield from enumerate(data)
     else:
         raise TypeError(
             "Calibration data must be a datasets.Dataset or IterableDataset, a list of strings or images, or an "
@@ -199,28 +233,10 @@ def _describe(data: Any) -> str:
     return kind
 
 
-def _encoded(
-    accepts: Accepts, items: Iterator[Any], processing_class: Any, max_length: int
-) -> Iterator[Features | None]:
-    """Features of each item, `None` for blank texts."""
-    head = list(itertools.islice(items, _HEAD))
-    whole = (item for item in head if all(value is not None for value in example_columns(item).values()))
-    encode = make_encoder(accepts, next(whole, head[0]), processing_class, max_length)
-    yield from (encode(example_columns(item)) for item in itertools.chain(head, items))
-
-
-def _max_length(model: PreTrainedModel, processing_class: Any, asked: int) -> int:
+def longest_text(model: PreTrainedModel, processing_class: Any, asked: int) -> int:
     """Tokens that a text is truncated to: the least that is asked for, or that tokenizer or positions allow."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    limits = [
-        asked,
-        getattr(tokenizer, "model_max_length", None),
-        getattr(text_config(model.config), "max_position_embeddings", None),
-    ]
-    for name, module in model.named_modules():
-        # RoBERTa numbers positions from the padding index on: so many rows of the table are never reached.
-        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            limits.append(module.num_embeddings - module.padding_idx - 1)
+    limits = (asked, getattr(tokenizer, "model_max_length", None), most_positions(model))
     return int(min(limit for limit in limits if limit is not None and limit > 0))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,9 +24,7 @@ Layout = Callable[[Sizes, nn.Module], Any]
 
 def _tokens(sizes: Sizes, model: nn.Module) -> torch.Tensor:
     size = sizes.get("vocab_size", "text_vocab_size", "src_vocab_size", default=100, within="text")
-    special = {value for one in sizes.configs for value in _special_ids(one)}
-    usual = torch.tensor([i for i in range(min(size, 1000)) if i not in special] or [0])
-    tokens = usual[torch.randint(len(usual), (SAMPLES, TOKENS), generator=sizes.random)]
+    tokens = sizes.tokens((SAMPLES, TOKENS), size)
     # A model that holds the tokens between which words attend to each other lets a word alone attend to itself only.
     held = [token for name, buffer in model.named_buffers() if name.endswith("special_tokens") for token in buffer]
     if held and held[0] < size:
@@ -38,12 +36,6 @@ def _channel_tokens(sizes: Sizes, model: nn.Module) -> torch.Tensor:
     """Tokens of a codec, one per channel at each time."""
     channels = sizes.get("num_channels", default=1, within="decoder")
     return torch.stack([_tokens(sizes, model) for _ in range(channels)], -1)
-
-
-def _special_ids(config: Any) -> Iterator[int]:
-    for name, value in vars(config).items():
-        if name.endswith(("token_id", "token_index", "_token_ids")):
-            yield from (v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int))
 
 
 def _padded(sizes: Sizes, model: nn.Module) -> torch.Tensor:

@@ -8,7 +8,9 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from ..config import PruneConfig
+from ..data.batches import Samples
 from ..data.reading import batch_some
+from ..data.trial import check_forward
 from ..report.records import Change
 from ..report.tables import change_row, in_words
 from .costs import circumstances, count_macs, count_parameters, measure_in_turn
@@ -68,6 +70,7 @@ def compare(
         TypeError, ValueError: as `calibration.batch_some`.
     """
     batches = batch_some(original, data, config, processing_class)
+    check_forward(Samples.of(original, batches))
     before, after = zip(*measure_in_turn([original, pruned], batches[0]), strict=True)
     return Comparison(
         parameters=Change(count_parameters(original), count_parameters(pruned)),

@@ -12,7 +12,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..data.batches import is_divisible
+from ..data.probe import is_divisible
 from ..models.forms import apart, together
 from ..models.precision import as_deployed
 from ..models.running import Batch, inside, on_device, undisturbed

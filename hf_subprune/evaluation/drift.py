@@ -14,7 +14,7 @@ from ..models.running import Batch, floating_tensors, forward_outputs
 from ..runs.processes import from_all
 
 # Bytes of reference outputs that are held for one batch list; beyond that, evenly spaced tokens stand for all.
-_STORED_BYTES = 64 * 2**20
+_STORED_BYTES = 100 * 2**20
 _ROWS_AT_ONCE = 256
 
 
@@ -43,8 +43,8 @@ class Drift:
         relative_error: `||new - reference||_F / ||reference||_F`.
         kl: Mean Kullback-Leibler divergence of the new distribution from the reference one, nats; logits only.
         top1_agreement: Fraction of rows with the same most likely class; logits only.
-        cosine: Mean cosine between new and reference rows; hidden states only.
-        embedding_cosine: The same for mean-pooled samples; hidden states only.
+        cosine: Mean cosine between new and reference rows; hidden states of two entries or more only.
+        embedding_cosine: The same for mean-pooled samples.
     """
 
     rows: int
@@ -53,6 +53,11 @@ class Drift:
     top1_agreement: float | None = None
     cosine: float | None = None
     embedding_cosine: float | None = None
+
+    @property
+    def distance(self) -> float:
+        """What repairs are to lower: the divergence where there is one, else the relative error."""
+        return self.relative_error if self.kl is None else self.kl
 
     def to_dict(self) -> dict[str, float]:
         """The figures that apply to this kind of output."""
@@ -86,7 +91,7 @@ def drift(
     """
     sums: dict[str, float] = dict.fromkeys(("error", "norm", "kl", "same", "cosine", "pooled"), 0.0)
     rows = samples = 0
-    logits = False
+    logits, width = False, 0
     for old, batch in zip(reference, batches, strict=True):
         new = _outputs(model, batch, most=len(old.rows))
         if (old.kind, old.rows.shape) != (new.kind, new.rows.shape):
@@ -95,7 +100,7 @@ def drift(
                 f"The outputs of the two models do not match: the reference gives {shapes[0]} for a batch, the other "
                 f"model {shapes[1]}. Compare a pruned model with the model that it was made from."
             )
-        logits = old.kind == "logits"
+        logits, width = old.kind == "logits", old.rows.shape[1]
         rows += len(old.rows)
         for a, b in zip(old.rows.split(_ROWS_AT_ONCE), new.rows.split(_ROWS_AT_ONCE), strict=True):
             a, b = a.float(), b.float()
@@ -110,20 +115,22 @@ def drift(
             samples += len(old.pooled)
             sums["pooled"] += float(cosine_similarity(old.pooled.double(), new.pooled.double()).sum())
     if shared:
-        parts = from_all((sums, rows, samples, logits))
+        parts = from_all((sums, rows, samples, logits, width))
         sums = {name: sum(part[0][name] for part in parts) for name in sums}
         rows, samples, logits = sum(p[1] for p in parts), sum(p[2] for p in parts), any(p[3] for p in parts)
+        width = max(p[4] for p in parts)
     if rows == 0:
         if batches:
             raise ValueError("Drift finds no real token to compare on: the batches' attention masks hide every one.")
         raise ValueError("Drift needs at least one batch to compare on.")
+    directed = width > 1  # a vector with one entry has no direction, only a sign
     return Drift(
         rows=rows,
         relative_error=math.sqrt(sums["error"] / sums["norm"]) if sums["norm"] else math.sqrt(sums["error"]),
         kl=sums["kl"] / rows if logits else None,
         top1_agreement=sums["same"] / rows if logits else None,
-        cosine=None if logits else sums["cosine"] / rows,
-        embedding_cosine=sums["pooled"] / samples if samples else None,
+        cosine=sums["cosine"] / rows if directed and not logits else None,
+        embedding_cosine=sums["pooled"] / samples if directed and samples else None,
     )
 
 

@@ -98,7 +98,13 @@ class Task(ABC):
                 f"The data set {self.dataset} has no column named label, labels or score: name it (--label), of "
                 f"{', '.join(map(repr, self.rows[0]))}."
             )
-        return [row[name] for row in self.rows]
+        labels = [row[name] for row in self.rows]
+        if missing := sum(label is None or label != label for label in labels):
+            raise ValueError(
+                f"{missing} of {len(labels)} samples of {self.dataset} have no value in column {name!r}: filter them "
+                "out, or choose a split with labels."
+            )
+        return labels
 
 
 class Classification(Task):
@@ -121,7 +127,15 @@ class Classification(Task):
                 f"{type(model).__name__} knows no class {', '.join(map(repr, sorted(unknown)[:3]))}; its config has "
                 f"{', '.join(map(repr, list(known)[:10]))}."
             )
-        return np.array([known[label] if isinstance(label, str) else label for label in labels])
+        numbers = np.array([known[label] if isinstance(label, str) else label for label in labels])
+        classes = model.config.num_labels or 0
+        if outside := sorted(set(numbers[(numbers < 0) | (numbers >= classes)].tolist())):
+            raise ValueError(
+                f"The labels of {self.dataset} hold {', '.join(map(str, outside[:3]))}; {type(model).__name__} has "
+                f"classes 0 to {classes - 1}: where labels are hidden (-1, as in test splits) choose another split, "
+                "else a model that was trained for this data."
+            )
+        return numbers
 
     @staticmethod
     def metric(predictions: np.ndarray, references: np.ndarray) -> float:
@@ -141,7 +155,13 @@ class SentenceSimilarity(Task):
         return (first * second).sum(1).numpy()
 
     def references(self, model: PreTrainedModel, predictions: np.ndarray) -> np.ndarray:
-        return np.array(self._labels(), dtype=float)
+        scores = np.array(self._labels(), dtype=float)
+        if len(set(scores.tolist())) < 2:
+            raise ValueError(
+                f"All scores of {self.dataset} are {scores[0]:g}, so that nothing can be correlated with them: where "
+                "scores are hidden, as in test splits, choose another split."
+            )
+        return scores
 
     @staticmethod
     def metric(predictions: np.ndarray, references: np.ndarray) -> float:

@@ -59,28 +59,51 @@ def adapted(
     Raises:
         ValueError: the forward does not take apart the shape of what it is given.
     """
-    forward = type(module).forward
-    entries: dict[str, Any] = {}
-    if forward is nn.MultiheadAttention.forward:
-        forward = multihead_attention
-    if inner_width is not None:
-        rewritten = forward if forward is multihead_attention else reading_inner_width(forward)
-        if rewritten is None:
-            raise ValueError(
-                f"the forward of {type(module).__name__} was adapted to an inner width of {inner_width}, but here it "
-                "takes no shape apart: load with the version of transformers that config.json names"
-            )
-        forward = rewritten
-        entries[INNER_WIDTH] = inner_width
+    entries: dict[str, Any] = {} if inner_width is None else {INNER_WIDTH: inner_width}
     if cut:
-        forward = _cutting(forward)
         entries[CUT_ARGUMENTS] = dict(cut)
     if bypassed is not None:
-        forward = _bypassing(forward)
         entries[BYPASSED] = tuple(bypassed)
     # Where accelerate runs a module through hooks of its own, the module's forward has this name.
     name = "_old_forward" if "_old_forward" in vars(module) else "forward"
-    return {**entries, name: MethodType(forward, module)}
+    forward = AdaptedForward(module, inner_width is not None, bool(cut), bypassed is not None)
+    return {**entries, name: forward}
+
+
+class AdaptedForward:
+    """The forward of one module, made from that of its class; copies and pickles of the module make their own.
+
+    Args:
+        module: The module; it is not changed, and may be without anything but its class as yet.
+        follows: Whether it reads its inner width.
+        cuts: Whether it cuts its arguments.
+        bypassed: Whether it is not run at all.
+
+    Raises:
+        ValueError: as `adapted`.
+    """
+
+    def __init__(self, module: Any, follows: bool, cuts: bool, bypassed: bool = False) -> None:
+        forward = type(module).forward
+        if forward is nn.MultiheadAttention.forward:
+            forward = multihead_attention
+        if follows and forward is not multihead_attention:
+            forward = reading_inner_width(forward)
+            if forward is None:
+                raise ValueError(
+                    f"the forward of {type(module).__name__} was adapted to an inner width, but here it takes no "
+                    "shape apart: load with the version of transformers that config.json names"
+                )
+        forward = _cutting(forward) if cuts else forward
+        self.function = _bypassing(forward) if bypassed else forward
+        self.module, self.follows, self.cuts, self.bypassed = module, follows, cuts, bypassed
+        self.__signature__ = inspect.signature(MethodType(self.function, module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.module, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module, self.follows, self.cuts, self.bypassed)
 
 
 @functools.cache

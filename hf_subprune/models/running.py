@@ -216,9 +216,17 @@ def first_line(error: Exception) -> str:
 
 
 def forward_outputs(model: PreTrainedModel, batch: Batch) -> Mapping[str, Any]:
+    """What a forward in evaluation mode returns, by name."""
     with undisturbed(model), fast_products(model.parameters()), torch.no_grad():
-        output = model(**on_device(model, batch))
-    return output if isinstance(output, Mapping) else ModelOutput({str(i): value for i, value in enumerate(output)})
+        return as_mapping(model(**on_device(model, batch)))
+
+
+def as_mapping(output: Any) -> Mapping[str, Any]:
+    """The output of a forward by name: a mapping as it is, a tuple by position, a tensor under `"0"`."""
+    if isinstance(output, Mapping):
+        return output
+    values = [output] if isinstance(output, torch.Tensor) else output
+    return ModelOutput({str(i): value for i, value in enumerate(values)})
 
 
 def on_device(model: nn.Module, batch: Batch) -> dict[str, Any]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
 from transformers import PreTrainedModel
 
 from ..blocks import some_of
 from .forms import apart
+from .linears import is_convolution, linear_of
 from .offload import taken_over, without_values
 from .precision import precise_products
-from .running import evaluating, inside, modules_by_path
+from .quantized import is_unpacked
+from .running import evaluating, forward_replaced, input_device, inside, modules_by_path
 
 _WITH_EXTREMES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,7 +32,7 @@ def session(
     """Within the context a model can be observed and shrunk; what then comes back is as it was set up before.
 
     Products are those of `precise_products`, weights that accelerate offloaded are placeholders (`taken_over`), every
-    module is in evaluation mode, and what `forms` understands is apart.
+    module is in evaluation mode, no autocast is on, and what `forms` understands is apart.
 
     Args:
         model: One that `check_prunable` lets pass.
@@ -43,12 +48,31 @@ def session(
         ValueError: on exit, experts of one layer have different widths.
     """
     with (
+        own_forward(model),
         precise_products(model.parameters()) if precise else nullcontext(),
         taken_over(modules_by_path(model), getattr(model, "all_tied_weights_keys", {}), folder) as handed_over,
         evaluating(model),
         nullcontext() if whole else apart(inside(model)),
     ):
         yield handed_over
+
+
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Without autocast, neither around the caller nor, as accelerate puts it, around the model's forward.
+
+    Moments and proofs need full precision.
+    """
+    wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    off = (torch.autocast(kind, enabled=False) for kind in {"cpu", input_device(model).type} - {"meta"})
+    with ExitStack() as stack:
+        for context in off:
+            stack.enter_context(context)
+        if wrapped is None or original is None:
+            yield
+        else:
+            with forward_replaced(model, original):
+                yield
 
 
 def check_prunable(model: Any, offloaded: bool = False) -> None:
@@ -61,7 +85,8 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
     Raises:
         TypeError: not a `PreTrainedModel`.
         ValueError: quantized, PEFT-wrapped, compiled, on the meta device, made in inference mode or given within it,
-            or with a weight that is NaN; the message says what to do instead.
+            with weights that are computed anew for every forward, or with a weight that is NaN; the message says what
+            to do instead.
     """
     if hasattr(model, "peft_config"):
         raise ValueError(
@@ -73,15 +98,23 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
             f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}. A wrapper such as a "
             "SentenceTransformer holds one: pass that."
         )
-    if getattr(model, "is_quantized", False):
+    method = getattr(model, "quantization_method", "unknown method")
+    if getattr(model, "is_quantized", False) and not is_unpacked(model, method):
         raise ValueError(
-            f"{type(model).__name__} is quantized ({getattr(model, 'quantization_method', 'unknown method')}): prune "
-            "the full-precision checkpoint, then quantize the pruned one."
+            f"{type(model).__name__} is quantized ({getattr(method, 'value', method)}): prune the full-precision "
+            "checkpoint, then quantize the pruned one."
         )
     if compiled := [
         name or type(model).__name__ for name, module in model.named_modules() if module._compiled_call_impl
     ]:
         raise ValueError(f"{some_of(compiled)} is compiled: load the model anew, prune it, and call `compile` then.")
+    if computed := [name for name, module in model.named_modules() if _computes_weight(module)]:
+        raise ValueError(
+            f"The weight of {some_of(computed)} is computed from other tensors for every forward, as a mask of "
+            "torch.nn.utils.prune or a parametrization does: make it permanent first, with "
+            "torch.nn.utils.prune.remove(module, 'weight') or "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
+        )
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
         raise ValueError(
             "Pruning takes gradients, which torch.inference_mode() rules out: load and prune the model outside of it."
@@ -96,6 +129,17 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
             f"Parameters hold NaN: {some_of(missing)}. Nothing that is computed with them means anything: load the "
             "weights anew, or train again from before they did."
         )
+
+
+def _computes_weight(module: Any) -> bool:
+    """Whether a layer computes its weight for every forward, and not as speech models normalise their convolutions."""
+    if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+        return True
+    if is_convolution(module):
+        return is_parametrized(module) and not all(
+            isinstance(part, _WeightNorm) for parts in module.parametrizations.values() for part in parts
+        )
+    return linear_of(module) is not None and "weight" not in module._parameters
 
 
 def _holds_nan(parameter: nn.Parameter) -> bool:

@@ -1,6 +1,6 @@
 """Sizes that a configuration states, whatever its architecture calls them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,12 @@ class Sizes:
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal float32 of the given shape."""
         return torch.randn(*shape, generator=self.random)
+
+    def tokens(self, shape: Sequence[int], vocabulary: int) -> torch.Tensor:
+        """Random ids, int64, of ordinary tokens among the first 1000 of a vocabulary."""
+        special = {token for one in self.configs for token in special_ids(one)}
+        usual = torch.tensor([i for i in range(min(vocabulary, 1000)) if i not in special] or [0])
+        return usual[torch.randint(len(usual), tuple(shape), generator=self.random)]
 
     @property
     def side(self) -> tuple[int, int]:
@@ -77,3 +83,10 @@ def _all_configs(config: Any) -> Iterator[Any]:
     for key in getattr(config, "sub_configs", {}):
         if getattr(config, key, None) is not None:
             yield from _all_configs(getattr(config, key))
+
+
+def special_ids(config: Any) -> Iterator[int]:
+    """Ids of special tokens that a config names."""
+    for name, value in vars(config).items():
+        if name.endswith(("token_id", "token_index", "_token_ids")):
+            yield from (v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int))

@@ -204,6 +204,7 @@ class Record:
     metrics: tuple[TaskMetric, ...] = ()
     command: str = ""
     allocation: Allocation | None = None
+    renewed_norms: int = 0
 
     @property
     def drift_figures(self) -> dict[str, float]:

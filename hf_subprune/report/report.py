@@ -39,6 +39,8 @@ class PruneReport(Record):
         metrics: Of labelled tasks, when they were evaluated.
         command: The command line that made it; empty when Python code did.
         allocation: The target, what was reached, and how it was shared out among blocks.
+        renewed_norms: Batch norms whose running statistics were taken anew on the calibration samples, as they are
+            where channels went and the drift is less with them.
     """
 
     def save(self, folder: str | Path) -> Path:

@@ -37,7 +37,10 @@ def summary_table(report: Record) -> Table:
     for name, value in report.drift_figures.items():
         table.add_row(printable(f"held-out {name.replace('_', ' ')}"), "", f"{value:.4g}", "")
     measured = f"Latency: {in_words(report.measured_on)}. " if report.latency else ""
-    table.caption = printable(f"{measured}Layout: {report.layout_reason}{_alternatives(report)}")
+    caption = f"{measured}{calibrated_on(report.data)} Layout: {report.layout_reason}{_alternatives(report)}"
+    if report.renewed_norms:
+        caption += f". Running statistics of {report.renewed_norms} batch norms are those of the samples"
+    table.caption = printable(caption)
     table.caption_justify = "left"
     return table
 
@@ -143,6 +146,13 @@ def in_words(measured_on: Mapping[str, Any]) -> str:
     length, threads = measured_on.get("length"), measured_on.get("threads")
     parts = [f"batch {measured_on.get('batch_size')}", f"length {length}" if length else "", measured_on.get("device")]
     return ", ".join(filter(None, [*parts, f"{threads} thread" + "s" * (threads != 1)]))
+
+
+def calibrated_on(data: Mapping[str, Any]) -> str:
+    """How much a model was calibrated on, and how much of it was cut or is padding, as a sentence."""
+    tokens = f", {data['fit_tokens']} tokens" if data.get("fit_tokens") else ""
+    shares = "".join(f", {data[name]:.1%} {name}" for name in ("cut", "padded") if name in data)
+    return f"Fitted on {data.get('fit_samples')} samples{tokens}{shares}."
 
 
 def change_row(change: Change, scale: float = 1.0, unit: str = "") -> tuple[str, str, str]:

@@ -28,6 +28,7 @@ from ..storage.layout import choose_layout
 from ..surgery.edits import taken_back
 from ..surgery.verification import verify
 from .loop import Solved
+from .norms import renew_statistics
 
 logger = logging.get_logger(__name__)
 
@@ -55,12 +56,21 @@ def outcome(
         latency = survey.latency(solved.edits)
     work.undo.callback(put_together(survey.model.modules()))
     logger.info("Pruned %d blocks.", len(solved.edits))
+    renewed = 0
+    if drifted is None and any(block.kind == "channels" for block in widths.blocks):
+        with work.clock("evaluation"):
+            new, renewed = renew_statistics(survey.samples, survey.original, work)
+            drifted = new.to_dict()
     report = of_the_whole(survey.samples, survey.original, latency, widths.config, work, drifted)
     blocks = (solved.reports.get(b.name) or BlockReport.whole(b, **survey.predictions(b)) for b in survey.blocks)
-    allocation = widths.allocation(survey, widths.reached(survey, latency))
-    return from_process(
-        0, replace(report, blocks=tuple(blocks), refusals=survey.found.refusals, allocation=allocation)
+    report = replace(
+        report,
+        blocks=tuple(blocks),
+        refusals=survey.found.refusals,
+        allocation=widths.allocation(survey, widths.reached(survey, latency)),
+        renewed_norms=renewed,
     )
+    return from_process(0, report)
 
 
 def of_the_whole(

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.offload import device_of, reading
+from ..models.quantized import MARKS, is_unpacked, remove_marks
 from ..models.running import undisturbed
 from .layers import without_idle_layers
 from .skeleton import build_skeleton, describe, nested_configs, read_back, sizes, tensors
@@ -100,6 +101,17 @@ def choose_layout(model: PreTrainedModel, layout: str = "auto", *, inputs: Mappi
         undo()
         raise
     return Layout(kind, reason + chosen, undo)
+
+
+def config_says(model: PreTrainedModel) -> bool:
+    """Whether the config can say the widths that `model` has, by the shapes of its tensors: nothing is run."""
+    undo = _snapshot(model)
+    try:
+        _drop_entries(model)
+        spec = describe(model)
+        return not spec or find_stock_config(type(model), model.config, spec, sizes(model, spec)).config is not None
+    finally:
+        undo()
 
 
 def _follow_choices(model: PreTrainedModel) -> str:
@@ -252,12 +264,14 @@ def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
 
 
 def _snapshot(model: PreTrainedModel) -> Callable[[], None]:
-    """Remember every config that `model` holds and which buffers are persistent; the result puts them back."""
+    """Remember configs, marks of a quantizer and which buffers are persistent; the result puts them back."""
+    marks = {name: vars(model)[name] for name in MARKS if name in vars(model)}
     configs = {id(part): part for config in _configs(model) for _, part in nested_configs(config)}
     values = [(config, dict(vars(config))) for config in configs.values()]
     buffers = [(module, set(module._non_persistent_buffers_set)) for module in model.modules()]
 
     def undo() -> None:
+        vars(model).update(marks)
         for config, before in values:
             vars(config).clear()
             vars(config).update(before)
@@ -268,17 +282,18 @@ def _snapshot(model: PreTrainedModel) -> Callable[[], None]:
 
 
 def _drop_entries(model: PreTrainedModel) -> None:
-    """Forget the widths of an earlier pruning, before they are described anew."""
+    """Forget the widths of an earlier pruning, before they are described anew, and that weights were unpacked."""
     for config in _configs(model):
         for _, part in nested_configs(config):
             old = vars(part).get("quantization_config")
             method = old.get("quant_method") if isinstance(old, Mapping) else getattr(old, "quant_method", None)
-            if old is not None and method != QUANT_METHOD:
+            if old is not None and method != QUANT_METHOD and not is_unpacked(model, method):
                 raise ValueError(
                     f"{type(model).__name__} is quantized with {getattr(method, 'value', method)!r}: prune the model "
                     "before it is quantized, then quantize the pruned one"
                 )
             vars(part).pop("quantization_config", None)
+    remove_marks(model)
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -9,18 +9,21 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from ..allocation.surveying import find
 from ..config import PruneConfig
+from ..data.reading import read_few
 from ..models.intact import intact
-from ..models.running import Batch
-from ..models.session import check_prunable
+from ..models.running import Batch, input_device, undisturbed
+from ..models.session import check_prunable, own_forward, session
 from ..pruning import prune
 from ..report.report import PruneReport
+from ..runs.workspace import Workspace
 from .gradual import GradualPruning
 from .schedules import Schedule
 
@@ -68,8 +71,9 @@ class SubpruneCallback(TrainerCallback, ExportableState):
         report: What was done; `None` before it was.
 
     Raises:
-        ValueError: a value is not one of those listed. While training: FSDP, DeepSpeed, a quantized model or one with
-            adapters, or an optimizer that was built before the model was reshaped.
+        ValueError: a value is not one of those listed. When training begins: FSDP, DeepSpeed, a quantized model or one
+            with adapters, an optimizer that was built before the model was reshaped, data that does not fit or does
+            not suffice, or a size that cannot be reached.
     """
 
     def __init__(
@@ -145,6 +149,8 @@ class SubpruneCallback(TrainerCallback, ExportableState):
         self.progress = stored["attributes"]["progress"]
         if self.when == "begin":
             self._log_report(state)
+        if self.when == "end" and self._pruned is not inner_model(model):
+            self._check_beforehand(inner_model(model), kwargs["processing_class"], _loader_of(kwargs))
         if self.when == "gradual" and not self._has_pruned(model):
             self._start(model, kwargs["processing_class"], kwargs["train_dataloader"])
 
@@ -156,7 +162,7 @@ class SubpruneCallback(TrainerCallback, ExportableState):
         if self._gradual is None or due <= self._done:
             return
         gradual = self._gradual
-        with _own_forward(gradual.model):
+        with own_forward(gradual.model):
             # Edits in training write values: a step that is interrupted takes all of them back.
             changed = intact(
                 gradual.model, lambda: gradual.step(self.schedule.removed(due)), written=gradual.model.parameters()
@@ -182,8 +188,7 @@ class SubpruneCallback(TrainerCallback, ExportableState):
         """Prune the model, or remove the units that are masked by now."""
         model = kwargs["model"]
         if self.when == "end":
-            loader = kwargs["train_dataloader"] or kwargs["eval_dataloader"]
-            self._prune(model, kwargs["processing_class"], None, lambda: loader)
+            self._prune(model, kwargs["processing_class"], None, lambda: _loader_of(kwargs))
             self._log_report(state)
         elif self._gradual is not None:
             if self._done < self.schedule.steps:
@@ -213,11 +218,21 @@ class SubpruneCallback(TrainerCallback, ExportableState):
         with self._pruning(pretrained):
             self.report = prune(pretrained, data, self.config, processing_class)
 
+    def _check_beforehand(self, model: PreTrainedModel, processing_class: Any, loader: DataLoader | None) -> None:
+        """Find out before the training what would make the pruning after it fail; the model and the data stay."""
+        data = self._data(model, loader)
+        if isinstance(data, Iterator):
+            return  # what is read of it now would be missing then
+        with undisturbed(model), session(model):
+            samples = read_few(model, data, self.config, processing_class)
+            if "experts" not in self.config.units:
+                find(samples, [self.config], send_to_device(samples.probe, input_device(model)), Workspace(quiet=True))
+
     def _start(self, model: Any, processing_class: Any, loader: DataLoader) -> None:
         pretrained = inner_model(model)
         if self.progress is not None:
             self._done = self.progress["done"]
-        with _own_forward(pretrained):
+        with own_forward(pretrained):
             pruning = self.progress and self.progress["pruning"]
             data = self._data(pretrained, loader)
             self._gradual = GradualPruning(pretrained, data, self.config, processing_class, pruning)
@@ -255,7 +270,7 @@ class SubpruneCallback(TrainerCallback, ExportableState):
     def _pruning(self, model: PreTrainedModel) -> Iterator[None]:
         """Around surgery: notes which parameters it replaces."""
         before = list(model.parameters())
-        with _own_forward(model):
+        with own_forward(model):
             yield
         after = {id(parameter) for parameter in model.parameters()}
         self._replaced = [weakref.ref(parameter) for parameter in before if id(parameter) not in after]
@@ -284,7 +299,7 @@ def collated(model: PreTrainedModel, loader: DataLoader, config: PruneConfig) ->
     """Samples of a loader's dataset as the loader's collator makes batches of them.
 
     Where the collator prepares several texts of a sample, as `anchor_input_ids`, `positive_input_ids`, each of them
-    gives a batch of its own.
+    gives a batch of its own; so does each sample where it joins samples into one row without padding.
 
     Args:
         model: Whose forward arguments are looked for.
@@ -314,8 +329,10 @@ def collated(model: PreTrainedModel, loader: DataLoader, config: PruneConfig) ->
                     f"The trainer's batches hold {', '.join(map(repr, batch))}, of which none is the {main!r} of "
                     f"{type(model).__name__}: pass `data` to calibrate on."
                 )
-            for prefix in prefixes:
-                batches.append({name: batch[prefix + name] for name in arguments if prefix + name in batch})
+            apart = len(group) > 1 and len(batch[prefixes[0] + main]) == 1  # the collator joined them into one row
+            for one in map(loader.collate_fn, ([example] for example in group)) if apart else [batch]:
+                for prefix in prefixes:
+                    batches.append({name: one[prefix + name] for name in arguments if prefix + name in one})
     return batches
 
 
@@ -331,22 +348,13 @@ def _check(args: TrainingArguments, model: Any) -> None:
     check_prunable(inner_model(model))
 
 
+def _loader_of(given: Mapping[str, Any]) -> DataLoader | None:
+    """Of what the trainer tells its callbacks; one of a stream has no length, and so no truth value."""
+    loaders = (given["train_dataloader"], given.get("eval_dataloader"))
+    return next((loader for loader in loaders if loader is not None), None)
+
+
 def _loader(trainer: Trainer) -> DataLoader | None:
     if trainer.train_dataset is not None:
         return trainer.get_train_dataloader()
     return trainer.get_eval_dataloader() if trainer.eval_dataset is not None else None
-
-
-@contextmanager
-def _own_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Without the autocast that accelerate puts around a model's forward: moments and proofs need full precision."""
-    wrapped = model.__dict__.get("forward")
-    original = model.__dict__.get("_original_forward")
-    if wrapped is None or original is None:
-        yield
-        return
-    model.forward = original  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        model.forward = wrapped  # type: ignore[method-assign]

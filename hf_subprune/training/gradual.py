@@ -38,8 +38,9 @@ class GradualPruning:
     Args:
         model: At full size; masked in place by `step`.
         data: What each step fits on and measures drift on, as for `prune`.
-        config: As for `prune`; the widths are those that it would choose for the model as it is when it is first
-            pruned. Grouped-query attention loses whole key/value heads only.
+        config: As for `prune`; the widths are those that it would choose for the model as it is now, or, where blocks
+            have widths of their own by what they lose, as it is when it is first pruned. Grouped-query attention
+            loses whole key/value heads only.
         processing_class: As for `prune`.
         progress: `state_dict()` of an earlier run of the same model and config, to go on from.
 
@@ -108,7 +109,7 @@ class GradualPruning:
             stays that of an earlier step.
         """
         start = time.perf_counter()
-        if not self._solutions and self.config.allocation() != "uniform":  # it has trained since it was surveyed
+        if not self._solutions and self._follows_training():
             self._take_survey()
         widths = {b.name: self._width(b, removed) for b in self.blocks}
         shrinking = self._reached([b for b in self.blocks if widths[b.name] < len(self.kept[b.name])])
@@ -125,6 +126,10 @@ class GradualPruning:
         self._masks = self._make_masks()
         self._seconds += time.perf_counter() - start
         return True
+
+    def _follows_training(self) -> bool:
+        """Whether blocks have widths of their own by what they lose, which training changes."""
+        return self.config.allocation() != "uniform" and not self._survey.families_of(self.config).even
 
     def _reached(self, blocks: Sequence[Block]) -> list[Block]:
         """Those of the blocks that the probe batch runs: a router may learn to send an expert none of its tokens."""

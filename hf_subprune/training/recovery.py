@@ -19,8 +19,9 @@ from ..config import PruneConfig
 from ..data.batches import Samples
 from ..data.padding import token_mask
 from ..data.reading import read
+from ..data.trial import check_forward
 from ..evaluation.drift import Drift, drift, model_outputs
-from ..models.running import Batch, undisturbed
+from ..models.running import Batch, as_mapping, undisturbed
 from ..models.session import check_prunable
 
 logger = logging.get_logger(__name__)
@@ -82,7 +83,8 @@ def recover(
 
     Raises:
         ValueError: `steps` or `learning_rate` is not positive, the models' outputs do not have the same shapes, or a
-            model cannot be trained as it is (quantized, adapters, frozen). Nothing was changed.
+            model cannot be trained as it is (quantized, adapters, frozen), or the data does not fit. Nothing was
+            changed.
         ImportError: `lora` without PEFT.
         FloatingPointError: a loss is not finite; the weights are put back.
     """
@@ -99,6 +101,7 @@ def recover(
     if lora and not find_spec("peft"):
         raise ImportError("`lora` needs PEFT: pip install 'hf_subprune[lora]'")
     calibration = read(teacher, data, config, processing_class)
+    check_forward(calibration)
     reference = model_outputs(teacher, calibration.held_out)
     before = drift(model, calibration.held_out, reference)
     with undisturbed(teacher), undisturbed(model), _put_back_unless_kept(model) as keep, torch.enable_grad():
@@ -106,16 +109,12 @@ def recover(
         with _in_float32(model), _adapted(model, lora) as student:
             losses = tuple(_train(student, teacher, calibration, steps, learning_rate, config.seed))
         after = drift(model, calibration.held_out, reference)
-        kept = _distance(after) < _distance(before)
+        kept = after.distance < before.distance
         if kept:
             keep()
         else:
             logger.warning("Recovery did not lower the drift on held-out samples: the weights are put back.")
     return Recovery(before, after, kept, losses, calibration.description)
-
-
-def _distance(change: Drift) -> float:
-    return change.relative_error if change.kl is None else change.kl
 
 
 def _train(
@@ -157,9 +156,12 @@ def _outputs(model: nn.Module, teacher: PreTrainedModel, batch: Batch) -> dict[s
     arguments: dict[str, Any] = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
     }
-    if "use_cache" in signature(type(teacher).forward).parameters:
+    parameters = signature(type(teacher).forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "use_cache" in parameters:
         arguments["use_cache"] = False
-    output: Mapping[str, Any] = model(**arguments, output_hidden_states=True, return_dict=True)
+    flags = {name: True for name in ("output_hidden_states", "return_dict") if takes_any or name in parameters}
+    output = as_mapping(model(**arguments, **flags))
     found = {
         f"{name}.{layer}": value
         for name, values in output.items()

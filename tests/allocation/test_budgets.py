@@ -3,6 +3,7 @@ import random
 
 import pytest
 
+from hf_subprune.allocation import budgets
 from hf_subprune.allocation.budgets import (
     Choices,
     allowed_widths,
@@ -53,17 +54,34 @@ def test_budgets_are_met_to_within_one_step(method, convex):
                 assert spent(choices, widths) + step > budget
 
 
-def test_least_loss_is_optimal_on_convex_curves_of_one_price():
+def least_lost(choices, budget):
+    """Of all combinations of widths within the budget."""
+    combinations = itertools.product(*(c.widths for c in choices))
+    return min(lost(choices, widths) for widths in combinations if spent(choices, widths) <= budget)
+
+
+@pytest.mark.parametrize("convex", [True, False])
+def test_least_loss_is_optimal_where_combinations_are_few(convex):
+    rng = random.Random(1)
+    for _ in range(50):
+        choices = problem(rng, convex=convex)
+        budget = rng.uniform(sum(c.costs[0] for c in choices), sum(c.costs[-1] for c in choices))
+        assert lost(choices, least_loss(choices, budget)) == pytest.approx(least_lost(choices, budget))
+
+
+def test_least_loss_is_optimal_on_convex_curves_of_one_price_however_many_combinations_there_are(monkeypatch):
+    monkeypatch.setattr(budgets, "_MOST_COMBINATIONS", 0)
     rng = random.Random(1)
     for _ in range(50):
         choices = [Choices(c.widths, tuple(map(float, c.widths)), c.losses) for c in problem(rng)]
         budget = rng.randint(len(choices), sum(c.widths[-1] for c in choices))
-        best = min(
-            lost(choices, widths)
-            for widths in itertools.product(*(c.widths for c in choices))
-            if spent(choices, widths) <= budget
-        )
-        assert lost(choices, least_loss(choices, budget)) == pytest.approx(best)
+        assert lost(choices, least_loss(choices, budget)) == pytest.approx(least_lost(choices, budget))
+
+
+def test_of_combinations_that_lose_alike_the_dearest_is_taken():
+    choices = [Choices((1, 2, 3), (1.0, 2.0, 3.0), (0.0, 0.0, 0.0)), Choices((1, 2), (1.0, 2.0), (1.0, 0.0))]
+    assert least_loss(choices, 4) == [2, 2]
+    assert least_loss(choices, 9) == [3, 2]
 
 
 def test_equal_loss_bounds_every_block_by_the_least_common_amount():
@@ -87,6 +105,12 @@ def test_a_budget_below_the_smallest_widths_is_refused(method):
 def test_losses_are_interpolated_and_never_rise_with_the_width():
     points = [(2, 1.0), (4, 3.0), (6, 2.0), (10, 0.0)]
     assert interpolate(points, [1, 2, 4, 5, 6, 8, 10]) == pytest.approx((3.0, 3.0, 3.0, 6**0.5, 2.0, 1.0, 0.0))
+
+
+def test_losses_fall_by_equal_parts_between_points_and_evenly_to_the_full_width():
+    points = [(10, 8.0), (40, 1.0), (50, 0.0)]
+    assert interpolate(points, [10, 20, 30, 40]) == pytest.approx((8.0, 4.0, 2.0, 1.0))
+    assert interpolate(points, [40, 42, 45, 50]) == pytest.approx((1.0, 0.8, 0.5, 0.0))
 
 
 def test_uniform_widths_are_rounded_down_each_by_its_own_multiple():

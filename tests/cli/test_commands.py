@@ -184,3 +184,26 @@ def test_a_folder_that_is_not_ours_is_left_alone(folder, texts, tmp_path):
     assert isinstance(result.exception, ValueError)
     assert "was not written by hf_subprune" in str(result.exception)
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_a_language_model_is_pruned_without_data(folder, tmp_path):
+    tiny("llama").save_pretrained(folder)
+    words = ["--samples", 12, "--held-out", 4, "--batch-size", 4, "--max-length", 16, "--quiet"]
+    run("prune", folder, "--data-free", "--out", tmp_path / "out", "--keep", 0.75, *words)
+    report = PruneReport.load(tmp_path / "out")
+    assert (report.data["fit_samples"], report.data["held_out_samples"]) == (12, 4)
+    assert report.parameters.ratio < 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "Give --data DATA, or --data-free"),
+        (("--data-free", "--data", "texts.txt"), "Give --data DATA, or --data-free"),
+        (("--data-free", "--offload"), "leave --split, --column and --offload out"),
+        (("--data-free",), "BertForSequenceClassification does not go on with text"),
+    ],
+)
+def test_a_prune_without_data_or_with_both_is_refused(folder, tmp_path, words, message):
+    result = CliRunner().invoke(cli.app, ["prune", str(folder), "--out", str(tmp_path / "out"), *words])
+    assert isinstance(result.exception, ValueError) and message in str(result.exception)

@@ -1,11 +1,15 @@
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from batches import ready_batches, rows
 from tiny import tiny
+from torch.nn import functional
 
 from hf_subprune.blocks import groups_of
+from hf_subprune.collection import additions
+from hf_subprune.collection.additions import find_additions
 from hf_subprune.collection.planning import plan
 from hf_subprune.collection.walk import walk
 from hf_subprune.config import PruneConfig
@@ -13,7 +17,6 @@ from hf_subprune.data.batches import Samples
 from hf_subprune.data.reading import read
 from hf_subprune.discovery.discover import discover
 from hf_subprune.models.linears import weight_matrix
-from hf_subprune.solver.moments import combine
 from hf_subprune.surgery.edits import shrink
 
 CONFIG = PruneConfig(samples=20, held_out=4, batch_size=4)
@@ -26,17 +29,38 @@ def prepared(family, **overrides):
     return model, calibration, blocks, plan(calibration, blocks)
 
 
-def check(moments, model, block, B, Y=None):
+def shares(model, calibration, addition):
+    """How much each row counts: as the norm behind the addition sees it; one on average."""
+    total = rows(model, calibration, addition.path, output=not addition.is_input)
+    weights = 1 / total.square().sum(1)
+    return weights / weights.mean()
+
+
+def check(moments, model, calibration, block, addition, target=None):
+    """The sums of each fold are those of its rows, each relative to the energy of its token in the stream.
+
+    `target` gives the target outputs of some samples; those of the consumer on its inputs where it is left out.
+    """
     consumer = model.get_submodule(block.consumer)
     W = weight_matrix(consumer).double()
-    Y = B @ W if Y is None else Y
-    if consumer.bias is not None:
-        B, Y = B - B.mean(0), Y - Y.mean(0)
-    found = combine([fold.moments(W) for fold in moments.folds])
-    assert found.rows == len(B)
-    torch.testing.assert_close(found.H, B.T @ B, rtol=1e-4, atol=1e-5 * float(found.H.diagonal().max()))
-    torch.testing.assert_close(found.C, B.T @ Y, rtol=1e-4, atol=1e-5 * float(found.C.abs().max()))
-    assert found.t == pytest.approx(float(Y.square().sum()), rel=1e-4)
+    for number, fold in enumerate(moments.folds):
+        samples = replace(calibration, fit=calibration.fit[number :: len(moments.folds)])
+        B, shared = rows(model, samples, block.consumer), shares(model, samples, addition)
+        Y = B @ W if target is None else target(samples)
+        if consumer.bias is not None:
+            B, Y = B - shared @ B / len(B), Y - shared @ Y / len(Y)
+        found = fold.moments(W)
+        assert found.rows == len(B)
+        H, C = B.T @ (shared[:, None] * B), B.T @ (shared[:, None] * Y)
+        torch.testing.assert_close(found.H, H, rtol=1e-4, atol=1e-5 * float(found.H.diagonal().max()))
+        torch.testing.assert_close(found.C, C, rtol=1e-4, atol=1e-5 * float(found.C.abs().max()))
+        assert found.t == pytest.approx(float(shared @ Y.square().sum(1)), rel=1e-4)
+
+
+def unbiased(model, block, outputs):
+    """Outputs of a consumer without its bias."""
+    bias = model.get_submodule(block.consumer).bias
+    return outputs if bias is None else outputs - bias.detach().double()
 
 
 def changed(model, block):
@@ -72,13 +96,13 @@ def run(model, calibration, blocks, variant, inspect):
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "albert", "vit"])
 def test_layer_collects_the_original_model_s_moments(family):
-    model, calibration, blocks, _ = prepared(family)
+    model, calibration, blocks, segments = prepared(family)
     original, *_ = prepared(family)
-    found = []
+    places, found = find_additions(calibration, segments), []
 
     def inspect(block, moments):
         found.append(block.name)
-        check(moments, original, block, rows(original, calibration, block.consumer))
+        check(moments, original, calibration, block, places[block.name])
 
     run(model, calibration, blocks, "layer", inspect)
     assert sorted(found) == sorted(b.name for b in blocks)
@@ -86,29 +110,38 @@ def test_layer_collects_the_original_model_s_moments(family):
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "mpnet"])
 def test_seq_collects_the_moments_of_the_model_as_pruned_so_far(family):
-    model, calibration, blocks, _ = prepared(family)
-    run(
-        model,
-        calibration,
-        blocks,
-        "seq",
-        lambda block, moments: check(moments, model, block, rows(model, calibration, block.consumer)),
-    )
+    model, calibration, blocks, segments = prepared(family)
+    places = find_additions(calibration, segments)
+
+    def inspect(block, moments):
+        check(moments, model, calibration, block, places[block.name])
+
+    run(model, calibration, blocks, "seq", inspect)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "mpnet"])
 def test_asym_pairs_pruned_inputs_with_original_targets(family):
-    model, calibration, blocks, _ = prepared(family)
+    model, calibration, blocks, segments = prepared(family)
     original, *_ = prepared(family)
+    places = find_additions(calibration, segments)
 
     def inspect(block, moments):
-        consumer = original.get_submodule(block.consumer)
-        Y = rows(original, calibration, block.consumer, output=True)
-        if consumer.bias is not None:
-            Y = Y - consumer.bias.double()
-        check(moments, model, block, rows(model, calibration, block.consumer), Y)
+        def target(samples):
+            return unbiased(original, block, rows(original, samples, block.consumer, output=True))
+
+        check(moments, model, calibration, block, places[block.name], target)
 
     run(model, calibration, blocks, "asym", inspect)
+
+
+def test_every_row_counts_alike_where_no_norm_follows(monkeypatch):
+    monkeypatch.setattr(additions, "_TOKEN_NORM", re.compile("no such norm"))
+    model, calibration, blocks, _ = prepared("llama")
+    block, moments = next(walked(calibration, plan(calibration, blocks), "layer"))
+    for number, fold in enumerate(moments.folds):
+        B = rows(model, replace(calibration, fit=calibration.fit[number::2]), block.consumer)
+        H = fold.moments(weight_matrix(model.get_submodule(block.consumer))).H
+        torch.testing.assert_close(H, B.T @ B, rtol=1e-4, atol=1e-5 * float(H.diagonal().max()))
 
 
 RESIDUALS = {  # modules that read what the consumer's output is added to
@@ -119,23 +152,23 @@ RESIDUALS = {  # modules that read what the consumer's output is added to
 
 @pytest.mark.parametrize("family", RESIDUALS)
 def test_residual_adds_to_the_targets_what_the_residual_stream_has_lost(family):
-    model, calibration, blocks, _ = prepared(family)
+    model, calibration, blocks, segments = prepared(family)
     original, *_ = prepared(family)
-    lost = []
+    places, lost = find_additions(calibration, segments), []
 
     def inspect(block, moments):
-        consumer = original.get_submodule(block.consumer)
-        Y = rows(original, calibration, block.consumer, output=True)
-        if consumer.bias is not None:
-            Y = Y - consumer.bias.double()
         layer = re.match(r".*layers?\.\d+", block.name).group()
         path = f"{layer}.{RESIDUALS[family][block.kind]}".rstrip(".")
-        rest = rows(original, calibration, path) - rows(model, calibration, path)
-        lost.append(float(rest.norm()))
-        check(moments, model, block, rows(model, calibration, block.consumer), Y + rest)
+
+        def target(samples):
+            rest = rows(original, samples, path) - rows(model, samples, path)
+            lost.append(float(rest.norm()))
+            return unbiased(original, block, rows(original, samples, block.consumer, output=True)) + rest
+
+        check(moments, model, calibration, block, places[block.name], target)
 
     run(model, calibration, blocks, "residual", inspect)
-    assert lost[0] == 0 and all(lost[1:])
+    assert lost[:2] == [0, 0] and all(lost[2:])
 
 
 def test_residual_is_asym_where_outputs_are_normalised_before_they_are_added():
@@ -180,7 +213,7 @@ def test_tokens_of_two_models_that_cannot_be_paired_are_refused():
     next(steps)  # by now the targets of the layer are there
     module = model.model.layers[0].mlp
     run = module.forward
-    module.forward = lambda hidden: run(hidden[:, 1:])
+    module.forward = lambda hidden: functional.pad(run(hidden[:, 1:]), (0, 0, 1, 0))
     with pytest.raises(
         ValueError, match=rf"{blocks[1].name}.* reads \d+ tokens of batch 0 .*but \d+ .*variant='layer'"
     ):

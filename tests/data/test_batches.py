@@ -34,16 +34,6 @@ def test_pieces_of_a_batch_stay_in_its_fold():
         assert torch.equal(first, second)
 
 
-def test_the_probe_is_the_beginning_of_two_samples():
-    model = tiny("llama")
-    ids = torch.randint(5, 100, (4, 50), generator=torch.Generator().manual_seed(0))
-    whole = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for _ in range(6)]
-    probe = read(model, whole, PruneConfig(**QUICK)).probe
-    assert torch.equal(probe["input_ids"], ids[:2, :32])
-    padded = [{"input_ids": ids, "attention_mask": torch.arange(50).expand(4, -1).gt(40).long()} for _ in range(6)]
-    assert read(model, padded, PruneConfig(**QUICK)).probe["input_ids"].shape == (2, 50)
-
-
 def kept(report):
     return [block.kept_units for block in report.blocks]
 
@@ -97,7 +87,7 @@ def test_batches_are_halved_before_the_first_of_several_sizes(room_for, variant)
 def test_batches_are_halved_between_sizes_and_stay_so(room_for):
     model, others = tiny("llama", num_hidden_layers=1), [tiny("llama", num_hidden_layers=1) for _ in range(3)]
     batches, before = ready_batches(model), snapshot(model)
-    settings = {**QUICK, "variant": "seq"}
+    settings = {**QUICK, "variant": "seq", "budget": "uniform"}
     expected = [prune(others[0], batches, PruneConfig(**settings, keep=0.8))]
     expected += [
         pruned_one_by_one(other, batches, **settings, keep=keep)

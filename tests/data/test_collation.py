@@ -14,6 +14,8 @@ from transformers import (
 )
 
 from hf_subprune.config import PruneConfig
+from hf_subprune.data.collation import group_by_length
+from hf_subprune.data.features import Sample
 from hf_subprune.data.reading import read
 
 
@@ -22,7 +24,8 @@ def test_strings_become_batches_of_like_length_padded_on_the_right(bert):
     prepared = read(bert, TEXTS, PruneConfig(**SMALL), tokenizer)
 
     assert (prepared.fit_samples, prepared.held_out_samples) == (8, 4)
-    assert [len(b["input_ids"]) for b in prepared.fit] == [2, 2, 2, 2]  # an even number of batches: two equal folds
+    sizes = [len(b["input_ids"]) for b in prepared.fit]
+    assert sizes[0::2] == sizes[1::2] and sum(sizes) == 8 and max(sizes) <= 3  # two equal folds
     assert sum(len(b["input_ids"]) for b in prepared.held_out) == 4
     longest = [b["input_ids"].shape[1] for b in prepared.fit]
     assert longest == sorted(longest)
@@ -36,12 +39,18 @@ def test_strings_become_batches_of_like_length_padded_on_the_right(bert):
     fitted, held_out = texts_of(prepared.fit, tokenizer), texts_of(prepared.held_out, tokenizer)
     assert set(fitted + held_out) <= set(TEXTS)
     assert tokenizer.padding_side == "left"
+    batches = prepared.fit + prepared.held_out
+    padding, every = (
+        sum(count(b["attention_mask"]) for b in batches) for count in (lambda m: (m == 0).sum(), torch.numel)
+    )
     assert prepared.description == {
         "source": "list of str",
         "fit_samples": 8,
         "held_out_samples": 4,
         "fit_tokens": sum(len(text.split()) + 1 for text in fitted),
         "held_out_tokens": sum(len(text.split()) + 1 for text in held_out),
+        "cut": 0.0,
+        "padded": pytest.approx(int(padding) / every),
     }
 
 
@@ -116,3 +125,27 @@ def test_images_of_different_sizes_are_refused():
     images = [Image.new("RGB", (16, 16 + i)) for i in range(6)]
     with pytest.raises(ValueError, match=r"pixel_values of one batch must have one shape.*resize to one size"):
         read(model, images, PruneConfig(), ViTImageProcessor(do_resize=False))
+
+
+def of_length(*lengths):
+    return [Sample({"input_ids": torch.full((n,), 3)}) for n in lengths]
+
+
+def test_folds_get_as_many_samples_of_the_same_lengths():
+    groups = group_by_length(of_length(*range(100, 140)), 16, folds=2)
+    first, second = ([len(s.features["input_ids"]) for group in groups[fold::2] for s in group] for fold in range(2))
+    assert first == list(range(100, 140, 2)) and second == list(range(101, 140, 2))
+
+
+def test_batches_are_smaller_where_much_would_be_padding():
+    groups = group_by_length(of_length(*[10] * 15, 200, *[20] * 16, *range(50, 66)), 16)
+    assert [len({len(s.features["input_ids"]) for s in group}) for group in groups][:2] == [1, 1]
+    longest = sum(len(group) * max(len(s.features["input_ids"]) for s in group) for group in groups)
+    assert sum(len(s.features["input_ids"]) for group in groups for s in group) > 0.95 * longest
+    assert sum(map(len, groups)) == 48 and max(map(len, groups)) <= 16
+
+
+def test_short_clips_are_not_what_long_ones_are_cut_to():
+    clips = [Sample({"input_values": torch.zeros(n)}) for n in [400] * 8 + [8000] * 60]
+    groups = group_by_length(clips, 16, folds=2)
+    assert all(len({len(s.features["input_values"]) for s in group}) == 1 for group in groups)

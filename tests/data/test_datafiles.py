@@ -5,7 +5,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from PIL import Image
 from transformers import (
     AutoModel,
@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_subprune import demo
-from hf_subprune.data.datafiles import load_data, load_model
+from hf_subprune.data.datafiles import load_data, load_mixture, load_model
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -185,3 +185,28 @@ def test_docstrings_are_distinct_paragraphs_and_ranges_do_not_meet():
     assert all(60 <= len(text) <= 600 and text == " ".join(text.split()) for text in first + second)
     with pytest.raises(ValueError, match="the standard library"):
         demo.docstrings(10**6)
+
+
+def test_a_folder_of_files_is_one_data_set_with_its_splits(tmp_path):
+    for split, texts in (("train", ["a", "b"]), ("test", ["c"])):
+        Dataset.from_dict({"text": texts}).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    assert [row["text"] for row in load_data(str(tmp_path))] == ["a", "b"]
+    assert [row["text"] for row in load_data(str(tmp_path), split="test")] == ["c"]
+
+
+def test_two_columns_are_a_pair_of_sentences(tmp_path):
+    Dataset.from_dict({"one": ["a"], "other": ["b"], "third": ["c"]}).to_parquet(tmp_path / "data.parquet")
+    rows = list(load_data(str(tmp_path / "data.parquet"), column="one, other"))
+    assert rows == [{"sentence1": "a", "sentence2": "b"}]
+
+
+def test_mixtures_draw_by_their_weights(tmp_path):
+    (tmp_path / "a.txt").write_text("a\n" * 300)
+    Dataset.from_dict({"body": ["b"] * 300, "id": [1] * 300}).to_parquet(tmp_path / "b.parquet")
+    sources = [f"{tmp_path}/a.txt=3", f"{tmp_path}/b.parquet"]
+    texts, again = ([row["text"] for row in load_mixture(sources, seed=1).take(200)] for _ in range(2))
+    assert set(texts) == {"a", "b"} and 30 < texts.count("b") < 70
+    assert texts == again
+    assert [row["text"] for row in load_mixture([f"{tmp_path}/a.txt"]).take(1)] == ["a"]
+    with pytest.raises(ValueError, match="must be positive"):
+        load_mixture([f"{tmp_path}/a.txt=0"])

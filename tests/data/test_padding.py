@@ -29,6 +29,13 @@ def test_masks_fit_the_layouts_of_rows(bert):
     assert token_mask(bert, where, {**batch, "attention_mask": torch.ones(2, 1, 4, 4)}, (2, 4, 24)) is None
 
 
+def test_choices_are_masked_as_the_samples_that_they_run_as(bert):
+    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 0]]])
+    batch = {"input_ids": torch.full((2, 2, 3), 3), "attention_mask": mask}
+    found = token_mask(bert, "encoder.layer.0.output.dense", batch, (4, 3, 24))
+    assert found.tolist() == mask.bool().flatten().tolist()
+
+
 def test_decoders_have_their_own_mask(tokenizer):
     model = T5ForConditionalGeneration(T5Config(vocab_size=43, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2))
     batch = {

@@ -141,3 +141,10 @@ def test_drift_needs_as_many_batches_as_references():
     masked = [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])} for batch in batches]
     with pytest.raises(ValueError, match="no real token to compare on"):
         drift(model, masked, model_outputs(model, masked))
+
+
+def test_outputs_of_one_number_have_no_direction():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**SIZES, num_labels=1)).eval()
+    batches = make_batches()
+    assert set(drift(model, batches, model_outputs(model, batches)).to_dict()) == {"rows", "relative_error"}

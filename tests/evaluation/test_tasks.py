@@ -154,3 +154,20 @@ def test_predictions_of_every_task_are_arrays_by_sample(tmp_path, tokenizer):
         model = tiny("llama" if name == "perplexity" else "bert")
         found = load_task(name, source, tokenizer, column=columns).predict(model)
         assert isinstance(found, np.ndarray) and len(found) == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "said"),
+    [
+        ("classification", [-1] * 12, r"labels of data hold -1; BertFor\w+ has classes 0 to 1: .*hidden"),
+        ("classification", [0, 1, 5] * 4, "hold 5"),
+        ("classification", [None, 1] * 6, "6 of 12 samples of data have no value in column 'label'"),
+        ("sts", [-1.0] * 12, "All scores of data are -1, .*hidden"),
+    ],
+)
+def test_labels_that_say_nothing_are_refused(tmp_path, tokenizer, task, labels, said):
+    names = ("one", "other") if task == "sts" else ("text",)
+    rows = [{**dict.fromkeys(names, text), "label": label} for text, label in zip(TEXTS, labels, strict=True)]
+    evaluated = load_task(task, write(tmp_path / "data.jsonl", rows), tokenizer)
+    with pytest.raises(ValueError, match=said):
+        Trial(evaluated, tiny("bert"))

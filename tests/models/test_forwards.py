@@ -1,6 +1,7 @@
 import copy
 import functools
 import inspect
+import io
 
 import pytest
 import torch
@@ -90,6 +91,18 @@ def test_a_forward_follows_an_inner_width_and_comes_back():
     assert torch.equal(model(x), before) and "forward" not in vars(model) and INNER_WIDTH not in vars(model)
     edit.redo()
     assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+def test_what_is_saved_whole_keeps_what_was_adapted():
+    model, x, bias = Widths(), torch.randn(2, 4, 6), torch.randn(2, 4, 2, 1)
+    shrink(model, block(INNER, arguments=(BIAS,)), [1])
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(x, bias), model(x, bias))
+    assert loaded.forward.module is loaded and copy.deepcopy(model).forward.module is not model
+    assert list(inspect.signature(loaded.forward).parameters) == ["x", "bias"]
 
 
 def test_arguments_are_cut_by_name_and_by_position_and_may_be_none():

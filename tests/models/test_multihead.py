@@ -181,7 +181,7 @@ def test_prune_reweights_what_its_heads_feed():
     before = copy.deepcopy(model)
     random = torch.Generator().manual_seed(0)
     batches = [{"image": torch.randn(2, 3, 64, 64, generator=random)} for _ in range(6)]
-    report = prune(model, batches, PruneConfig(keep=0.5, units=("attention",), shrinkage=0.1))
+    report = prune(model, batches, PruneConfig(keep=0.5, units=("attention",), shrinkage=0.1, budget="uniform"))
     assert [len(block.kept_units) for block in report.blocks] == [2, 2]
     assert report.layout == "ragged" and "adapts the forward" in report.layout_reason
     attention = model.visual.transformer.resblocks[0].attn

@@ -85,7 +85,7 @@ def test_memory_is_given_back_after_every_block_or_layer(computed, variant):
 
     computed.before = leave_behind
     model = tiny("llama")
-    report = prune(model, ready_batches(model), PruneConfig(**QUICK | {"variant": variant}))
+    report = prune(model, ready_batches(model), PruneConfig(**QUICK, variant=variant, budget="uniform"))
     look()
     shrunk = sum(block.units_after < block.units_before for block in report.blocks)
     assert shrunk == len(held) == 2 * model.config.num_hidden_layers

@@ -86,6 +86,42 @@ def test_combined_parts_are_the_moments_of_all_rows(intercept, targets):
     torch.testing.assert_close(moments.target_mean, Y.mean(0))
 
 
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("targets", [True, False])
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_a_row_of_twice_the_weight_counts_as_two_rows(intercept, targets, scale):
+    B, A, W = rows(count=40, offset=2.0)
+    Y, times = A @ W if targets else None, torch.arange(40) % 4
+    weighed, repeated = (MomentAccumulator(12, 4 if targets else None, intercept=intercept) for _ in range(2))
+    for part in (slice(0, 7), slice(7, 40)):
+        weighed.update(B[part], None if Y is None else Y[part], scale * times[part])
+    repeated.update(B.repeat_interleave(times, 0), None if Y is None else Y.repeat_interleave(times, 0))
+    weighed.recentre(torch.ones(12, dtype=torch.float64))
+    found, expected = weighed.moments(W), repeated.moments(W)
+    each = 40 / 60  # there are as many rows as came, and each counts once on average
+    assert found.rows == 40
+    torch.testing.assert_close(found.H, each * expected.H)
+    torch.testing.assert_close(found.C, each * expected.C)
+    assert found.t == pytest.approx(each * expected.t)
+    torch.testing.assert_close(found.input_mean, expected.input_mean)
+    torch.testing.assert_close(found.target_mean, expected.target_mean)
+
+
+def test_rows_of_equal_weight_count_as_those_without():
+    B, _, W = rows()
+    plain, weighed = (MomentAccumulator(12, intercept=True) for _ in range(2))
+    plain.update(B)
+    weighed.update(B, None, torch.full((200,), 0.25))
+    torch.testing.assert_close(weighed.moments(W).H, plain.moments(W).H)
+
+
+def test_rows_that_all_weigh_nothing_have_no_moments():
+    accumulator = MomentAccumulator(12, intercept=False)
+    accumulator.update(rows(count=5)[0], None, torch.zeros(5))
+    with pytest.raises(ValueError, match="All rows weigh nothing"):
+        accumulator.moments(rows()[2])
+
+
 def test_misuse_is_refused():
     B, _, W = rows()
     accumulator = MomentAccumulator(12, intercept=True)

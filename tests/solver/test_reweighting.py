@@ -100,6 +100,26 @@ def test_rows_say_the_relative_error_that_their_moments_say(intercept, targets):
     torch.testing.assert_close(held.moments(W).C, plain.moments(W).C)
 
 
+@pytest.mark.parametrize("keep_rows", [True, False])
+def test_one_token_of_huge_energy_does_not_hide_what_becomes_of_the_others(keep_rows):
+    B, W = activations(rows=12)
+    B[0] *= 1000  # as that of a token that all attention rests on
+    new = reweight(moments_of(activations(seed=1)[0], W, False), W, COLUMNS, 0.1)
+
+    def error(some, weights=None):
+        held = MomentAccumulator(16, intercept=False, keep_rows=keep_rows)
+        held.update(some, None, weights)
+        if keep_rows:
+            return relative_error_of_rows(held.kept_rows, None, W, COLUMNS, new.V, new.bias_shift)
+        return relative_error(held.moments(W), COLUMNS, new.V, new.bias_shift)
+
+    energy = (B @ W).square().sum(1)
+    of_each = torch.tensor([error(row[None]) for row in B])
+    assert error(B) == pytest.approx(float(of_each[0]), rel=1e-3)
+    assert error(B, 1 / energy) == pytest.approx(float(of_each.mean()), rel=1e-6)
+    assert error(B[1:]) != pytest.approx(error(B), rel=0.1)
+
+
 def left_out_errors(parts, W, columns, grid):
     """Relative errors of fits on all parts but one, on that one, at each lambda."""
     total = sum(part.t for part in parts)

@@ -32,7 +32,9 @@ def captured(problems, kept):
     """The sum of the relative captured energies, block by block."""
     total = 0.0
     for problem in problems:
-        H, C, t = regularise(problem.total(), problem.W, 0.1)
+        moments = problem.total()
+        shrinkage = Settings().selection_shrinkage(moments.rows, len(problem.W))
+        H, C, t = regularise(moments, problem.W, shrinkage)
         total += Objective(H, C, problem.groups).value(torch.tensor(kept)) / t
     return total
 

@@ -11,7 +11,7 @@ from hf_subprune.collection.block_moments import BlockMoments
 
 
 def test_a_block_is_solved_on_the_cpu_where_its_device_has_no_room(monkeypatch):
-    expected = prune(tiny("llama"), ready_batches(tiny("llama")), PruneConfig(**QUICK))
+    expected = prune(tiny("llama"), ready_batches(tiny("llama")), PruneConfig(**QUICK, budget="uniform"))
     device, to, problem = BlockMoments.device, BlockMoments.to, Survey.problem
     asked, moved = [], []
 
@@ -31,7 +31,7 @@ def test_a_block_is_solved_on_the_cpu_where_its_device_has_no_room(monkeypatch):
     monkeypatch.setattr(Survey, "problem", fail_on_device)
     monkeypatch.setattr(BlockMoments, "to", move)
     monkeypatch.setattr(BlockMoments, "device", property(lambda _: torch.device("cuda")))
-    report = prune(tiny("llama"), ready_batches(tiny("llama")), PruneConfig(**QUICK))
+    report = prune(tiny("llama"), ready_batches(tiny("llama")), PruneConfig(**QUICK, budget="uniform"))
     assert moved == ["cpu"]
     assert not asked[0] and all(asked[1:])  # the sums must outlast the first try
     assert [b.kept_units for b in report.blocks] == [b.kept_units for b in expected.blocks]

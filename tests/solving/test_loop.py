@@ -23,7 +23,7 @@ from hf_subprune.training.gradual import GradualPruning
 
 def solved(model, install, work, **settings):
     """The model with its units removed by `install`, whatever their widths can be stored as."""
-    config = PruneConfig(**QUICK, **settings)
+    config = PruneConfig(**QUICK, budget="uniform", **settings)
     with session(model), work.undone_on_failure():
         survey = take_survey(read(model, ready_batches(model), config), [config], None, work)
         kept = whole_heads(survey, config)

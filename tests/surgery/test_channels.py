@@ -84,7 +84,8 @@ def test_pruned_channels_reload(family, tmp_path):
 def test_weights_are_the_least_squares_ones_on_unfolded_inputs(family, variant):
     model, reference = tiny(family), tiny(family)
     batches = ready_batches(model, count=16)
-    config = PruneConfig(**{**CONFIG, "samples": 56}, keep=0.5, variant=variant, shrinkage=0.0)
+    settings = {**CONFIG, "samples": 56, "keep": 0.5, "budget": "uniform"}
+    config = PruneConfig(**settings, variant=variant, shrinkage=0.0)
     calibration = read(reference, batches, config)
     first, *others = prune(model, batches, config).blocks
     # The next block's units are rows of this consumer.

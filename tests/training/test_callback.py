@@ -11,8 +11,10 @@ from datasets import Dataset
 from same import assert_same_weights
 from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
+    DataCollatorWithFlattening,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -25,7 +27,7 @@ from hf_subprune.config import PruneConfig
 from hf_subprune.training.callback import SubpruneCallback, collated
 from hf_subprune.training.schedules import Schedule
 
-CONFIG = PruneConfig(samples=12, held_out=6, batch_size=6)
+CONFIG = PruneConfig(samples=12, held_out=6, batch_size=6, budget="uniform")
 SCHEDULE = Schedule("cubic", start=0.0, end=0.5, steps=3)
 
 
@@ -454,3 +456,37 @@ def test_batches_without_the_models_inputs_are_refused():
     loader = torch.utils.data.DataLoader([torch.ones(3)] * 4, collate_fn=lambda rows: {"pixels": torch.stack(rows)})
     with pytest.raises(ValueError, match="'pixels', of which none is the 'input_ids'"):
         collated(model, loader, CONFIG)
+
+
+def test_samples_that_a_collator_joins_are_collated_one_by_one():
+    model = tiny("llama")
+    rows = dataset(rows=24).remove_columns(["attention_mask", "labels"])
+    loader = DataLoader(rows, batch_size=4, collate_fn=DataCollatorWithFlattening())
+    batches = collated(model, loader, CONFIG)
+    assert [batch["input_ids"].shape for batch in batches] == [(1, 6)] * 18
+
+
+@pytest.mark.parametrize("data", [None, "own"])
+def test_streams_without_a_length_are_pruned_at_the_end(tmp_path, data):
+    given = None if data is None else [{"input_ids": torch.randint(3, 120, (6, 6))} for _ in range(4)]
+    trainer = make_trainer(tmp_path, data=dataset().to_iterable_dataset())
+    callback = SubpruneCallback(CONFIG, data=given)
+    callback.attach(trainer)
+    trainer.train()
+    assert callback.report is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": [{"input_ids": torch.randint(3, 120, (2, 6))}]}, "at least 3 samples"),
+        ({"data": [{"input_ids": torch.randint(3, 120, (2, 600))}] * 9}, "does not fit Bert"),
+        ({"config": PruneConfig(params=10, samples=12, held_out=6)}, "params"),
+    ],
+)
+def test_what_would_fail_at_the_end_fails_before_the_training(tmp_path, changes, said):
+    trainer = make_trainer(tmp_path)
+    SubpruneCallback(**{"config": CONFIG, **changes}).attach(trainer)
+    with pytest.raises(ValueError, match=said):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -126,8 +126,23 @@ def test_widths_are_those_of_the_model_when_it_is_first_pruned():
     assert gradual.targets == expected == {name: len(kept) for name, kept in gradual.kept.items()}
 
 
+def test_widths_that_all_layers_have_in_common_are_chosen_once():
+    chosen = []
+    for changed in ("o_proj", "down_proj"):  # for one of them the budget is shared out otherwise
+        model, gradual = started("llama")
+        before = gradual.targets
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if changed in name:
+                    parameter.mul_(30)
+        chosen.append(GradualPruning(copy.deepcopy(model), batches(model), CONFIG).targets)
+        gradual.step(0.5)
+        assert gradual.targets == before
+    assert chosen[0] != chosen[1]
+
+
 def test_tied_blocks_keep_the_same_units_all_along():
-    model, gradual = started("t5")
+    model, gradual = started("t5", replace(CONFIG, budget="uniform"))
     tied = [group.blocks for group in groups_of(gradual.blocks) if group.share == "units" and len(group.blocks) > 1]
     assert tied
     for removed in (0.6, 1.0):
@@ -188,6 +203,7 @@ def test_going_on_masks_what_the_state_says():
     assert resumed.kept_fraction == gradual.kept_fraction
     name = gradual.blocks[1].name
     removed = sorted(set(range(gradual.blocks[1].units)) - set(gradual.kept[name].tolist()))
+    assert removed
     consumer = other.get_submodule(gradual.blocks[1].consumer)
     assert not consumer.weight[:, gradual.blocks[1].columns[removed].flatten()].any()
 
