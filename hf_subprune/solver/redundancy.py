@@ -28,7 +28,7 @@ class Redundancy:
 
     Args:
         first: `(units,)` int64: the first unit of which a unit is a copy, itself where it is none, `DEAD` if it is.
-        ratio: `(n,)` float64: a column is as much of the same column of its first unit.
+        ratio: `(n,)` float64: a column is as much of the same column of its first unit; 1 for what says nothing.
         groups: `(units, c)` int64, columns of each unit.
     """
 
@@ -58,8 +58,7 @@ class Redundancy:
                 if self.first[unit] != DEAD:
                     heir[self.first[unit]] = unit
         source, target = self.groups, self.groups[heir[self.first.clamp(min=0)]]
-        counts = (self.first != DEAD)[:, None] & (self.ratio[target] != 0)  # of a dead column, there is no part
-        share = torch.where(counts, self.ratio[source] / self.ratio[target], 0.0)
+        share = torch.where((self.first == DEAD)[:, None], 0.0, self.ratio[source] / self.ratio[target])
         source, result = source.flatten(), W.clone()
         result[source] = 0
         return result.index_add_(0, target.flatten(), (share.view(-1, 1) * W[source]).to(W))
@@ -77,7 +76,8 @@ def redundancy(moments: Moments, groups: torch.Tensor, sets: int = 1) -> Redunda
     groups = groups.to(H.device)
     energy = H.diagonal().double()
     raw = energy + moments.rows * moments.input_mean.double().square() if moments.intercept else energy
-    dead = (energy <= _CONSTANT * raw)[groups].all(1)
+    still = energy <= _CONSTANT * raw
+    dead = still[groups].all(1)
     first = torch.arange(units, device=H.device)
     ratio = torch.ones(len(H), dtype=torch.float64, device=H.device)
     size = units // sets
@@ -87,13 +87,12 @@ def redundancy(moments: Moments, groups: torch.Tensor, sets: int = 1) -> Redunda
         equal = torch.ones(len(rows), units, dtype=torch.bool, device=H.device)
         for column in groups.T:  # the same column of each unit
             cosine = H[column[rows][:, None], column].double() / norm[column[rows], None] / norm[column]
-            equal &= cosine.abs() >= 1 - _EQUAL
+            equal &= (cosine.abs() >= 1 - _EQUAL) | (still[column[rows], None] & still[column])
         equal &= ~dead & (torch.arange(units, device=H.device) // size == (rows // size)[:, None])
         equal[torch.arange(len(rows), device=H.device), rows] = True
         first[rows] = equal.int().argmax(1)
     first = torch.where(dead, DEAD, first[first])
     of = groups[first.clamp(min=0)]
     found = H[groups, of].double() / energy[of].clamp_min(torch.finfo(torch.float64).tiny)
-    alone = (first == DEAD) | (first == torch.arange(units, device=H.device))
-    ratio[groups.flatten()] = torch.where(alone[:, None], 1.0, found).flatten()
+    ratio[groups.flatten()] = torch.where((first == DEAD)[:, None] | still[groups], 1.0, found).flatten()
     return Redundancy(first, ratio, groups)

@@ -62,7 +62,7 @@ def solve_block(
     """
     if moments is None:
         raise FileNotFoundError(
-            f"The solution of {block.name}, which was finished, is gone (blocks/{block.consumer}.pt): start the run anew."
+            f"The solution of {block.name} ({block.consumer}.pt), which was finished, is gone: start the run anew."
         )
     start = time.perf_counter()
     consumer: Any = survey.model.get_submodule(block.consumer)

@@ -93,3 +93,13 @@ def test_more_than_there_are_without_copies_can_be_kept():
     solution = solve(problem_of(B), 15, Settings())
     assert set(range(12)) == {unit % 12 for unit in solution.kept_units.tolist()}
     assert solution.fitted_error < 1e-9
+
+
+def test_a_column_that_says_nothing_leaves_its_unit_as_it_is():
+    B = rows_of(400)
+    B[:, 3] = 0
+    B[:, 4:8] = 2 * B[:, :4]
+    problem = problem_of(B, groups=torch.arange(N).view(-1, 4))
+    assert problem.redundancy.first.tolist() == [0, 0, 2, 3, 4, 5]
+    folded = problem.redundancy.folded(problem.W)
+    assert torch.allclose(B @ folded, B @ problem.W) and not folded[4:8].any()
