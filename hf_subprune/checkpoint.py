@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .allocation.surveying import take_survey
 from .blocks import some_of
@@ -302,7 +302,8 @@ def _identity(
             if isinstance(value, torch.Tensor):
                 digest.update(str((value.dtype, tuple(value.shape))).encode())
                 digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    described = [path for name in (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME) if (path := source / name).is_file()]
+    names = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    described = [path for name in names if (path := source / name).is_file()]
     return {
         "config": config.to_dict(),
         "data": {**samples.description, "sha256": digest.hexdigest()},

@@ -15,6 +15,7 @@ from tiny import tiny
 from transformers import AutoModelForCausalLM
 
 from hf_subprune import PruneReport
+from hf_subprune.runs.durable import read_json
 from hf_subprune.runs.processes import own_share
 from hf_subprune.solver.moments import MomentAccumulator
 
