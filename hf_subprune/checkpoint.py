@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .allocation.surveying import take_survey
 from .blocks import some_of
@@ -224,6 +224,8 @@ def check_shards(folder: Path) -> list[Path]:
     paths = sorted(folder / name for name in names)
     others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
     if others and not index.is_file() and not paths[0].is_file():
+        if any(folder.glob("model-*-of-*.safetensors")):
+            raise FileNotFoundError(f"The checkpoint {folder} lacks {index.name}: put the file back, and start again.")
         raise FileNotFoundError(
             f"The checkpoint {folder} has its weights in {some_of(others)} and not in {SAFE_WEIGHTS_NAME}, of which "
             "one layer at a time can be read. Convert it once, with room for all of it in memory: load the model with "
@@ -302,7 +304,8 @@ def _identity(
             if isinstance(value, torch.Tensor):
                 digest.update(str((value.dtype, tuple(value.shape))).encode())
                 digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    described = [path for name in (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME) if (path := source / name).is_file()]
+    names = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    described = [path for name in names if (path := source / name).is_file()]
     return {
         "config": config.to_dict(),
         "data": {**samples.description, "sha256": digest.hexdigest()},
