@@ -224,6 +224,8 @@ def check_shards(folder: Path) -> list[Path]:
     paths = sorted(folder / name for name in names)
     others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
     if others and not index.is_file() and not paths[0].is_file():
+        if any(folder.glob("model-*-of-*.safetensors")):
+            raise FileNotFoundError(f"The checkpoint {folder} lacks {index.name}: put the file back, and start again.")
         raise FileNotFoundError(
             f"The checkpoint {folder} has its weights in {some_of(others)} and not in {SAFE_WEIGHTS_NAME}, of which "
             f"one layer at a time can be read, nor does a {SAFE_WEIGHTS_INDEX_NAME} name them. Put that file back, if "
