@@ -228,8 +228,7 @@ def check_shards(folder: Path) -> list[Path]:
             raise FileNotFoundError(f"The checkpoint {folder} lacks {index.name}: put the file back, and start again.")
         raise FileNotFoundError(
             f"The checkpoint {folder} has its weights in {some_of(others)} and not in {SAFE_WEIGHTS_NAME}, of which "
-            f"one layer at a time can be read, nor does a {SAFE_WEIGHTS_INDEX_NAME} name them. Put that file back, if "
-            "it is missing; else convert it once, with room for all of it in memory: load the model with "
+            "one layer at a time can be read. Convert it once, with room for all of it in memory: load the model with "
             "from_pretrained (variant='fp16' for files of that name), save it to a new folder with save_pretrained, "
             "its tokenizer or processor too, and prune that folder."
         )
