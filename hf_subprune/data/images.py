@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers.image_utils import is_pil_image
 
 _MODES = {1: "L", 3: "RGB"}
@@ -29,6 +28,8 @@ def as_picture(value: Any, channels: int) -> Any:
     """
     if channels not in _MODES:
         return value
+    from PIL import Image  # who has pictures has it, others may not
+
     if not is_pil_image(value):
         value = _last_channel(np.asarray(value))
         if value.dtype.kind == "f":
