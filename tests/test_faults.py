@@ -76,10 +76,13 @@ def test_kills_lose_nothing(tmp_path, checkpoint, instants):
         for _ in range(12 * KILLS):
             if fired["kill"] == KILLS:
                 break
+            fresh, start = not (tmp_path / ".b.partial").exists(), time.monotonic()
             (code,) = server.run(script, checkpoint[0], out, seconds=instants.uniform(0, whole))
             assert code in (0, -signal.SIGKILL)
             fired["kill"] += code != 0
             if code == 0:
+                if fresh:  # the first run may have been slowed down by whatever else the machine did
+                    whole = min(whole, time.monotonic() - start)
                 assert files(out) == files(tmp_path / "a")
                 shutil.rmtree(out)
         assert server.run(script, checkpoint[0], out) == [0]
