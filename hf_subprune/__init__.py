@@ -13,31 +13,19 @@ What each folder takes and gives stands in its `__init__`, the words in .github/
 """
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from . import loading  # registers the layout that `from_pretrained` reads  # noqa: F401
-from .config import PruneConfig
-from .pruning import prune, prune_sizes
-from .report.report import PruneReport
+from .storage.on_import import when_imported
 
 if TYPE_CHECKING:
     from .checkpoint import prune_checkpoint
+    from .config import PruneConfig
     from .data.generation import generated_text
+    from .pruning import prune, prune_sizes
+    from .report.report import PruneReport
     from .report.saving import save_pruned
     from .training.callback import SubpruneCallback
     from .training.recovery import recover
-
-# Imported when they are first asked for: they bring in Trainer, or what reads models and data by name.
-_LAZY = {
-    "SubpruneCallback": "training.callback",
-    "generated_text": "data.generation",
-    "prune_checkpoint": "checkpoint",
-    "recover": "training.recovery",
-    "save_pruned": "report.saving",
-}
-
-__version__ = importlib.metadata.version("hf_subprune")
 
 __all__ = [
     "PruneConfig",
@@ -51,12 +39,31 @@ __all__ = [
     "save_pruned",
 ]
 
+# Imported when they are first asked for: they bring in torch and Transformers.
+_LAZY = {
+    "PruneConfig": "config",
+    "PruneReport": "report.report",
+    "SubpruneCallback": "training.callback",
+    "generated_text": "data.generation",
+    "prune": "pruning",
+    "prune_checkpoint": "checkpoint",
+    "prune_sizes": "pruning",
+    "recover": "training.recovery",
+    "save_pruned": "report.saving",
+}
+
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version(__name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+    return sorted({"__version__", *__all__, *(name for name in globals() if name.startswith("__"))})
+
+
+# `from_pretrained` learns to read the ragged layout, whether Transformers was imported before or comes after.
+when_imported("transformers.modeling_utils", lambda: importlib.import_module(".loading", __name__))

@@ -1,25 +1,30 @@
 """Loading ragged models with plain `from_pretrained`: hf_subprune joins in where transformers lets quantizers join in.
 
-Importing this module (and `hf_subprune`, which does) registers `QUANT_METHOD`. `from_pretrained` then shapes
-the model that the config builds to the stored widths, before it reads weights, and the result is an ordinary model.
-So does `from_config`, whose weights are random.
+Importing this module registers `QUANT_METHOD`; after `import hf_subprune`, the import of Transformers' models does.
+`from_pretrained` then shapes the model that the config builds to the stored widths, before it reads weights, and the
+result is an ordinary model. So does `from_config`, whose weights are random.
+
+It is imported in the middle of imports of Transformers: what is imported above, they have finished with; the rest is
+imported when a model is loaded.
 """
+
+from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from packaging.version import Version
-from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.modeling_utils import load_state_dict
+from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .models.quantized import remove_marks
-from .storage.layout import QUANT_METHOD, entry, write_ragged
-from .storage.spec import LayoutSpec, apply_spec
+from .storage.method import QUANT_METHOD
+
+if TYPE_CHECKING:
+    from .storage.spec import LayoutSpec
 
 # With a quantizer, Transformers before 5.23 loads tensors of any shape, so that a head of another size is the old one.
 _TAKES_ANY_SHAPE = Version(transformers.__version__) < Version("5.23")
@@ -58,6 +63,8 @@ class SubpruneConfig(QuantizationConfigMixin):
         Raises:
             ValueError: The entry is damaged or of a later format.
         """
+        from .storage.spec import LayoutSpec
+
         stored = config_dict.get("then")
         if stored is not None and (not isinstance(stored, dict) or stored.get("quant_method") == QUANT_METHOD):
             raise ValueError(
@@ -72,6 +79,9 @@ class SubpruneConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of config.json."""
+        from .storage.layout import entry
+        from .storage.spec import LayoutSpec
+
         inner = self.stored or self.then
         return entry(self.spec or LayoutSpec()) | ({} if inner is None else {"then": inner.to_dict()})
 
@@ -102,6 +112,8 @@ class _PrunedFirst(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> None:
+        from .storage.spec import apply_spec
+
         self.files, self.model = list(checkpoint_files or ()), model
         self.applied = apply_spec(model, self.spec)
         super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
@@ -151,6 +163,9 @@ class SubpruneQuantizer(_PrunedFirst):
         return type(f"Pruned{quantizer.__name__}", (_PrunedThenQuantized, quantizer), {})(config, **kwargs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from .models.quantized import remove_marks
+        from .storage.layout import write_ragged
+
         remove_marks(model)
         write_ragged(model, self.applied)
         return model
@@ -171,6 +186,8 @@ class _PrunedThenQuantized(_PrunedFirst):
             super()._check_shape(*args)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from .storage.layout import write_ragged
+
         model = super()._process_model_after_weight_loading(model, **kwargs) or model
         write_ragged(model, self.applied)
         model.config.quantization_config["then"] = self.quantization_config.to_dict()
@@ -183,6 +200,9 @@ def _from_config(cls: Any, config: Any, **kwargs: Any) -> PreTrainedModel:
     listed = getattr(config, "quantization_config", None)
     listed = listed.to_dict() if isinstance(listed, SubpruneConfig) else listed
     if isinstance(listed, dict) and listed.get("quant_method") == QUANT_METHOD:
+        from .storage.layout import write_ragged
+        from .storage.spec import LayoutSpec, apply_spec
+
         write_ragged(model, apply_spec(model, LayoutSpec.from_dict(listed)))
     return model
 

@@ -38,11 +38,11 @@ def test_types_and_the_template_of_the_card_are_shipped():
     assert package.joinpath("report", "card_template.md").is_file()
 
 
-@pytest.mark.slow
-def test_importing_the_package_leaves_trainer_and_plots_alone():
-    code = "import sys, hf_subprune; print(*sys.modules)"
+LIGHT = "hf_subprune", "hf_subprune.cli", "hf_subprune.cli.commands"
+
+
+def test_importing_the_package_or_its_commands_brings_in_nothing_heavy():
+    code = f"import sys, {', '.join(LIGHT)}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "hf_subprune.pruning" in loaded
-    assert not {"transformers.trainer", "hf_subprune.training.callback", "matplotlib", "peft", "evaluate"} & set(
-        loaded
-    )
+    assert set(LIGHT) <= set(loaded)
+    assert not {"torch", "transformers", "datasets", "huggingface_hub", "numpy", "hf_subprune.pruning"} & set(loaded)

@@ -13,11 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import logging
 
 from ..bench.commands import bench_app
 from ..config import PruneConfig
-from ..report.plain import printable
 from .options import (
     Column,
     Columns,
@@ -98,6 +96,8 @@ def inspect(
 
 
 def _survey(out: Path | None, heads: Sequence[str]) -> None:
+    from transformers.utils import logging
+
     from ..coverage.survey import Row, architectures_of, survey
     from ..coverage.table import append_row, stored_rows, summary, to_json, to_markdown
 
@@ -316,6 +316,8 @@ def demo(
 
 
 def _set_quiet(quiet: bool) -> None:
+    from transformers.utils import logging
+
     if quiet or not sys.stderr.isatty():
         logging.disable_progress_bar()
 
@@ -330,5 +332,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:
+        from ..report.plain import printable
+
         Console(stderr=True).print(Text.assemble(("Error:", "red"), " " + printable(str(error), keep="\n")))
         raise SystemExit(1) from error

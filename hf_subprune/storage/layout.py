@@ -15,14 +15,10 @@ from ..models.offload import device_of, reading
 from ..models.quantized import MARKS, is_unpacked, remove_marks
 from ..models.running import undisturbed
 from .layers import without_idle_layers
+from .method import QUANT_METHOD
 from .skeleton import build_skeleton, describe, nested_configs, read_back, sizes, tensors
 from .spec import LayoutSpec, apply_spec
 from .stock import find_stock_config
-
-QUANT_METHOD = "subprune (pip install hf_subprune)"
-"""The name under which the widths of a ragged model stand in `config.quantization_config`.
-
-Where hf_subprune is missing, this name is all of the entry that the messages of transformers show."""
 
 NOTICE = (
     "This model was pruned; its layers have widths of their own, listed here. To load it: `pip install hf_subprune`, "

@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto
 
 from ..models import forwards
 from . import spec
-from .layout import QUANT_METHOD
+from .method import QUANT_METHOD
 
 MODULE = "modeling_subprune"
 """Name of the file of code, without `.py`."""
