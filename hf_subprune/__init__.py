@@ -5,7 +5,7 @@ A floor imports only from those that are named after it, which `tests/test_house
 - Run from: `cli`; this `__init__`; `bench`.
 - Joined: `training`, `checkpoint`, `demo`, `sizes`, over `pruning`, the five stages in their order.
 - The stages: `solving`, `allocation`, `routing`, `collection`, `evaluation`, `coverage`, `discovery`.
-- Told and stored: `report`, `loading`, `storage`.
+- Told and stored: `serving`, `report`, `loading`, `storage`.
 - Read and cut: `data`, `surgery`.
 - Below: `models`, a torch model in itself; `blocks`; `runs`, what a run keeps; `config`; `solver`, tensors only.
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .pruning import prune, prune_sizes
     from .report.report import PruneReport
     from .report.saving import save_pruned
+    from .serving.export import export
     from .training.callback import SubpruneCallback
     from .training.recovery import recover
 
@@ -31,6 +32,7 @@ __all__ = [
     "PruneConfig",
     "PruneReport",
     "SubpruneCallback",
+    "export",
     "generated_text",
     "prune",
     "prune_checkpoint",
@@ -44,6 +46,7 @@ _LAZY = {
     "PruneConfig": "config",
     "PruneReport": "report.report",
     "SubpruneCallback": "training.callback",
+    "export": "serving.export",
     "generated_text": "data.generation",
     "prune": "pruning",
     "prune_checkpoint": "checkpoint",

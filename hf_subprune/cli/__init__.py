@@ -1,4 +1,4 @@
-"""The command line over everything else: `hf-subprune inspect | prune | evaluate | report | push | demo | bench`.
+"""The command line over everything else: `hf-subprune inspect | prune | evaluate | report | push | export | ...`.
 
 Takes words of a shell; gives tables, folders, and one line instead of a traceback where the user can mend something.
 """

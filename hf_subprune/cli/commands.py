@@ -1,4 +1,4 @@
-"""The `hf-subprune` command: `inspect`, `prune`, `evaluate`, `report`, `push`, `demo` and `bench`."""
+"""The `hf-subprune` command: `inspect`, `prune`, `evaluate`, `report`, `push`, `export`, `demo` and `bench`."""
 
 import os
 import shlex
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..bench.commands import bench_app
 from ..config import PruneConfig
+from .exporting import export
 from .options import (
     Column,
     Columns,
@@ -45,6 +46,7 @@ app = typer.Typer(
 console = Console(quiet=int(os.environ.get("RANK", "0")) > 0, markup=False, emoji=False)
 
 app.add_typer(bench_app, name="bench")
+app.command()(export)
 
 
 @app.command()
