@@ -271,7 +271,7 @@ def evaluate(
     from ..evaluation.tasks import Trial, load_task
     from ..report.records import REPORT_NAME
     from ..report.report import PruneReport
-    from ..report.tables import metric_table
+    from ..report.tables import example_table, metric_table
 
     _set_quiet(quiet)
     if task is None and (metric or label or save):
@@ -294,7 +294,7 @@ def evaluate(
     )
     metrics = Trial(evaluated, original, chosen).score(pruned)
     console.print(compare(original, pruned, evaluated.inputs(), config, processing_class).table())
-    console.print(metric_table(metrics))
+    console.print(*filter(None, (metric_table(metrics), example_table(metrics))))
     if report is not None:
         report.with_metrics(metrics).save(folder)
         console.print(f"Added to the report in {folder}.", soft_wrap=True)

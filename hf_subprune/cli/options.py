@@ -15,7 +15,10 @@ from typer.core import TyperGroup
 from ..config import TARGETS, PruneConfig, field_help
 
 Model = Annotated[str, typer.Argument(help="Local folder or Hub id of a model.", metavar="MODEL")]
-_SOURCE = "Hub data set, id or id:config; a .txt, .jsonl, .csv or .parquet file; or a folder of these or of images."
+_SOURCE = (
+    "Hub data set, id or id:config; a .txt, .jsonl, .csv or .parquet file; or a folder of these, of images or of "
+    "sounds."
+)
 Data = Annotated[str, typer.Option(help=_SOURCE)]
 Mixture = Annotated[
     list[str] | None,
@@ -40,7 +43,11 @@ Columns = Annotated[
 ]
 TaskName = Annotated[
     str | None,
-    typer.Option("--task", help="classification, sts (Spearman), perplexity or embedding-drift; none when left out."),
+    typer.Option(
+        "--task",
+        help="classification, sts (Spearman), perplexity, transcription (word errors) or embedding-drift; none when "
+        "left out.",
+    ),
 ]
 MetricName = Annotated[
     str | None,
