@@ -33,6 +33,8 @@ from .report.saving import check_shard_size, save_to
 from .runs.durable import DamagedError, check_space, digest_of, read_json, write_json
 from .runs.memory import freed_at_once
 from .runs.processes import from_process, processes, state
+from .runs.progress import displays
+from .runs.stages import LOADING, PRUNING, READING, SAVING, begin, shown
 from .runs.workspace import Workspace
 from .storage.skeleton import build_skeleton
 
@@ -94,7 +96,11 @@ def prune_checkpoint(
     if config.latency is not None:
         raise ValueError("Latency is measured on a model in memory: choose another target, or use `prune`.")
     check_shard_size(max_shard_size)
-    with claimed(out) if state().is_main_process else nullcontext() as place:
+    with (
+        shown((LOADING, *PRUNING, SAVING), displays),
+        claimed(out) if state().is_main_process else nullcontext() as place,
+    ):
+        begin(LOADING)
         # No process touches anything before it is claimed.
         started: Path = from_process(0, place.partial if place is not None else Path())
         scratch = started / str(state().process_index)
@@ -108,6 +114,7 @@ def prune_checkpoint(
         check_prunable(model, offloaded=True)
         work = Workspace()
         with freed_at_once(), session(model, folder=scratch / "new"):
+            begin(READING)
             with work.clock("data"):
                 samples = read(model, data, config, processing_class)
             run.begin(_identity(source, shards, config, samples, model))
@@ -121,6 +128,7 @@ def prune_checkpoint(
             with run.damage_named():
                 report = replace(batches.run(attempt), command=command)
         if place is not None:
+            begin(SAVING)
             _save(place, model, processing_class, report, max_shard_size)
         state().wait_for_everyone()
         run.end()

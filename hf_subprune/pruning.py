@@ -32,6 +32,8 @@ from .report.records import Change
 from .report.report import PruneReport
 from .routing.removal import remove_experts, without_experts
 from .runs.processes import from_process
+from .runs.progress import displays
+from .runs.stages import EXPERTS, PRUNING, READING, SHRINKING, SURVEYING, begin, shown, with_experts
 from .runs.workspace import Workspace
 from .solving.loop import solve
 from .solving.outcome import of_the_whole, outcome
@@ -73,7 +75,8 @@ def prune(
     """
     config = PruneConfig.of(config)
     check_prunable(model, offloaded=True)
-    return intact(model, lambda: _prune(model, data, config, processing_class, evaluation))
+    with shown(with_experts(PRUNING, config.units), displays):
+        return intact(model, lambda: _prune(model, data, config, processing_class, evaluation))
 
 
 def _prune(
@@ -86,6 +89,7 @@ def _prune(
     whole = "experts" in config.units
     with session(model, whole=whole):
         work = Workspace()
+        begin(READING)
         with work.clock("data"):
             samples = read(model, data, config, processing_class)
 
@@ -148,7 +152,8 @@ def _prune_sizes(
 ) -> Iterator[PruneReport]:
     with session(model, precise=False) as handed_over:
         work, parameters = Workspace(), list(model.parameters())
-        with precise_products(parameters):
+        with precise_products(parameters), shown(SURVEYING, displays):
+            begin(READING)
             with work.clock("data"):
                 samples = read(model, data, configs[0], processing_class)
             batches = FittingBatches(samples)
@@ -162,7 +167,7 @@ def _prune_sizes(
                     survey = take_survey(some, configs, evaluation, own)
                 return prune_to(survey, config, own)
 
-            with precise_products(parameters):
+            with precise_products(parameters), shown(SHRINKING, displays):
                 report = batches.run(attempt)
             with closing(own.undo), handed_over():
                 yield report
@@ -193,6 +198,7 @@ def _without_experts(
 ) -> PruneReport:
     """Whole experts go first, then the model without them is pruned."""
     model = samples.model
+    begin(EXPERTS)
     fraction, rest = without_experts(config)
     with work.clock("evaluation"):
         check_forward(samples)

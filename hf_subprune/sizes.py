@@ -17,6 +17,7 @@ from .report.place import claimed
 from .report.records import REPORT_NAME
 from .report.report import PruneReport
 from .report.saving import check_output, check_shard_size, save_to
+from .runs.stages import SAVING, begin
 
 PLOT_NAME = "sizes.png"
 
@@ -55,6 +56,7 @@ def save_sizes(
         places = [stack.enter_context(claimed(path)) for path in folders]
         sizes = prune_sizes(model, data, configs, processing_class)
         for path, place, report in zip(folders, places, sizes, strict=True):
+            begin(SAVING)
             reports[path] = replace(report, command=command)
             save_to(place, model, processing_class, reports[path], {"max_shard_size": max_shard_size})
     if find_spec("matplotlib"):

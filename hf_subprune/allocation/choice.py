@@ -11,6 +11,7 @@ from ..config import PruneConfig
 from ..evaluation.costs import times_in_turn
 from ..report.records import Allocation, Change
 from ..runs.processes import from_process
+from ..runs.stages import SHARING, begin
 from ..runs.workspace import Workspace
 from ..surgery.edits import narrowed
 from .query_heads import alternatives, better_units, units_by_loss
@@ -69,6 +70,7 @@ def choose(survey: Survey, config: PruneConfig, work: Workspace) -> Widths:
     Raises:
         ValueError: the target cannot be met; the message says what can.
     """
+    begin(SHARING)
     with work.clock("allocation"):
         return Widths(config, *better_units(survey, whole_heads(survey, config), config, work))
 

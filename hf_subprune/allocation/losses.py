@@ -10,6 +10,7 @@ from ..collection.block_moments import BlockMoments
 from ..collection.planning import plan
 from ..collection.walk import Walk
 from ..runs.processes import from_all, is_mine
+from ..runs.stages import LOSSES, steps
 from ..runs.workspace import Workspace
 from ..solver.curves import LossCurve, loss_curve, losses_of_sets
 from ..solver.problem import Problem
@@ -124,28 +125,26 @@ def _pass_over(
     measured = set(groups) if everywhere else measured_blocks(few)
     parts = survey.plan if stored is not None or len(few) == len(survey.candidates) else plan(survey.samples, few)
     walk = Walk(survey.samples, parts, survey.owners)
-    with work.bar(len(parts.segments), "Calibrating") as bar:
-        for segment in walk.left:
+    for segment in steps(LOSSES, walk.left):
+        with work.clock("calibration"):
+            walk.start(segment)
+        for block in segment.blocks:
             with work.clock("calibration"):
-                walk.start(segment)
-            for block in segment.blocks:
-                with work.clock("calibration"):
-                    moments = walk.moments([block])[block.name]
-                if not is_mine(survey.owners[block.name]):
-                    continue
-                if stored is not None:
-                    stored[block.name] = moments
-                if trials is None or block.name not in groups:
-                    continue
-                group = groups[block.name]
-                together = waiting.setdefault(group.blocks[0].name, [])
-                together.append((survey.problem(block, moments, last=stored is None), moments.rows))
-                del moments
-                if len(together) == len(group.blocks):
-                    found.update(_look_at(survey, group, together, trials if block.name in measured else None, work))
-                    del waiting[group.blocks[0].name]
-                del together
-            bar.update()
+                moments = walk.moments([block])[block.name]
+            if not is_mine(survey.owners[block.name]):
+                continue
+            if stored is not None:
+                stored[block.name] = moments
+            if trials is None or block.name not in groups:
+                continue
+            group = groups[block.name]
+            together = waiting.setdefault(group.blocks[0].name, [])
+            together.append((survey.problem(block, moments, last=stored is None), moments.rows))
+            del moments
+            if len(together) == len(group.blocks):
+                found.update(_look_at(survey, group, together, trials if block.name in measured else None, work))
+                del waiting[group.blocks[0].name]
+            del together
     for theirs in from_all(found):
         found.update(theirs)
     return found

@@ -25,6 +25,7 @@ from ..models.linears import matrix_shape
 from ..models.running import Batch, input_device, inside, is_offloaded
 from ..runs.memory import release_memory
 from ..runs.processes import from_process, processes
+from ..runs.stages import FINDING, ORIGINAL, begin
 from ..runs.store import Store
 from ..runs.workspace import Workspace
 from ..storage.layout import choose_layout
@@ -73,6 +74,7 @@ def take_survey(
     needs_metrics = first.loss_aware and bool(candidates) and (needs_curves or first.importance == "greedy")
     needed = _scratch_bytes(samples, candidates, first) if needs_metrics else 0
     work.check_space(needed, "what the run keeps of each layer")
+    begin(ORIGINAL)
     with work.clock("evaluation"):
         original = work.once("original", lambda: Original.of(samples))
     survey = Survey(
@@ -126,6 +128,7 @@ def find(
         ValueError: as `take_survey`; the data does not fit the model, or what is pruned could not be saved.
     """
     model = samples.model
+    begin(FINDING)
     with work.clock("discovery"):
         check_forward(samples)
         if not is_offloaded(model):  # else this would read all of it, twice

@@ -28,6 +28,7 @@ from ..models.running import (
     undisturbed,
 )
 from ..runs.processes import own_share, summed
+from ..runs.stages import SENSITIVITIES, steps
 from ..runs.store import Store
 
 # Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output.
@@ -138,7 +139,7 @@ def _run_backwards(
             )
             stack.enter_context(forward_replaced(module, again))
         for part in range(_ROUNDS):
-            for number, batch in _parts(batches, part):
+            for number, batch in steps(SENSITIVITIES, list(_parts(batches, part))):
                 # The same draws, whichever process runs the batch.
                 generator.manual_seed(seed + 2**32 * (part * len(batches) + number))
                 arguments = placed(model, batch)

@@ -1,6 +1,8 @@
 """Compare a pruned model with the original on the same samples."""
 
 import statistics
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,12 +11,15 @@ from transformers import PreTrainedModel
 
 from ..config import PruneConfig
 from ..data.batches import Samples
+from ..data.probe import samples_in
 from ..data.reading import batch_some
 from ..data.trial import check_forward
+from ..models.running import Batch
 from ..report.records import Change
 from ..report.tables import change_row, in_words
-from .costs import circumstances, count_macs, count_parameters, measure_in_turn
-from .drift import Drift, drift, iter_outputs
+from ..runs.stages import COMPARING, SCORING_ORIGINAL, SCORING_PRUNED, TIMING, advance, begin, expect
+from .costs import LATENCY_ROUNDS, circumstances, count_macs, count_parameters, measure_in_turn
+from .drift import Drift, Outputs, drift, iter_outputs
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,36 @@ def compare(
         TypeError, ValueError: as `calibration.batch_some`.
     """
     batches = batch_some(original, data, config, processing_class)
+    start = time.perf_counter()
     check_forward(Samples.of(original, batches))
+    _foretell(time.perf_counter() - start, batches, data)
+    begin(TIMING)
     before, after = zip(*measure_in_turn([original, pruned], batches[0]), strict=True)
+    begin(COMPARING, len(batches))
     return Comparison(
         parameters=Change(count_parameters(original), count_parameters(pruned)),
         macs=Change(count_macs(original, batches[0]), count_macs(pruned, batches[0])),
         latency=Change(statistics.median(before), statistics.median(after)),
         measured_on=circumstances(pruned, batches[0]),
-        drift=drift(pruned, batches, iter_outputs(original, batches)),
+        drift=drift(pruned, batches, _counted(iter_outputs(original, batches))),
+    )
+
+
+def _counted(outputs: Iterator[Outputs]) -> Iterator[Outputs]:
+    for one in outputs:
+        yield one
+        advance()
+
+
+def _foretell(forward: float, batches: Sequence[Batch], data: Any) -> None:
+    """Say how long what comes may take, of which all is forwards, from the seconds of one."""
+    rows = len(data) if hasattr(data, "__len__") else sum(map(samples_in, batches))
+    scored = forward * rows / samples_in(batches[0])
+    expect(
+        {
+            TIMING: 2 * (LATENCY_ROUNDS + 1) * forward,
+            COMPARING: 2 * (len(batches) + 1) * forward,
+            SCORING_ORIGINAL: scored,
+            SCORING_PRUNED: scored,
+        }
     )

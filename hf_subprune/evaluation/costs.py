@@ -20,6 +20,9 @@ from ..models.running import Batch, inside, on_device, undisturbed
 # Blocks of runs, or turns, that a median latency is taken over, whatever time that takes.
 _FEWEST_BLOCKS = 3
 
+LATENCY_ROUNDS = 10
+"""Forwards of each of several models that are timed in turn."""
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -98,7 +101,9 @@ def circumstances(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     }
 
 
-def measure_in_turn(models: Sequence[PreTrainedModel], batch: Batch, rounds: int = 10) -> list[list[float]]:
+def measure_in_turn(
+    models: Sequence[PreTrainedModel], batch: Batch, rounds: int = LATENCY_ROUNDS
+) -> list[list[float]]:
     """Seconds of forwards of several models in turn, so that whatever else runs slows all of them down alike.
 
     Args:

@@ -1,23 +1,36 @@
-"""What a run shows while it works, and what it took: bars, and wall time of stages."""
+"""Who is shown what a run does, where nobody else decides; and the wall time of its stages."""
 
+import logging as levels
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from importlib.util import find_spec
+from typing import TypeVar
 
+from rich.console import Console
 from transformers.utils import logging
 
 from .processes import state
+from .stages import Bars, Display, Lines
 
 _T = TypeVar("_T")
 
+# Below the logger of Transformers, whose verbosity decides.
+logger = logging.get_logger("transformers.hf_subprune")
 
-@contextmanager
-def progress(total: int, description: str, *, quiet: bool = False) -> Iterator[Any]:
-    """A bar on the main process, on a terminal only; `transformers.utils.logging.disable_progress_bar` hides it."""
-    hidden = True if quiet or not state().is_main_process else None
-    with logging.tqdm(total=total, desc=description, disable=hidden) as bar:
-        yield bar
+
+def displays() -> list[Display]:
+    """What shows a run in Python, on the main process: Transformers' logger, at INFO, and bars.
+
+    Bars come in a terminal, and in a notebook that has `ipywidgets`, unless they are switched off by
+    `transformers.utils.logging.disable_progress_bar`.
+    """
+    if not state().is_main_process:
+        return []
+    found: list[Display] = [Lines(logger.info)] if logger.isEnabledFor(levels.INFO) else []
+    console = Console(stderr=True)
+    seen = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+    return [*found, Bars(console)] if seen and logging.is_progress_bar_enabled() else found
 
 
 class Clock:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from .durable import check_space, once
 from .processes import from_all, from_process, is_mine
-from .progress import Clock, progress
+from .progress import Clock
 from .store import Files, Store
 
 _T = TypeVar("_T")
@@ -27,23 +27,18 @@ class Workspace:
     Args:
         folder: For this process's files, made if need be; everything stays in memory without one.
         clock: Of the stages before.
-        quiet: Whether no bars are shown, as somebody else shows what the run is part of.
 
     Attributes:
         undo: Takes the model back, in the reverse of the order in which it was changed.
     """
 
-    def __init__(self, folder: Path | None = None, clock: Clock | None = None, *, quiet: bool = False) -> None:
-        self.folder, self.clock, self.quiet = folder, clock or Clock(), quiet
+    def __init__(self, folder: Path | None = None, clock: Clock | None = None) -> None:
+        self.folder, self.clock = folder, clock or Clock()
         self.undo = ExitStack()
 
     def again(self) -> Workspace:
         """The same files, a clock that goes on from here, and nothing to take back yet."""
-        return Workspace(self.folder, Clock(self.clock.seconds), quiet=self.quiet)
-
-    def bar(self, total: int, description: str) -> AbstractContextManager[Any]:
-        """A bar of so many steps, while the stage runs."""
-        return progress(total, description, quiet=self.quiet)
+        return Workspace(self.folder, Clock(self.clock.seconds))
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from ..collection.walk import StoredWalk, Walk
 from ..report.records import BlockReport
 from ..runs.memory import release_memory
 from ..runs.processes import is_mine, processes
+from ..runs.stages import SOLVING, advance, begin
 from ..runs.workspace import Workspace
 from ..solver.solve import Choice
 from ..surgery.edits import Edit, shrink, taken_back, undo_all
@@ -59,18 +59,16 @@ def solve(survey: Survey, widths: Widths, work: Workspace, install: Install = sh
     """
     solved = Solved()
     work.undo.callback(undo_all, solved.edits)
-    with work.bar(len(widths.blocks), "Pruning") as bar:
-        _Loop(survey, widths, work, install, solved, bar).run()
+    begin(SOLVING, len(widths.blocks))
+    _Loop(survey, widths, work, install, solved).run()
     return solved
 
 
 class _Loop:
     """One run of `solve`, whose arguments it has."""
 
-    def __init__(
-        self, survey: Survey, widths: Widths, work: Workspace, install: Install, solved: Solved, bar: Any
-    ) -> None:
-        self.survey, self.widths, self.work, self.solved, self.bar = survey, widths, work, solved, bar
+    def __init__(self, survey: Survey, widths: Widths, work: Workspace, install: Install, solved: Solved) -> None:
+        self.survey, self.widths, self.work, self.solved = survey, widths, work, solved
         self._install_one = install
         self._pending: list[tuple[Block, SolvedBlock | None]] = []
 
@@ -155,5 +153,5 @@ class _Loop:
             # A copy: the edit holds it, and with it the mapped file of all of the solution.
             edit = self._install_one(self.survey.model, block, found.kept.clone(), found.weight, found.bias)
             self.solved.edits[block.name] = edit
-            self.bar.update()
+            advance()
         self._pending.clear()

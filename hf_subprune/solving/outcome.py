@@ -8,7 +8,6 @@ from importlib.metadata import version
 
 import torch
 from accelerate.utils import send_to_device
-from transformers.utils import logging
 
 from ..allocation.choice import Widths
 from ..allocation.survey import Survey
@@ -23,14 +22,13 @@ from ..report.records import BlockReport, Change
 from ..report.report import PruneReport
 from ..runs.memory import peak_memory
 from ..runs.processes import from_process
+from ..runs.stages import CHECKING, MEASURING, begin
 from ..runs.workspace import Workspace
 from ..storage.layout import choose_layout
 from ..surgery.edits import taken_back
 from ..surgery.verification import verify
 from .loop import Solved
 from .norms import renew_statistics
-
-logger = logging.get_logger(__name__)
 
 
 def outcome(
@@ -50,12 +48,13 @@ def outcome(
         ValueError: the layout that was asked for cannot say the widths.
     """
     kept = {name: torch.tensor(report.kept_units, dtype=torch.long) for name, report in solved.reports.items()}
+    begin(CHECKING)
     with work.clock("verification"), taken_back(solved.edits):
         verify(survey.model, widths.blocks, kept, survey.probe)
+    begin(MEASURING)
     with work.clock("evaluation"):
         latency = survey.latency(solved.edits)
     work.undo.callback(put_together(survey.model.modules()))
-    logger.info("Pruned %d blocks.", len(solved.edits))
     renewed = 0
     if drifted is None and any(block.kind == "channels" for block in widths.blocks):
         with work.clock("evaluation"):

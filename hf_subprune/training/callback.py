@@ -226,7 +226,7 @@ class SubpruneCallback(TrainerCallback, ExportableState):
         with undisturbed(model), session(model):
             samples = read_few(model, data, self.config, processing_class)
             if "experts" not in self.config.units:
-                find(samples, [self.config], send_to_device(samples.probe, input_device(model)), Workspace(quiet=True))
+                find(samples, [self.config], send_to_device(samples.probe, input_device(model)), Workspace())
 
     def _start(self, model: Any, processing_class: Any, loader: DataLoader) -> None:
         pretrained = inner_model(model)

@@ -72,7 +72,7 @@ class GradualPruning:
     def _take_survey(self) -> None:
         """Find the blocks, and the widths that they are to reach, of the model as it is now."""
         with undisturbed(self.model), apart(self.model.modules()):
-            survey = take_survey(self.samples, [self.config], None, Workspace(quiet=True))
+            survey = take_survey(self.samples, [self.config], None, Workspace())
             self.blocks, self.targets = survey.blocks, whole_heads(survey, self.config)
         # Training makes moments out of date, and what was predicted of the model before it.
         self._survey = replace(survey, stored=None, curves={}, losses={}, query_losses={})
@@ -115,7 +115,7 @@ class GradualPruning:
         shrinking = self._reached([b for b in self.blocks if widths[b.name] < len(self.kept[b.name])])
         if not shrinking:
             return False
-        work, held_out = Workspace(quiet=True), self.samples.own_held_out
+        work, held_out = Workspace(), self.samples.own_held_out
         with undisturbed(self.model), apart(self.model.modules()), work.undone_on_failure():
             reference = model_outputs(self.model, held_out)
             survey = replace(looked_at_again(self._survey), present=dict(self.kept))
@@ -157,7 +157,7 @@ class GradualPruning:
         self.mask()
         pruned = [b for b in self.blocks if len(self.kept[b.name]) < b.units]
         start = time.perf_counter()
-        work, solved = Workspace(quiet=True), Solved(reports={b.name: self._report(b) for b in pruned})
+        work, solved = Workspace(), Solved(reports={b.name: self._report(b) for b in pruned})
         with undisturbed(self.model), apart(self.model.modules()), work.undone_on_failure():
             work.undo.callback(undo_all, solved.edits)
             for block in pruned:
