@@ -10,9 +10,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import CONFIG_NAME, logging
 
-from ..config import PruneConfig
+from .loading_code import loading_code, processor_class, settings
 from .plain import code, fenced, identifier, inline, is_repo_id, without_local
-from .records import PLOT_FOLDER, PLOTS, Record
+from .records import HTML_NAME, PLOT_FOLDER, PLOTS, Record
 from .tables import block_table, markdown_table, refusal_table, summary_table
 
 logger = logging.get_logger(__name__)
@@ -74,7 +74,7 @@ def model_card(
     guarantees = [b.guarantee for b in report.blocks if b.guarantee is not None and b.units_after < b.units_before]
     pruned = {b.kind for b in report.blocks if b.units_after < b.units_before}
     base_model = metadata.get("base_model")
-    processor, architecture = _processor_class(folder), identifier(report.architecture)
+    processor, architecture = processor_class(folder), identifier(report.architecture)
     return ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
@@ -87,14 +87,15 @@ def model_card(
         units=" and ".join(name for kind, name in UNIT_NAMES.items() if kind in pruned) or "units",
         summary=markdown_table(summary_table(report)),
         plots=_plots(folder),
+        page=folder is not None and (Path(folder) / HTML_NAME).is_file(),
         processor=processor,
         architecture=architecture,
-        imports=", ".join(sorted(filter(None, [architecture, processor]))),
+        loading=loading_code(report, repo_id, processor),
         auto_class=_auto_class(folder, report.architecture),
         least_guarantee=min(guarantees, default=None),
         block_table=markdown_table(block_table(report)),
         refusal_table=markdown_table(refusal_table(report.refusals)),
-        settings=_settings(report.config),
+        settings=settings(report.config),
         command=fenced(report.command),
         source=inline(str(report.data.get("source", "calibration data"))),
         versions=inline(", ".join(f"{name} {version}" for name, version in sorted(report.versions.items()))),
@@ -184,15 +185,6 @@ def _plots(folder: str | Path | None) -> dict[str, str]:
     }
 
 
-def _processor_class(folder: str | Path | None) -> str | None:
-    """What loads the processor that was saved beside the model."""
-    if folder is None:
-        return None
-    if any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        return "AutoProcessor"
-    return "AutoTokenizer" if (Path(folder) / "tokenizer_config.json").is_file() else None
-
-
 def _auto_class(folder: str | Path | None, architecture: str) -> str | None:
     """Which Auto class builds the architecture from the remote code beside the model."""
     if folder is None:
@@ -201,9 +193,3 @@ def _auto_class(folder: str | Path | None, architecture: str) -> str | None:
     classes = sorted(config.get("auto_map", {}).items(), reverse=True)
     served: dict[str, str] = {target.split(".")[-1]: name for name, target in classes}
     return identifier(served[architecture]) if architecture in served else None
-
-
-def _settings(config: Mapping[str, Any]) -> str:
-    """Arguments of the `PruneConfig`, those with their default value left out."""
-    defaults = PruneConfig().to_dict()
-    return fenced(", ".join(f"{name}={value!r}" for name, value in config.items() if value != defaults.get(name)))

@@ -33,10 +33,12 @@ from transformers.utils import CONFIG_NAME, logging
 
 from ..blocks import some_of
 from .card import CARD_NAME, write_card
+from .html import to_html
+from .loading_code import processor_class
 from .page import to_markdown
 from .place import ASIDE, WEIGHTS, add_written
 from .plain import without_local, without_paths
-from .records import PAGE_NAME, PLOT_FOLDER, PLOTS, REPORT_NAME, Record
+from .records import HTML_NAME, PAGE_NAME, PLOT_FOLDER, PLOTS, REPORT_NAME, Record
 from .saving import save_pruned
 
 logger = logging.get_logger(__name__)
@@ -271,6 +273,8 @@ def _to_push(folder: Path) -> dict[str, Path | bytes]:
     if PAGE_NAME in files:
         plots = {title: f"{PLOT_FOLDER}/{name}" for title, name in PLOTS.items() if f"{PLOT_FOLDER}/{name}" in files}
         files[PAGE_NAME] = to_markdown(report, plots).encode()
+    if HTML_NAME in files:
+        files[HTML_NAME] = to_html(report, processor_class(folder)).encode()
     for name, content in files.items():
         if name.endswith("_config.json") and isinstance(content, Path):
             values = json.loads(content.read_text(encoding="utf-8"))

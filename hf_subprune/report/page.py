@@ -1,13 +1,15 @@
-"""A report as files to read: its JSON, a Markdown page, and plots where matplotlib is installed."""
+"""A report as files to read: its JSON, a page of HTML and one of Markdown, and plots where matplotlib is."""
 
 import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from .html import to_html
+from .loading_code import processor_class
 from .plain import code, fenced, inline
-from .records import PAGE_NAME, PLOT_FOLDER, REPORT_NAME, Record
-from .tables import block_table, example_table, markdown_table, refusal_table, summary_table
+from .records import HTML_NAME, PAGE_NAME, PLOT_FOLDER, REPORT_NAME, Record
+from .tables import block_table, markdown_table, refusal_table, summary_table
 
 
 def save(record: Record, folder: str | Path) -> Path:
@@ -27,6 +29,7 @@ def save(record: Record, folder: str | Path) -> Path:
         plots = save_plots(record, folder / PLOT_FOLDER)
     shown = {title: f"{PLOT_FOLDER}/{plot.name}" for title, plot in plots.items()}
     (folder / PAGE_NAME).write_text(to_markdown(record, shown), encoding="utf-8")
+    (folder / HTML_NAME).write_text(to_html(record, processor_class(folder)), encoding="utf-8")
     return path
 
 
@@ -42,9 +45,6 @@ def to_markdown(record: Record, plots: Mapping[str, str] | None = None) -> str:
         markdown_table(summary_table(record)),
     ]
     parts += [f"![{title}]({path})" for title, path in (plots or {}).items()]
-    for data, metric in {metric.data: metric for metric in record.metrics}.items():
-        if (examples := example_table([metric])) is not None:
-            parts += [f"## {inline(data)}, side by side", markdown_table(examples)]
     parts += ["## Blocks", markdown_table(block_table(record))]
     if record.refusals:
         parts += ["## Left whole", markdown_table(refusal_table(record.refusals))]

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 from transformers.utils import CONFIG_NAME, logging
 
-from .records import PAGE_NAME, PLOT_FOLDER, PLOTS, REPORT_NAME
+from .records import HTML_NAME, PAGE_NAME, PLOT_FOLDER, PLOTS, REPORT_NAME
 
 logger = logging.get_logger(__name__)
 
@@ -226,7 +226,7 @@ def _check_ours(folder: Path) -> None:
 
 def written(folder: Path) -> list[str]:
     """Names of the files in a folder that are of a result of ours: those that its list has, and its report."""
-    report = (REPORT_NAME, PAGE_NAME, *(f"{PLOT_FOLDER}/{name}" for name in PLOTS.values()))
+    report = (REPORT_NAME, PAGE_NAME, HTML_NAME, *(f"{PLOT_FOLDER}/{name}" for name in PLOTS.values()))
     names = dict.fromkeys([*_listed(folder), *(report if (folder / REPORT_NAME).is_file() else ())])
     return [name for name in names if _is_file_in(folder, name)]
 

@@ -2,12 +2,12 @@
 
 import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .families import families, numbers, pruned, spread
 from .records import PLOTS, BlockReport, Change, Record
 from .tables import in_words
 
@@ -20,7 +20,6 @@ BEFORE, AFTER, UNSEEN, BOUND = "#c9ced6", "#2f6db5", "#d1495b", "#4a4a4a"
 LINES = (AFTER, UNSEEN, "#3a9d7c", "#e09f3e", "#7b5ea7")
 GUARANTEE = "≥: of the objective that any choice of as many units could reach, those kept reach at least this part"
 MOST_LABELS = 16  # beside one another
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a dotted path
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -57,7 +56,7 @@ def save_plots(report: Record, folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = [plot_cost(report)]
-    if _pruned(report):
+    if pruned(report):
         figures += [plot_kept(report), plot_error(report)]
     if any(b.curve for b in report.blocks):
         figures.append(plot_curves(report))
@@ -94,10 +93,10 @@ def plot_cost(report: Record) -> "Figure":
 
 def plot_kept(report: Record) -> "Figure":
     """Share of the units kept in each block, by depth, one panel per family of blocks."""
-    families = _families(report.blocks)
-    with _figure(9, 0.6 + 2.1 * len(families)) as figure:
-        panels = figure.subplots(len(families), 1, squeeze=False)[:, 0]
-        for axes, (name, blocks) in zip(panels, families.items(), strict=True):
+    found = families(report.blocks)
+    with _figure(9, 0.6 + 2.1 * len(found)) as figure:
+        panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
+        for axes, (name, blocks) in zip(panels, found.items(), strict=True):
             depth = range(len(blocks))
             kept = [100 * b.units_after / b.units_before for b in blocks]
             axes.bar(depth, [100] * len(blocks), color=BEFORE, width=0.8, label="removed")
@@ -116,10 +115,10 @@ def plot_kept(report: Record) -> "Figure":
 
 def plot_error(report: Record) -> "Figure":
     """Relative error of each pruned block by depth, fitted and held-out, and how near to the best choice it is."""
-    families = _families(_pruned(report))
-    with _figure(9, 0.9 + 2.4 * len(families)) as figure:
-        panels = figure.subplots(len(families), 1, squeeze=False)[:, 0]
-        for axes, (name, blocks) in zip(panels, families.items(), strict=True):
+    found = families(pruned(report))
+    with _figure(9, 0.9 + 2.4 * len(found)) as figure:
+        panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
+        for axes, (name, blocks) in zip(panels, found.items(), strict=True):
             depth = range(len(blocks))
             fitted, unseen = [b.fitted_error for b in blocks], [b.held_out_error for b in blocks]
             axes.vlines(depth, fitted, unseen, color=BEFORE, linewidth=3, zorder=1)
@@ -143,13 +142,13 @@ def plot_curves(report: Record) -> "Figure":
     the block alone in the original model; what was chosen is above them where the variant makes later blocks mend what
     earlier ones have done, which they cannot in full.
     """
-    families = _families([b for b in report.blocks if b.curve])
-    shown = {name: _spread(blocks, 6) for name, blocks in families.items()}
+    found = families([b for b in report.blocks if b.curve])
+    shown = {name: spread(blocks, 6) for name, blocks in found.items()}
     columns = max(map(len, shown.values()))
     with _figure(max(9, 1.2 + 1.75 * columns), 0.8 + 2.3 * len(shown)) as figure:
         grid = figure.subplots(len(shown), columns, sharex="row", sharey="row", squeeze=False)
         for row, (name, blocks) in zip(grid, shown.items(), strict=True):
-            for axes, block, number in zip(row, blocks, _numbers(blocks), strict=False):
+            for axes, block, number in zip(row, blocks, numbers(blocks), strict=False):
                 units, fitted, unseen = zip(*block.curve, strict=True)
                 axes.plot(units, fitted, color=AFTER, linewidth=1.4, label="pruned alone, rows fitted on")
                 axes.plot(units, unseen, color=UNSEEN, linewidth=1.4, label="pruned alone, rows held out")
@@ -210,31 +209,6 @@ def plot_tradeoff(reports: Mapping[str, Sequence[Record]], quality: str | None =
     return figure
 
 
-def _pruned(report: Record) -> list[BlockReport]:
-    """Blocks that lost units; the others have no error to show."""
-    return [b for b in report.blocks if b.units_after < b.units_before]
-
-
-def _families(blocks: Sequence[BlockReport]) -> dict[str, list[BlockReport]]:
-    """Blocks whose names differ by numbers only, in their order: the layers of one stack."""
-    families: dict[str, list[BlockReport]] = {}
-    for block in blocks:
-        families.setdefault(NUMBER.sub("*", block.name), []).append(block)
-    return families
-
-
-def _numbers(blocks: Sequence[BlockReport]) -> list[str]:
-    """What tells the blocks of a family apart."""
-    return [".".join(NUMBER.findall(block.name)) for block in blocks]
-
-
-def _spread(blocks: Sequence[BlockReport], count: int) -> list[BlockReport]:
-    """At most `count` blocks at equal distances, the first and the last among them."""
-    if len(blocks) <= count:
-        return list(blocks)
-    return [blocks[round(i * (len(blocks) - 1) / (count - 1))] for i in range(count)]
-
-
 def _qualities(report: Record) -> dict[str, float]:
     """Figures of the pruned model's quality by name, labelled tasks first."""
     return {**{metric.name: metric.value.after for metric in report.metrics}, **report.drift_figures}
@@ -259,7 +233,7 @@ def _figure(width: float, height: float) -> Iterator["Figure"]:
 def _depth_axis(axes: "Axes", blocks: Sequence[BlockReport]) -> None:
     """Label positions 0, 1, ... by the numbers of the blocks, as many as there is room for."""
     ticks = range(0, len(blocks), -(-len(blocks) // MOST_LABELS))
-    axes.set_xticks(ticks, [_numbers(blocks)[i] for i in ticks])
+    axes.set_xticks(ticks, [numbers(blocks)[i] for i in ticks])
     axes.set_xlim(-0.6, max(len(blocks), 6) - 0.4)
     axes.tick_params(axis="x", length=0)
 

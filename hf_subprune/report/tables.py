@@ -1,6 +1,7 @@
 """Reports as tables to read, in a terminal and as Markdown."""
 
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any
@@ -10,10 +11,12 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from ..blocks import Refusal
+from ..blocks import Block, Refusal
 from ..config import TWO_STREAMS, PruneConfig
 from .plain import inline, printable
 from .records import BlockReport, Change, Record, TaskMetric
+
+_PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T"}
 
 # Of ways to share out a size, so many are shown.
 _ALTERNATIVES = 4
@@ -113,6 +116,33 @@ def markdown_table(table: Table | Text) -> str:
     return "\n".join(lines) + (f"\n\n{inline(str(table.caption))}" if table.caption else "")
 
 
+def found_table(architecture: str, parameters: int, blocks: Sequence[Block]) -> Table:
+    """What can be pruned: a row for each block, or for all experts of a layer, as a rich table.
+
+    Args:
+        architecture: Class of the model.
+        parameters: That it has.
+        blocks: In forward order.
+    """
+    table = Table(title=f"Prunable blocks of {architecture}", title_justify="left")
+    for name in ("block", "kind", "units", "parameters"):
+        table.add_column(name, justify="left" if name in ("block", "kind") else "right", overflow="fold")
+    rows: dict[str, list[Block]] = {}
+    for block in blocks:
+        rows.setdefault(block.stack or block.name, []).append(block)
+    for group in rows.values():
+        name, units = group[0].name, str(group[0].units)
+        if group[0].queries is not None:
+            units += f" (queries: {group[0].queries.units})"
+        if group[0].stack is not None:
+            name, units = f"{group[0].stack}.*", f"{len(group)} x {units}"
+        table.add_row(name, group[0].kind, units, f"{sum(block.parameters for block in group):,}")
+    inside = sum(block.parameters for block in blocks)
+    table.caption = f"{inside:,} of {parameters:,} parameters ({inside / parameters:.0%})"
+    table.caption_justify = "left"
+    return table
+
+
 def refusal_table(refusals: Sequence[Refusal]) -> Table | Text:
     """What is left whole, why, and what to do, as a rich table."""
     if not refusals:
@@ -141,23 +171,6 @@ def metric_table(metrics: Sequence[TaskMetric]) -> Table:
     return table
 
 
-def example_table(metrics: Sequence[TaskMetric]) -> Table | None:
-    """What a task's samples are, and what the original and the pruned model make of them; `None` without examples.
-
-    Args:
-        metrics: On the same data.
-    """
-    examples = metrics[0].examples if metrics else ()
-    if not examples:
-        return None
-    table = Table(title=printable(f"{metrics[0].data}, side by side"), title_justify="left")
-    for name in ("right", "original", "pruned"):
-        table.add_column(name, overflow="fold")
-    for example in examples:
-        table.add_row(*map(printable, example))
-    return table
-
-
 def in_words(measured_on: Mapping[str, Any]) -> str:
     """What a latency was measured on: batch, length, device and threads."""
     length, threads = measured_on.get("length"), measured_on.get("threads")
@@ -170,6 +183,13 @@ def calibrated_on(data: Mapping[str, Any]) -> str:
     tokens = f", {data['fit_tokens']} tokens" if data.get("fit_tokens") else ""
     shares = "".join(f", {data[name]:.1%} {name}" for name in ("cut", "padded") if name in data)
     return f"Fitted on {data.get('fit_samples')} samples{tokens}{shares}."
+
+
+def with_unit(value: float, unit: str = "") -> str:
+    """A figure of three digits with the prefix of its size: `2.02 s`, `22.7 M`."""
+    shown = float(f"{value:.3g}")
+    power = 0 if shown == 0 else min(max(math.floor(math.log10(abs(shown)) / 3), -3), 4)
+    return f"{shown / 1000.0**power:.3g} {_PREFIXES[power]}{unit}".rstrip()
 
 
 def change_row(change: Change, scale: float = 1.0, unit: str = "") -> tuple[str, str, str]:
