@@ -35,11 +35,13 @@ class Rule:
         allowed: The accepted values in words, said by the error.
         types: The accepted types; `bool` passes for no number.
         accepts: Whether a value of the right type is in range.
+        choices: The accepted values, where they are a few words.
     """
 
     allowed: str
     types: tuple[type, ...]
     accepts: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
 
     def check(self, name: str, value: Any) -> Any:
         """The value as it is stored: lists become tuples, dicts are copied.
@@ -63,7 +65,7 @@ class Rule:
 
 
 def _one_of(choices: tuple[str, ...]) -> Rule:
-    return Rule(f"one of {', '.join(map(repr, choices))}", (str,), lambda value: value in choices)
+    return Rule(f"one of {', '.join(map(repr, choices))}", (str,), lambda value: value in choices, choices)
 
 
 def _whole(minimum: int) -> Rule:
@@ -351,6 +353,11 @@ class PruneConfig:
 _RULES: dict[str, Rule] = {
     name: hint.__metadata__[0] for name, hint in get_type_hints(PruneConfig, include_extras=True).items()
 }
+
+
+def choices_of(name: str) -> tuple[str, ...]:
+    """The words that a field of `PruneConfig` takes; empty where it takes something else."""
+    return _RULES[name].choices
 
 
 def field_help() -> dict[str, str]:

@@ -24,7 +24,7 @@ PUBLIC = {(getattr(hf_subprune, name).__module__, name) for name in hf_subprune.
 REPLACED = "stands in for a forward, which is called with whatever the model around it passes"
 READ = "Transformers passes what else stands in the config"
 ANY_KEYWORDS = {
-    "cli.options:config_options.wrapped": "typer passes the options of the signature that it is given",
+    "cli.options:_expanded.wrapped": "typer passes the options of the signature that it is given",
     "collection.stream:_ended_at_call.forward": REPLACED,
     "collection.stream:_made": REPLACED,
     "collection.stream:_return": REPLACED,
@@ -123,7 +123,7 @@ def functions(node: ast.AST, within: str = "") -> Iterator[tuple[str, ast.Functi
 
 def is_free(module: str, name: str, function: ast.FunctionDef) -> bool:
     """Whether a function may have many parameters: it is public, or a command."""
-    command = any(re.search(r"\.command\(", ast.unparse(decorator)) for decorator in function.decorator_list)
+    command = any(re.search(r"\.command\(|_options$", ast.unparse(decorator)) for decorator in function.decorator_list)
     return command or (f"{PACKAGE.name}.{module}", entry(name)) in PUBLIC
 
 

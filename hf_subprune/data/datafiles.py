@@ -12,13 +12,12 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..runs.processes import state
-from .images import is_picture
-from .sounds import SOUND_KINDS, is_file, is_stored, undecoded
 from .texts import COMPLETIONS, PAIRS
 
 # The reader of `datasets` for each kind of file.
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _WEIGHTED = re.compile(r"(.+)=(\d*\.?\d+)")
+_WHERE = ("revision", "subfolder", "token", "trust_remote_code")
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -28,13 +27,13 @@ def load_data(
     """Open data as a stream.
 
     Args:
-        source: A `.txt` (a sample per line), `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of such files, of
-            images or of sounds (with folders inside, and a `metadata.jsonl` of further columns for each `file_name`),
-            or the id of a data set on the Hub, `"id:name"` for one of its configurations.
+        source: A `.txt` (a sample per line), `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of such files or
+            of images (with folders inside), or the id of a data set on the Hub, `"id:name"` for one of its
+            configurations.
         split: Of a Hub data set, or of a folder with names such as `train` and `test` in it; the train split, or the
             first one, when left out. A file is one split, `"train"`.
         column: The only column to read, or `"first,second"` for a pair of sentences; found later when left out.
-        labels: Whether the folders that images or sounds lie in are their labels.
+        labels: Whether the folders that images lie in are their labels.
 
     Raises:
         FileNotFoundError: the source is neither a file, a folder nor a data set on the Hub.
@@ -43,18 +42,16 @@ def load_data(
     path = Path(source).expanduser()
     if path.is_dir():
         kinds = {file.suffix.lower() for file in path.rglob("*")}
-        builder = "imagefolder" if kinds & _IMAGES else "audiofolder" if kinds & SOUND_KINDS else None
-        if builder is not None:
-            data = _open(builder, split, {"data_dir": str(path), "drop_labels": not labels})
+        if kinds & _IMAGES:
+            data = _open("imagefolder", split, {"data_dir": str(path), "drop_labels": not labels})
         elif kinds & set(_READERS):
             data = _open(str(path), split, {})
         else:
-            raise ValueError(f"The folder {path} holds no images, no sounds and no {_file_kinds()} file.")
+            raise ValueError(f"The folder {path} holds no images and no {_file_kinds()} file.")
     elif path.is_file():
         if path.suffix.lower() not in _READERS:
             raise ValueError(
-                f"{path} cannot be read as data: give a {_file_kinds()} file, or a folder of these, of images or of "
-                "sounds."
+                f"{path} cannot be read as data: give a {_file_kinds()} file, or a folder of these or of images."
             )
         data = _open(_READERS[path.suffix.lower()], split, {"data_files": str(path)})
     elif path.suffix.lower() in _READERS or path.is_absolute() or source.startswith((".", "~")):
@@ -94,13 +91,8 @@ def load_mixture(
 
 
 def _with_usual_name(data: IterableDataset) -> IterableDataset:
-    """The data with its only column of strings called `"text"`, as that of the others, and without further columns.
-
-    Of images and sounds, all columns.
-    """
+    """The data with its only column of strings called `"text"`, as that of the others, and without further columns."""
     row = next(iter(data))
-    if any(is_picture(value) or is_stored(value) or is_file(value) for value in row.values()):
-        return data
     strings = [name for name, value in row.items() if isinstance(value, str)]
     if "text" in strings:
         return data.select_columns(["text"])
@@ -146,7 +138,7 @@ def _one_split(splits: Mapping[str, IterableDataset], source: str, split: str | 
         if Path(source).is_file():
             known = "a file is not split as data sets of the Hub are: leave the split out"
         raise ValueError(f"The data set {source} has no split {split!r}, {known}.")
-    return undecoded(splits[split])
+    return splits[split]
 
 
 def _select(data: IterableDataset, source: str, column: str) -> IterableDataset:
@@ -165,6 +157,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     auto_class: Any = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model as the class that it was saved as, so that its head is kept, and what makes its inputs.
 
@@ -173,6 +166,8 @@ def load_model(
         dtype: Of the weights; `"auto"` keeps the saved one.
         device: Where to; an accelerator when there is one, when left out.
         auto_class: An `AutoModel...` class, for configs that do not name a class of transformers.
+        options: Further arguments of `from_pretrained`, such as `device_map`, which places the model instead,
+            `attn_implementation`, `revision`, `subfolder`, `token` and `trust_remote_code`.
 
     Returns:
         The model in evaluation mode, and its processor, tokenizer, image processor or feature extractor, whichever
@@ -181,19 +176,33 @@ def load_model(
     Raises:
         OSError: there is no such model.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
-    architecture = (config.architectures or [None])[0]
-    loader = auto_class or getattr(transformers, architecture or "", AutoModel)
-    if device is None:
-        device = state().device  # of several processes, each has its own
-    model = loader.from_pretrained(name_or_path, dtype=dtype).to(device).eval()
-    return model, load_processing_class(name_or_path)
+    options = dict(options or {})
+    where = {name: options[name] for name in _WHERE if name in options}
+    config = AutoConfig.from_pretrained(name_or_path, **where)
+    own = getattr(transformers, (config.architectures or [""])[0], AutoModel)
+    loader = auto_class or _class_of_remote_code(config, options) or own
+    model = loader.from_pretrained(name_or_path, dtype=dtype, **options)
+    if "device_map" not in options:
+        model = model.to(device or state().device)  # of several processes, each has its own
+    return model.eval(), load_processing_class(name_or_path, where)
 
 
-def load_processing_class(name_or_path: str) -> Any:
-    """The processor, tokenizer, image processor or feature extractor saved with a model; `None` without one."""
+def _class_of_remote_code(config: Any, options: Mapping[str, Any]) -> Any:
+    """The class of transformers that loads code which comes with a model, where that may run."""
+    named = getattr(config, "auto_map", None) or {}
+    models = [name for name in named if name.startswith("AutoModel")]
+    return getattr(transformers, max(models, key=len)) if models and options.get("trust_remote_code") else None
+
+
+def load_processing_class(name_or_path: str, where: Mapping[str, Any] | None = None) -> Any:
+    """The processor, tokenizer, image processor or feature extractor saved with a model; `None` without one.
+
+    Args:
+        name_or_path: Local folder or Hub id.
+        where: `revision`, `subfolder`, `token` and `trust_remote_code`, as for `from_pretrained`.
+    """
     try:
-        processing_class = AutoProcessor.from_pretrained(name_or_path)
+        processing_class = AutoProcessor.from_pretrained(name_or_path, **(where or {}))
     except (OSError, ValueError):
         return None
     # Where no tokenizer was saved, transformers makes one that knows its special tokens and nothing else.

@@ -12,3 +12,9 @@ def folder(tmp_path):
 @pytest.fixture
 def texts(tmp_path):
     return write_texts(tmp_path / "texts.txt")
+
+
+@pytest.fixture(autouse=True)
+def _libraries_speak(monkeypatch):
+    """A command that is run in this process would silence them for the tests that come."""
+    monkeypatch.setattr("hf_subprune.cli.commands.silence_libraries", lambda: None)

@@ -27,6 +27,6 @@ def test_a_fraction_for_each_kind_is_given_in_short_or_as_json(text):
 
 
 def test_every_field_of_the_config_is_an_option():
-    printed = run("prune", "--help")
+    printed = run("prune", "--help-all")
     missing = [name for name in PruneConfig().to_dict() if f"--{name.replace('_', '-')}" not in printed]
     assert not missing
