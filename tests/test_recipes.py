@@ -4,18 +4,22 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from batches import ready_batches
+from speech import make_processor, sounds, tiny_whisper, write_sounds
 from tiny import tiny
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, WhisperForConditionalGeneration
 from typer.testing import CliRunner
 
 from hf_subprune import PruneConfig, prune
 from hf_subprune.cli import app
+from hf_subprune.data.datafiles import load_data
 from hf_subprune.demo import docstrings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -142,19 +146,34 @@ def test_channels_of_a_resnet_are_pruned_with_and_without_new_weights(recipe):
     assert len({row["parameters"] for row in rows}) == 1 and rows[0]["parameters"] < 0.9
 
 
-def test_tunes_have_their_pitches(recipe):
-    speech = recipe("speech")
-    waves, pitches = speech.make_tunes(3, seed=0)
-    assert pitches.shape == (3, speech.TONES)
-    spectrum = torch.fft.rfft(torch.tensor(waves[0][: len(waves[0]) // speech.TONES])).abs()
-    hertz = float(spectrum.argmax()) * speech.RATE / (len(waves[0]) // speech.TONES)
-    assert hertz == pytest.approx(300 * 2 ** (float(pitches[0, 0]) / 2), rel=0.02)
-
-
 @pytest.mark.slow
-def test_a_speech_model_is_pruned_on_sound_alone(recipe):
-    rows = recipe("speech").main(["--steps", "2", "--samples", "16", "--test", "8"])
-    assert len(rows) == 3 and all(0 <= row["after"] <= 1 and row["MACs"] < 1 for row in rows)
+def test_whisper_is_pruned_on_a_folder_of_speech(recipe, tmp_path, capsys):
+    tiny_whisper().save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    write_sounds(tmp_path / "spoken", sounds(8), recipe("whisper").sentences(8))
+    folders = [
+        "--model",
+        str(tmp_path / "model"),
+        "--speech",
+        str(tmp_path / "spoken"),
+        "--save",
+        str(tmp_path / "out"),
+    ]
+    rows = recipe("whisper").main(
+        [*folders, "--samples", "4", "--held-out", "2", "--test", "2", "--keep", "0.85", "--only", "default"]
+    )
+    assert [(row["keep"], row["layout"]) for row in rows] == [(0.85, "stock")]
+    assert "side by side" in capsys.readouterr().out
+    assert WhisperForConditionalGeneration.from_pretrained(tmp_path / "out").num_parameters() > 0
+
+
+@pytest.mark.skipif(shutil.which("flite") is None, reason="there is no flite to speak")
+def test_sentences_are_spoken_in_four_voices(recipe, tmp_path):
+    whisper = recipe("whisper")
+    whisper.speak(tmp_path, whisper.sentences(4))
+    rows = list(load_data(str(tmp_path)))
+    assert [row["text"] for row in rows] == whisper.sentences(4) and len(set(whisper.sentences(100))) == 100
+    assert all(soundfile.info(row["audio"]).samplerate == 16_000 for row in rows)
 
 
 def test_a_pruned_model_is_quantized(recipe, encoder):

@@ -70,7 +70,7 @@ def evaluate(
         from ..evaluation.tasks import Trial, load_task
         from ..report.records import REPORT_NAME
         from ..report.report import PruneReport
-        from ..report.tables import metric_table
+        from ..report.tables import example_table, metric_table
 
         report = PruneReport.load(folder) if save else None
         if report is not None and not os.access(Path(folder) / REPORT_NAME, os.W_OK):
@@ -97,7 +97,9 @@ def evaluate(
     if as_json:
         give_json({**compared.to_dict(), "metrics": [asdict(one) for one in metrics]})
         return
-    give(compared.table(), *([metric_table(metrics)] if metrics else []))
+    give(compared.table())
+    if metrics:
+        give(*filter(None, (metric_table(metrics), example_table(metrics))))
     if report is not None:
         give(f"Added to the report in {folder}.")
 

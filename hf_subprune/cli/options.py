@@ -17,7 +17,10 @@ DATA, SIZE, METHOD, RUN, RESULT = "Data", "How small", "How it is pruned", "How 
 """Panels of the help."""
 
 Model = Annotated[str, typer.Argument(help="Local folder or Hub id of a model.", metavar="MODEL")]
-_SOURCE = "Hub data set, id or id:config; a .txt, .jsonl, .csv or .parquet file; or a folder of these or of images."
+_SOURCE = (
+    "Hub data set, id or id:config; a .txt, .jsonl, .csv or .parquet file; or a folder of these, of images or of "
+    "sounds."
+)
 Data = Annotated[
     list[str],
     typer.Option(help=f"{_SOURCE} Several are a mixture, SOURCE=WEIGHT.", metavar="SOURCE", rich_help_panel=DATA),
@@ -54,8 +57,12 @@ Columns = Annotated[
     str | None, typer.Option("--column", help="Column to read, 'first,second' for sts; found by its type if left out.")
 ]
 TaskName = Annotated[
-    Literal["classification", "sts", "perplexity", "embedding-drift"] | None,
-    typer.Option("--task", help="Score on labelled data; sts by Spearman's correlation.", rich_help_panel="Task"),
+    Literal["classification", "sts", "perplexity", "embedding-drift", "transcription"] | None,
+    typer.Option(
+        "--task",
+        help="Score on labelled data; sts by Spearman's correlation, transcription by word errors.",
+        rich_help_panel="Task",
+    ),
 ]
 MetricName = Annotated[
     str | None,

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..models.running import Batch
 from ..runs.memory import ran_out_of_memory
 from ..runs.processes import own_share
-from .padding import token_mask
+from .padding import spoken_frames, token_mask
 from .probe import is_divisible, probe_of, samples_in
 
 logger = logging.get_logger(__name__)
@@ -73,7 +73,8 @@ class Samples:
     def description(self) -> dict[str, Any]:
         """The data in plain JSON types: where it came from, its samples, and its tokens where it has any.
 
-        `cut` is what part of the samples was left out, `padded` what part of the batches is padding.
+        `cut` is what part of the samples was left out, `padded` what part of the batches is padding: of tokens, or of
+        frames that a spectrogram has behind the sound.
         """
         return {
             "source": self.source,
@@ -82,7 +83,7 @@ class Samples:
             "fit_tokens": _tokens(self.fit),
             "held_out_tokens": _tokens(self.held_out),
             "cut": self.cut,
-            "padded": _padded([*self.fit, *self.held_out]),
+            "padded": _padded(self.model, [*self.fit, *self.held_out]),
         }
 
     def mask(self, shape: Sequence[int], index: int, consumer: str) -> torch.Tensor | None:
@@ -113,10 +114,13 @@ def _tokens(batches: list[Batch]) -> int | None:
     return sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
 
 
-def _padded(batches: list[Batch]) -> float:
-    """What part of the batches' tokens is padding."""
+def _padded(model: PreTrainedModel, batches: list[Batch]) -> float:
+    """What part of the batches' tokens or frames is padding."""
     tokens = _tokens(batches)
-    return 0.0 if not tokens else 1 - tokens / sum(batch["input_ids"].numel() for batch in batches)
+    if tokens:
+        return 1 - tokens / sum(batch["input_ids"].numel() for batch in batches)
+    spoken = [frames for batch in batches if (frames := spoken_frames(model, batch)) is not None]
+    return 1 - sum(int(frames.sum()) for frames in spoken) / sum(map(torch.numel, spoken)) if spoken else 0.0
 
 
 def pieces(batch: Batch, size: int) -> list[Batch]:

@@ -2,7 +2,7 @@
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,19 @@ def _length(sample: Sample, token_axis: int = 0) -> int:
     if ids is not None:
         return ids.shape[token_axis]
     return max((value.numel() for value in sample.features.values()), default=0)
+
+
+def uncut(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]]:
+    """Samples in their order, at most so many together, those without tokens of one length: `collate` cuts none."""
+    group: list[Sample] = []
+    for sample in samples:
+        differs = group and "input_ids" not in sample.features and _length(sample) != _length(group[0])
+        if differs or len(group) == batch_size:
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
 
 
 def collate(samples: Sequence[Sample], pad_id: int, token_axis: int = 0) -> Batch:

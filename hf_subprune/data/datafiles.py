@@ -12,6 +12,8 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..runs.processes import state
+from .images import is_picture
+from .sounds import SOUND_KINDS, is_file, is_stored, undecoded
 from .texts import COMPLETIONS, PAIRS
 
 # The reader of `datasets` for each kind of file.
@@ -27,13 +29,13 @@ def load_data(
     """Open data as a stream.
 
     Args:
-        source: A `.txt` (a sample per line), `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of such files or
-            of images (with folders inside), or the id of a data set on the Hub, `"id:name"` for one of its
-            configurations.
+        source: A `.txt` (a sample per line), `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of such files, of
+            images or of sounds (with folders inside, and a `metadata.jsonl` of further columns for each `file_name`),
+            or the id of a data set on the Hub, `"id:name"` for one of its configurations.
         split: Of a Hub data set, or of a folder with names such as `train` and `test` in it; the train split, or the
             first one, when left out. A file is one split, `"train"`.
         column: The only column to read, or `"first,second"` for a pair of sentences; found later when left out.
-        labels: Whether the folders that images lie in are their labels.
+        labels: Whether the folders that images or sounds lie in are their labels.
 
     Raises:
         FileNotFoundError: the source is neither a file, a folder nor a data set on the Hub.
@@ -42,16 +44,18 @@ def load_data(
     path = Path(source).expanduser()
     if path.is_dir():
         kinds = {file.suffix.lower() for file in path.rglob("*")}
-        if kinds & _IMAGES:
-            data = _open("imagefolder", split, {"data_dir": str(path), "drop_labels": not labels})
+        builder = "imagefolder" if kinds & _IMAGES else "audiofolder" if kinds & SOUND_KINDS else None
+        if builder is not None:
+            data = _open(builder, split, {"data_dir": str(path), "drop_labels": not labels})
         elif kinds & set(_READERS):
             data = _open(str(path), split, {})
         else:
-            raise ValueError(f"The folder {path} holds no images and no {_file_kinds()} file.")
+            raise ValueError(f"The folder {path} holds no images, no sounds and no {_file_kinds()} file.")
     elif path.is_file():
         if path.suffix.lower() not in _READERS:
             raise ValueError(
-                f"{path} cannot be read as data: give a {_file_kinds()} file, or a folder of these or of images."
+                f"{path} cannot be read as data: give a {_file_kinds()} file, or a folder of these, of images or of "
+                "sounds."
             )
         data = _open(_READERS[path.suffix.lower()], split, {"data_files": str(path)})
     elif path.suffix.lower() in _READERS or path.is_absolute() or source.startswith((".", "~")):
@@ -91,8 +95,13 @@ def load_mixture(
 
 
 def _with_usual_name(data: IterableDataset) -> IterableDataset:
-    """The data with its only column of strings called `"text"`, as that of the others, and without further columns."""
+    """The data with its only column of strings called `"text"`, as that of the others, and without further columns.
+
+    Of images and sounds, all columns.
+    """
     row = next(iter(data))
+    if any(is_picture(value) or is_stored(value) or is_file(value) for value in row.values()):
+        return data
     strings = [name for name, value in row.items() if isinstance(value, str)]
     if "text" in strings:
         return data.select_columns(["text"])
@@ -138,7 +147,7 @@ def _one_split(splits: Mapping[str, IterableDataset], source: str, split: str | 
         if Path(source).is_file():
             known = "a file is not split as data sets of the Hub are: leave the split out"
         raise ValueError(f"The data set {source} has no split {split!r}, {known}.")
-    return splits[split]
+    return undecoded(splits[split])
 
 
 def _select(data: IterableDataset, source: str, column: str) -> IterableDataset:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .features import INPUTS, Accepts, Features, Sample, example_columns
 from .images import as_picture, is_picture
-from .texts import TextColumns, text_columns, tokenize
+from .sounds import is_file, is_stored, is_waveform, waveform
+from .texts import TRANSCRIPTS, TextColumns, Written, text_columns, tokenize
 
 _PARTS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_extractor"}
 
@@ -28,12 +30,14 @@ class Encoder:
         encode: From a row to its sample; `None` for a blank text.
         text: Where the text stands, if it reads one.
         alone: Whether text is all that it reads.
+        tokenizes: Whether it reads text, be it that which stands beside a sound or an image.
     """
 
     columns: frozenset[str]
     encode: Callable[[Mapping[str, Any]], Sample | None]
     text: TextColumns | None = None
     alone: bool = False
+    tokenizes: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -115,6 +119,9 @@ def make_encoder(accepts: Accepts, item: Any, processing_class: Any, longest: in
         read.append(_text_reader(_part("text", processing_class), text, longest))
     for kind, column in others.items():
         read.append(_READERS[kind](_part(kind, processing_class), column, accepts))
+    said = _transcripts(row, accepts, processing_class)
+    if said is not None and accepts.start is not None:
+        read.append(_transcript_reader(processing_class.tokenizer, said, accepts.start, longest))
 
     def encode(given: Mapping[str, Any]) -> Sample | None:
         parts = [sample for reader in read if (sample := reader(given)) is not None]
@@ -123,8 +130,8 @@ def make_encoder(accepts: Accepts, item: Any, processing_class: Any, longest: in
         features = {k: v for part in parts for k, v in part.features.items() if k in arguments}
         return Sample(features, sum(part.cut for part in parts))
 
-    columns = frozenset(others.values()) | (text.names if text is not None else frozenset())
-    return Encoder(columns, encode, text, alone=not others)
+    columns = frozenset(filter(None, (*others.values(), said))) | (text.names if text is not None else frozenset())
+    return Encoder(columns, encode, text, alone=not others, tokenizes=text is not None or said is not None)
 
 
 _NEEDED = {
@@ -132,8 +139,7 @@ _NEEDED = {
     "'role' and 'content'; 'prompt' and 'completion'; a pair such as 'sentence1' and 'sentence2'; or token ids in a "
     "dict, {'input_ids': ids}.",
     "image": "It needs images; a column of file names becomes one with dataset.cast_column(name, datasets.Image()).",
-    "audio": "It needs audio, each value with 'array' and 'sampling_rate'; a column of file names becomes one with "
-    "dataset.cast_column(name, datasets.Audio()).",
+    "audio": "It needs sound: names of files, or values with 'array' and 'sampling_rate', or with 'bytes' or 'path'.",
 }
 
 
@@ -144,23 +150,32 @@ def _found(item: Any) -> str:
     return f"Columns found: {', '.join(columns) or 'none'}."
 
 
-def _is_audio(value: Any) -> bool:
-    # `datasets` decodes audio to a dict, or to a decoder that is indexed as one.
-    return (isinstance(value, Mapping) and "array" in value) or hasattr(value, "get_all_samples")
-
-
-_IS_KIND: dict[str, Callable[[Any], bool]] = {"image": is_picture, "audio": _is_audio}
+# What tells images and sounds, the surest first: what a column holds by the next counts where none is found.
+_FORMS: dict[str, tuple[Callable[[Any], bool], ...]] = {
+    "image": (is_picture,),
+    "audio": (is_stored, is_file, is_waveform),
+}
 
 
 def _column(kind: str, row: Mapping[str, Any], accepts: Accepts) -> str | None:
     """The column of images or sounds: the one of that name, or the only one."""
-    candidates = [name for name, value in row.items() if _IS_KIND[kind](value) and not accepts.is_label(name)]
+    values = {name: value for name, value in row.items() if not accepts.is_label(name)}
+    found = ([name for name, value in values.items() if form(value)] for form in _FORMS[kind])
+    candidates: list[str] = next(filter(None, found), [])
     if kind in candidates or len(candidates) < 2:
         return kind if kind in candidates else next(iter(candidates), None)
     raise ValueError(
         f"The calibration data has several columns of {kind}s, {', '.join(map(repr, candidates))}: name the one to "
         f"read {kind!r}, or leave the others out (on the command line, --column)."
     )
+
+
+def _transcripts(row: Mapping[str, Any], accepts: Accepts, processing_class: Any) -> str | None:
+    """The column of what is said in sounds or stands in images, for a decoder, if there is a tokenizer for it."""
+    if accepts.start is None or not isinstance(getattr(processing_class, "tokenizer", None), PreTrainedTokenizerBase):
+        return None
+    texts = (name for name in TRANSCRIPTS if isinstance(row.get(name), str) and not is_file(row[name]))
+    return next(texts, None)
 
 
 def _part(kind: str, processing_class: Any) -> Any:
@@ -189,6 +204,24 @@ def _text_reader(tokenizer: Any, columns: TextColumns, longest: int) -> Callable
     return read
 
 
+def _transcript_reader(
+    tokenizer: Any, column: str, start: int, longest: int
+) -> Callable[[Mapping[str, Any]], Sample | None]:
+    """What a decoder reads that writes down a transcript: the start token, and all but the end."""
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
+
+    def read(row: Mapping[str, Any]) -> Sample | None:
+        if not row[column].strip():
+            return None
+        columns, cut = tokenize(tokenizer, Written(row[column]), longest)
+        written = columns["input_ids"]
+        written = written if written[:1] == [start] else [start, *written]
+        ids = torch.tensor(written[:-1] if len(written) > 1 and written[-1] in ends else written)
+        return Sample({"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}, cut)
+
+    return read
+
+
 def _image_reader(processor: Any, column: str, accepts: Accepts) -> Callable[[Mapping[str, Any]], Sample | None]:
     channels = accepts.sizes.channels
 
@@ -200,22 +233,24 @@ def _image_reader(processor: Any, column: str, accepts: Accepts) -> Callable[[Ma
 
 
 def _audio_reader(extractor: Any, column: str, accepts: Accepts) -> Callable[[Mapping[str, Any]], Sample | None]:
+    rate = extractor.sampling_rate
+    # One clip alone has no padding but what its extractor always adds, up to a fixed length. The model reads that as
+    # silence, and the mask tells which frames are none, where it makes no difference whether the clip ends in zeros.
+    padding = signature(extractor.__call__).parameters.get("padding")
+    masked = "attention_mask" in accepts.arguments and padding is not None and padding.default == "max_length"
+    names = (*INPUTS["audio"], "attention_mask") if masked else INPUTS["audio"]
+
     def read(row: Mapping[str, Any]) -> Sample | None:
-        audio = row[column]
-        if audio["array"] is None:
+        values = waveform(row[column], rate)
+        if values is None:
             return None
-        rate = audio["sampling_rate"] or extractor.sampling_rate
-        if rate != extractor.sampling_rate:
-            raise ValueError(
-                f"The audio has {rate} samples a second and the model takes {extractor.sampling_rate}: resample it, "
-                f"for a dataset with dataset.cast_column('audio', Audio(sampling_rate={extractor.sampling_rate}))."
-            )
-        values = np.asarray(audio["array"])
         if accepts.frames is not None and accepts.frames(len(values)) < 1:
             raise ValueError(f"The clip has {len(values)} values, too few for the model to make a frame of them.")
-        encoded = extractor(values, sampling_rate=rate, return_tensors="pt")
-        # One clip alone has no padding but what its extractor always adds, which the model reads as silence.
-        return Sample({name: encoded[name][0] for name in INPUTS["audio"] if name in encoded})
+        options = {"return_attention_mask": True} if masked else {}
+        if masked and values.any():
+            values = np.trim_zeros(values, "b")
+        encoded = extractor(values, sampling_rate=rate, return_tensors="pt", **options)
+        return Sample({name: encoded[name][0] for name in names if name in encoded})
 
     return read
 

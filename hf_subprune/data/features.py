@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.sizes import Sizes
 from .images import is_picture
+from .sounds import is_file, is_waveform
 
 Features = dict[str, torch.Tensor]
 
@@ -46,6 +46,18 @@ def text_config(config: Any) -> Any:
     return next((side for side in sides if getattr(side, "vocab_size", None) is not None), config)
 
 
+def decoder_start(config: Any) -> int:
+    """The token that the decoder of an encoder-decoder model begins with."""
+    decoder = config.get_text_config(decoder=True)
+    candidates = (
+        getattr(config, "decoder_start_token_id", None),
+        getattr(decoder, "decoder_start_token_id", None),
+        getattr(decoder, "bos_token_id", None),
+        getattr(decoder, "pad_token_id", None),
+    )
+    return next((token for token in candidates if token is not None), 0)
+
+
 def most_positions(model: PreTrainedModel) -> int | None:
     """Tokens of the longest text that the positions of a model allow; `None` where they allow any."""
     limits = [getattr(text_config(model.config), "max_position_embeddings", None)]
@@ -69,6 +81,7 @@ class Accepts:
         sizes: Of inputs, as the model's config states them.
         causal: Whether it is a language model that reads text from left to right.
         frames: From the values of a waveform to the frames that a speech encoder makes of them, where it says so.
+        start: The token that a decoder begins with which writes down what is no text; `None` where there is none.
     """
 
     architecture: str
@@ -78,6 +91,7 @@ class Accepts:
     sizes: Sizes
     causal: bool = False
     frames: Callable[[int], int] | None = None
+    start: int | None = None
 
     @property
     def token_axes(self) -> int:
@@ -130,8 +144,8 @@ def example_columns(item: Any) -> Mapping[str, Any]:
         return {"text": item}
     if is_picture(item):
         return {"image": item}
-    if isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 1 and "float" in str(item.dtype):
-        return {"audio": {"array": np.asarray(item), "sampling_rate": None}}
+    if is_waveform(item) or is_file(item):
+        return {"audio": item}
     raise TypeError(
         "Calibration data must hold strings, images, waveforms, rows of columns or ready batches (dicts of tensors), "
         f"got an item of type {type(item).__name__}. Token ids belong into a dict: {{'input_ids': ids}}."

@@ -1,5 +1,6 @@
-"""Which rows of a layer's input are real tokens, so that padding never enters the moments."""
+"""Which rows of a layer's input are real tokens or spoken frames, so that padding never enters the moments."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,13 @@ from transformers import PreTrainedModel
 from ..models.experts import routed_tokens
 from ..models.linears import taps
 from ..models.running import around
+from ..models.sizes import Sizes
 
 
 def token_mask(
     model: PreTrainedModel, consumer: str, batch: Mapping[str, Any], shape: Sequence[int]
 ) -> torch.Tensor | None:
-    """Which rows of a consumer's input are real tokens rather than padding.
+    """Which rows of a consumer's input are real tokens rather than padding, or frames that hold sound.
 
     Args:
         model: The model that ran.
@@ -38,6 +40,9 @@ def token_mask(
         return None
     in_decoder = model.config.is_encoder_decoder and (not consumer or _is_within(model, consumer, model.get_decoder()))
     mask = batch.get("decoder_attention_mask" if in_decoder else "attention_mask")
+    if not in_decoder and ("input_ids" not in batch or _is_within(model, consumer, model.get_encoder("audio"))):
+        frames = spoken_frames(model, batch)
+        mask = mask if frames is None else _strided(frames, shape[:-1])
     if mask is not None and mask.shape == getattr(batch.get("input_ids"), "shape", None):
         mask = mask.flatten(0, -2)  # choices run as samples
     if mask is None or mask.ndim != 2:
@@ -54,6 +59,51 @@ def token_mask(
     else:
         return None
     return None if mask.all() else mask
+
+
+def spoken_frames(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Which frames of the spectrograms hold sound, where the model takes spectrograms of one length only.
+
+    What a clip lacks of that length is silence, which the model reads, but which tells nothing of what it is to do.
+
+    Args:
+        model: That takes the batch.
+        batch: The forward's arguments. A mask of the frames among them, the feature extractor's, counts besides.
+
+    Returns:
+        `(samples, frames)` bool, false behind the last frame with a value above the least of its sample; the first
+        frame always counts. `None` for models that take any length, and without spectrograms.
+    """
+    features = batch.get("input_features")
+    positions = Sizes(model.config).get("max_source_positions", within="audio")
+    if not isinstance(features, torch.Tensor) or features.ndim != 3 or not positions or features.shape[2] % positions:
+        return None
+    frames = features.shape[2]
+    place = torch.arange(frames, device=features.device)
+    loud = (features > features.amin((1, 2), keepdim=True)).any(1)
+    spoken = place <= torch.where(loud, place, 0).amax(1, keepdim=True)
+    for name, mask in batch.items():
+        if name.endswith("mask") and not name.startswith("decoder") and mask.shape == spoken.shape:
+            spoken &= mask.to(spoken.device).bool()
+    spoken[:, 0] = True
+    return spoken
+
+
+def _strided(frames: torch.Tensor, rows: Sequence[int]) -> torch.Tensor | None:
+    """The mask of an encoder's frames, each of which stands for equally many of a spectrogram's.
+
+    Args:
+        frames: `(samples, frames)` bool.
+        rows: Leading dimensions of what the encoder computes: samples and its frames, in either order or as one.
+
+    Returns:
+        `(samples, frames of the encoder)`; `None` where the rows are something else.
+    """
+    samples, length = frames.shape
+    count, left = divmod(math.prod(rows), samples)
+    if left or not count or length % count or len(rows) > 2 or (len(rows) == 2 and samples not in rows):
+        return None
+    return frames[:, :: length // count]
 
 
 def _is_within(model: PreTrainedModel, path: str, tower: nn.Module) -> bool:

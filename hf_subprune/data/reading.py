@@ -20,11 +20,12 @@ from ..config import PruneConfig
 from ..models.running import Batch
 from ..models.sizes import Sizes
 from .batches import Samples
-from .collation import Encoded, Ready, collate, read_ready
+from .collation import Encoded, Ready, collate, read_ready, uncut
 from .decoding import add_decoder_inputs
-from .features import Accepts, most_positions, text_config
+from .features import Accepts, Sample, decoder_start, most_positions, text_config
 from .probe import samples_in
 from .rows import Rows
+from .sounds import undecoded
 from .trial import largest
 
 logger = logging.get_logger(__name__)
@@ -43,8 +44,8 @@ def read(model: PreTrainedModel, data: Any, config: PruneConfig, processing_clas
     longest of their batch, whatever the tokenizer's padding side is: without `position_ids` only then are a token's
     positions those it has alone. Waveforms are cut to the shortest instead. Batches are made smaller where more than a
     twenty-fifth would be padding, or be cut. Columns with labels are dropped, so that no loss is computed.
-    Encoder-decoder models without decoder inputs get the text shifted right where both sides share a vocabulary, or
-    what the model generates (speech, images).
+    Encoder-decoder models without decoder inputs get the text shifted right where both sides share a vocabulary; for
+    speech and images the column of texts that stands beside them (`TRANSCRIPTS`), or what the model generates.
 
     Args:
         model: Any pretrained model; not changed.
@@ -114,7 +115,7 @@ def batch_some(model: PreTrainedModel, data: Any, config: PruneConfig, processin
 def batch_all(
     model: PreTrainedModel, data: Any, processing_class: Any = None, *, max_length: int = 256, batch_size: int = 16
 ) -> Iterator[Batch]:
-    """Batches of all of the data in its own order, one at a time, to evaluate on.
+    """Batches of all of the data in its own order, one at a time, to evaluate on; waveforms are not cut.
 
     Args:
         model: As in `read`.
@@ -128,26 +129,33 @@ def batch_all(
     """
     pad_id, accepts = _pad_id(model, processing_class), _accepts(model)
     rows = Rows(model, accepts, processing_class, longest_text(model, processing_class, max_length))
-    samples = rows.samples(enumerate(data))
-    while group := list(itertools.islice(samples, batch_size)):
-        if None in group:
-            raise ValueError(
-                "A sample to evaluate on is blank or lacks a value: filter it out, together with its label."
-            )
-        batch = collate([sample for sample in group if sample is not None], pad_id, accepts.token_axes - 1)
+    for group in uncut(_all_whole(rows.samples(enumerate(data))), batch_size):
+        batch = collate(group, pad_id, accepts.token_axes - 1)
         _complete(model, batch)
         yield batch
 
 
+def _all_whole(samples: Iterable[Sample | None]) -> Iterator[Sample]:
+    for sample in samples:
+        if sample is None:
+            raise ValueError(
+                "A sample to evaluate on is blank or lacks a value: filter it out, together with its label."
+            )
+        yield sample
+
+
 def _accepts(model: PreTrainedModel) -> Accepts:
+    arguments = frozenset(signature(model.forward).parameters)
+    writes = model.config.is_encoder_decoder and "decoder_input_ids" in arguments and "input_ids" not in arguments
     return Accepts(
         architecture=type(model).__name__,
-        arguments=frozenset(signature(model.forward).parameters),
+        arguments=arguments,
         main=model.main_input_name,
         targets=frozenset(find_labels(type(model))),
         sizes=Sizes(model.config),
         causal=model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids",
         frames=getattr(model, "_get_feat_extract_output_lengths", None),
+        start=decoder_start(model.config) if writes else None,
     )
 
 
@@ -176,6 +184,7 @@ def _items(data: Any, config: PruneConfig, accepts: Accepts) -> Iterator[tuple[i
         raise TypeError(f"Calibration data must be one split, choose one of {', '.join(map(repr, data))}.")
     if isinstance(data, pd.DataFrame):
         data = Dataset.from_pandas(data, preserve_index=False)
+    data = undecoded(data)
     if isinstance(data, Mapping):
         if not any(isinstance(value, torch.Tensor) for value in data.values()):
             raise TypeError(

@@ -63,7 +63,7 @@ class Rows:
             yield from (None for _ in head)
             return
         first = self.encoders.learn(next((item for item in given if _is_whole(item)), given[0]))
-        if first.text is not None:
+        if first.tokenizes:
             check_tokenizer(self.model, self.tokenizer)
         everything = itertools.chain(head, items)
         if self._packs(packing, head):
@@ -115,6 +115,8 @@ class Rows:
         """What is made of one item; the error of one that cannot be read says which it is."""
         try:
             yield from read()
+        except ImportError:  # a package is missing, whatever the sample
+            raise
         except Exception as error:  # tokenizers and image processors raise what they like
             what = f"Sample {number} of the data cannot be read: {first_line(error)}"
             if not skip:

@@ -23,6 +23,9 @@ PAIRS = (
 )
 """Pairs of columns that a tokenizer joins, with what it puts between two sentences."""
 
+TRANSCRIPTS = ("text", "transcription", "transcript", "sentence", "caption")
+"""Columns of what is said in a sound, or stands in an image."""
+
 _ROLES = {"human": "user", "gpt": "assistant"}
 # Part of the tokens that two tokenizers of one vocabulary number alike; the others were added.
 _ALIKE = 0.9

@@ -6,10 +6,12 @@ import numbers
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 Metric = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 """Predictions and references, one row per sample each, to figures by name."""
@@ -71,6 +73,25 @@ def as_metric(function: Callable[..., Any], name: str) -> Metric:
         return _figures(function(**dict(zip(names, (predictions, references), strict=True))), name)
 
     return metric
+
+
+@cache
+def word_errors(reference: str, prediction: str) -> tuple[int, int]:
+    """Words that are left out, replaced or added in a prediction, and words of the reference.
+
+    Case, punctuation and what stands in brackets are left out of account, as Whisper's authors do.
+
+    Raises:
+        ImportError: jiwer is not installed.
+    """
+    try:
+        from jiwer import process_words
+    except ImportError as error:
+        raise ImportError("Word errors need jiwer: pip install 'hf_subprune[speech]'") from error
+    normal = BasicTextNormalizer()
+    found = process_words(normal(reference).strip(), normal(prediction).strip())
+    errors = found.substitutions + found.deletions + found.insertions
+    return errors, found.hits + found.substitutions + found.deletions
 
 
 def _from_function(name: str) -> Metric:

@@ -75,6 +75,25 @@ def predicted_classes(model: PreTrainedModel, batches: Iterable[Batch]) -> torch
     return torch.cat(found)
 
 
+def written_tokens(model: PreTrainedModel, batches: Iterable[Batch]) -> list[list[int]]:
+    """Of a model that writes down sounds or images: the tokens of each sample, generated or the likeliest of a frame.
+
+    Raises:
+        ValueError: the model does neither.
+    """
+    found: list[list[int]] = []
+    for batch in batches:
+        if "decoder_input_ids" in batch:  # without a text, batches have what the model generates
+            found += batch["decoder_input_ids"].tolist()
+            continue
+        logits = forward_outputs(model, batch).get("logits")
+        if logits is None or logits.ndim != 3:
+            shape = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
+            raise ValueError(f"{type(model).__name__} gives {shape} and writes nothing down.")
+        found += logits.argmax(2).tolist()
+    return found
+
+
 def _hidden(encoder: PreTrainedModel, batch: Batch) -> torch.Tensor:
     output = forward_outputs(encoder, batch)
     if "last_hidden_state" not in output:

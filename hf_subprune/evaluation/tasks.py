@@ -14,15 +14,17 @@ from transformers import PreTrainedModel
 from ..config import PruneConfig
 from ..data.datafiles import load_data
 from ..data.reading import batch_all
+from ..data.texts import TRANSCRIPTS
 from ..models.running import Batch
-from ..report.records import Change, TaskMetric
+from ..report.records import Change, Example, TaskMetric
 from ..runs.stages import SCORING_ORIGINAL, SCORING_PRUNED, begin
-from .metrics import RESAMPLES, Metric, as_metric, compare_scores
-from .scores import embed, log_losses, predicted_classes
+from .metrics import RESAMPLES, Metric, as_metric, compare_scores, word_errors
+from .scores import embed, log_losses, predicted_classes, written_tokens
 
 Row = Mapping[str, Any]
 
-_LABELS = ("label", "labels", "score")
+# Samples of a transcription that are shown.
+_SHOWN = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,7 @@ class Task(ABC):
         rows: Samples as mappings of columns.
         processing_class: Tokenizer, image processor, feature extractor or processor of the model.
         columns: Those of the input; found by their type when left out.
-        label: Column of what is right; found by its name (`label`, `labels`, `score`) when left out.
+        label: Column of what is right; found by its name, one of `label_names`, when left out.
         dataset: Name of the data, for the report.
         split: Of the data, for the report.
         max_length: Tokens that a text is truncated to.
@@ -41,6 +43,7 @@ class Task(ABC):
 
     Attributes:
         figure: Name of what `metric` computes.
+        label_names: Names of columns of what is right, the first of which counts.
     """
 
     rows: Sequence[Row]
@@ -53,6 +56,7 @@ class Task(ABC):
     batch_size: int = 16
 
     figure: ClassVar[str]
+    label_names: ClassVar[Sequence[str]] = ("label", "labels", "score")
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -81,6 +85,10 @@ class Task(ABC):
     def metric(predictions: np.ndarray, references: np.ndarray) -> float:
         """The figure that is computed when no other metric is asked for."""
 
+    def examples(self, before: np.ndarray, after: np.ndarray, references: np.ndarray) -> tuple[Example, ...]:
+        """Samples to show, where predictions can be read: none for most tasks."""
+        return ()
+
     def inputs(self) -> list[Any]:
         """The samples without their labels, as `prune` takes data."""
         names = self.columns or [name for name in self.rows[0] if name != self._label_column()]
@@ -90,14 +98,14 @@ class Task(ABC):
         return batch_all(model, inputs, self.processing_class, max_length=self.max_length, batch_size=self.batch_size)
 
     def _label_column(self) -> str | None:
-        return self.label or next((name for name in _LABELS if name in self.rows[0]), None)
+        return self.label or next((name for name in self.label_names if name in self.rows[0]), None)
 
     def _labels(self) -> list[Any]:
         name = self._label_column()
         if name is None:
             raise ValueError(
-                f"The data set {self.dataset} has no column named label, labels or score: name it (--label), of "
-                f"{', '.join(map(repr, self.rows[0]))}."
+                f"The data set {self.dataset} has no column named {', '.join(self.label_names[:-1])} or "
+                f"{self.label_names[-1]}: name it (--label), of {', '.join(map(repr, self.rows[0]))}."
             )
         labels = [row[name] for row in self.rows]
         if missing := sum(label is None or label != label for label in labels):
@@ -222,11 +230,53 @@ class EmbeddingDrift(Task):
         return float((predictions * references).sum(1).mean())
 
 
+class Transcription(Task):
+    """Word errors in what a model writes down of a sound or an image, against the text of it.
+
+    Case, punctuation and what stands in brackets do not count. Where the figure is 0.1, a tenth of the words was left
+    out, replaced or added.
+    """
+
+    figure = "wer"
+    label_names = TRANSCRIPTS
+
+    def hub_task(self, model: PreTrainedModel) -> str:
+        return "image-to-text" if model.main_input_name == "pixel_values" else "automatic-speech-recognition"
+
+    def predict(self, model: PreTrainedModel) -> np.ndarray:
+        """`(samples,)` of text."""
+        tokenizer = getattr(self.processing_class, "tokenizer", None)
+        if tokenizer is None or model.main_input_name == "input_ids":
+            raise ValueError(
+                f"{type(model).__name__} with {type(self.processing_class).__name__} writes down no sound or image: "
+                "transcription takes a model that does, with the processor that was saved with it."
+            )
+        ids = written_tokens(model, self._batches(model, super().inputs()))
+        return np.array([text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)], dtype=object)
+
+    def references(self, model: PreTrainedModel, predictions: np.ndarray) -> np.ndarray:
+        return np.array(self._labels(), dtype=object)
+
+    @staticmethod
+    def metric(predictions: np.ndarray, references: np.ndarray) -> float:
+        pairs = zip(references.tolist(), predictions.tolist(), strict=True)
+        errors, words = np.array([word_errors(reference, prediction) for reference, prediction in pairs]).sum(0)
+        return float(errors / max(words, 1))
+
+    def inputs(self) -> list[Any]:
+        """The samples with their texts, which decoders read."""
+        return list(self.rows)
+
+    def examples(self, before: np.ndarray, after: np.ndarray, references: np.ndarray) -> tuple[Example, ...]:
+        return tuple(zip(references[:_SHOWN].tolist(), before[:_SHOWN].tolist(), after[:_SHOWN].tolist(), strict=True))
+
+
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "sts": SentenceSimilarity,
     "perplexity": Perplexity,
     "embedding-drift": EmbeddingDrift,
+    "transcription": Transcription,
 }
 """Every task by its name on the command line."""
 
@@ -260,9 +310,9 @@ class Trial:
             seed: As in `metrics.compare_scores`.
         """
         begin(SCORING_PRUNED)
-        scores = compare_scores(
-            self.metric, self.before, self.task.predict(pruned), self.references, resamples=resamples, seed=seed
-        )
+        after = self.task.predict(pruned)
+        scores = compare_scores(self.metric, self.before, after, self.references, resamples=resamples, seed=seed)
+        examples = self.task.examples(self.before, after, self.references)
         return tuple(
             TaskMetric(
                 name=name,
@@ -274,6 +324,7 @@ class Trial:
                 before_interval=found.before_interval,
                 after_interval=found.after_interval,
                 change_interval=found.change_interval,
+                examples=examples,
             )
             for name, found in scores.items()
         )
@@ -290,7 +341,9 @@ def load_task(
     label: str | None = None,
     samples: int | None = None,
 ) -> Task:
-    """A task on a file, a folder of images (their folders' names are the labels) or a data set of the Hub.
+    """A task on a file, a folder of images or sounds, or a data set of the Hub.
+
+    The classes of images and sounds are the names of the folders that they lie in.
 
     Args:
         name: Of `TASKS`.
@@ -310,7 +363,7 @@ def load_task(
     if name not in TASKS:
         raise ValueError(f"There is no task {name!r}, choose one of {', '.join(map(repr, TASKS))}.")
     config = config or PruneConfig()
-    data = load_data(source, split=split, labels=True)
+    data = load_data(source, split=split, labels=TASKS[name] is Classification)
     if samples is not None:
         data = data.shuffle(seed=config.seed, buffer_size=10 * samples)
     rows = (row for row in data if not any(isinstance(value, str) and not value.strip() for value in row.values()))

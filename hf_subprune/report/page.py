@@ -9,7 +9,7 @@ from .html import to_html
 from .loading_code import processor_class
 from .plain import code, fenced, inline
 from .records import HTML_NAME, PAGE_NAME, PLOT_FOLDER, REPORT_NAME, Record
-from .tables import block_table, markdown_table, refusal_table, summary_table
+from .tables import block_table, example_table, markdown_table, refusal_table, summary_table
 
 
 def save(record: Record, folder: str | Path) -> Path:
@@ -45,6 +45,9 @@ def to_markdown(record: Record, plots: Mapping[str, str] | None = None) -> str:
         markdown_table(summary_table(record)),
     ]
     parts += [f"![{title}]({path})" for title, path in (plots or {}).items()]
+    for data, metric in {metric.data: metric for metric in record.metrics}.items():
+        if (examples := example_table([metric])) is not None:
+            parts += [f"## {inline(data)}, side by side", markdown_table(examples)]
     parts += ["## Blocks", markdown_table(block_table(record))]
     if record.refusals:
         parts += ["## Left whole", markdown_table(refusal_table(record.refusals))]

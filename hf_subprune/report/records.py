@@ -137,6 +137,10 @@ class Allocation:
     alternatives: tuple[tuple[str, float], ...] = ()
 
 
+Example = tuple[str, str, str]
+"""What is right for a sample of a task, what the original predicts, and what the pruned model does."""
+
+
 @dataclass(frozen=True)
 class TaskMetric:
     """A labelled metric of the whole model before and after pruning.
@@ -151,6 +155,7 @@ class TaskMetric:
         before_interval: 95% confidence interval of the value before, `(low, high)`.
         after_interval: The same of the value after.
         change_interval: The same of the difference, after minus before, on the same samples.
+        examples: The first samples, of a task whose predictions can be read.
     """
 
     name: str
@@ -162,6 +167,7 @@ class TaskMetric:
     before_interval: tuple[float, float] | None = None
     after_interval: tuple[float, float] | None = None
     change_interval: tuple[float, float] | None = None
+    examples: tuple[Example, ...] = ()
 
     @property
     def data(self) -> str:

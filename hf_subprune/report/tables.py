@@ -171,6 +171,23 @@ def metric_table(metrics: Sequence[TaskMetric]) -> Table:
     return table
 
 
+def example_table(metrics: Sequence[TaskMetric]) -> Table | None:
+    """What a task's samples are, and what the original and the pruned model make of them; `None` without examples.
+
+    Args:
+        metrics: On the same data.
+    """
+    examples = metrics[0].examples if metrics else ()
+    if not examples:
+        return None
+    table = Table(title=printable(f"{metrics[0].data}, side by side"), title_justify="left")
+    for name in ("right", "original", "pruned"):
+        table.add_column(name, overflow="fold")
+    for example in examples:
+        table.add_row(*map(printable, example))
+    return table
+
+
 def in_words(measured_on: Mapping[str, Any]) -> str:
     """What a latency was measured on: batch, length, device and threads."""
     length, threads = measured_on.get("length"), measured_on.get("threads")

@@ -1,8 +1,13 @@
+import itertools
+import warnings
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from small_texts import SMALL, TEXT_MODEL, TEXTS
+from speech import make_processor, sounds, tiny_whisper, write_sounds
 from transformers import (
     BartConfig,
     BartModel,
@@ -16,10 +21,11 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperModel,
 )
+from transformers.utils import logging
 
 from hf_subprune.config import PruneConfig
-from hf_subprune.data import decoding
-from hf_subprune.data.reading import read
+from hf_subprune.data.datafiles import load_data
+from hf_subprune.data.reading import batch_all, read
 
 
 def test_text_models_decode_their_own_input_shifted(tokenizer):
@@ -67,8 +73,7 @@ def test_given_decoder_inputs_are_kept():
     assert read(model, [batch], PruneConfig()).fit[0]["decoder_input_ids"].shape == (3, 2)
 
 
-def test_speech_models_decode_what_they_generate(whisper_config, monkeypatch):
-    monkeypatch.setattr(decoding, "_GENERATED", 6)
+def test_speech_models_decode_what_they_generate(whisper_config):
     torch.manual_seed(0)
     model = WhisperForConditionalGeneration(whisper_config).train()
     clips = list(np.random.default_rng(0).normal(size=(4, 4000)).astype(np.float32))
@@ -77,11 +82,58 @@ def test_speech_models_decode_what_they_generate(whisper_config, monkeypatch):
         prepared = read(model, source, PruneConfig(), WhisperFeatureExtractor(feature_size=8))
         batch = prepared.fit[0]
         assert batch["input_features"].shape[1:] == (8, 3000)
-        assert 1 <= batch["decoder_input_ids"].shape[1] <= 8
+        assert (batch["decoder_input_ids"][:, 0] == 1).all()
         assert batch["decoder_attention_mask"].shape == batch["decoder_input_ids"].shape
         assert batch["decoder_attention_mask"][:, 0].all()
         assert model(**batch).loss is None
     assert model.training
+
+
+def test_generation_is_bounded_by_the_time_that_a_sound_takes():
+    model, extractor = tiny_whisper(max_source_positions=200), WhisperFeatureExtractor(feature_size=16, chunk_length=4)
+    model.generation_config.update(min_new_tokens=60, eos_token_id=None)  # it never stops by itself
+    clips = [np.full(seconds * 16_000, 0.5, dtype=np.float32) for seconds in (1, 2, 4)]
+    said = [batch["decoder_input_ids"].shape[1] for clip in clips for batch in batch_all(model, [clip], extractor)]
+    assert [longer - shorter for shorter, longer in itertools.pairwise(said)] == [8, 16]  # eight tokens a second
+
+
+def test_transcripts_beside_sounds_are_what_the_decoder_reads(tmp_path):
+    model, processor = tiny_whisper(), make_processor()
+    start, text_only, end = 257, [64, 65, 220, 66], 256
+    write_sounds(tmp_path, sounds(4), ["ab c", "ab c", "a", "a"])
+    assert processor.tokenizer("ab c")["input_ids"] == [start, 258, *text_only, end]
+    samples = read(model, load_data(str(tmp_path)), PruneConfig(batch_size=4), processor)
+    seen = {
+        tuple(ids[mask.bool()].tolist())
+        for batch in (*samples.fit, *samples.held_out)
+        for ids, mask in zip(batch["decoder_input_ids"], batch["decoder_attention_mask"], strict=True)
+    }
+    assert seen == {(start, 258, *text_only), (start, 258, 64)}
+    without = read(model, load_data(str(tmp_path)), PruneConfig(), processor.feature_extractor)
+    assert without.fit[0]["decoder_input_ids"].shape[1] > 2  # without a tokenizer, what the model says
+
+
+def test_a_tokenizer_that_adds_nothing_in_front_gets_the_start_token(tokenizer):
+    processor = SimpleNamespace(feature_extractor=make_processor().feature_extractor, tokenizer=tokenizer)
+    rows = [{"audio": wave, "transcription": "w0 w1"} for wave in sounds(3)]
+    model = tiny_whisper(vocab_size=43, pad_token_id=0, eos_token_id=2, decoder_start_token_id=2, bos_token_id=2)
+    batch = read(model, rows, PruneConfig(), processor).fit[0]
+    assert batch["decoder_input_ids"][0].tolist() == [2, 3, 4]
+
+
+def test_generation_warns_of_nothing_and_leaves_the_model_as_it_was(capfd):
+    model, processor = tiny_whisper(), make_processor()
+    model.generation_config.update(temperature=0.7, max_new_tokens=3, num_beams=2, suppress_tokens=[5])
+    before, verbosity = model.generation_config.to_dict(), logging.get_verbosity()
+    logging.set_verbosity_warning()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            read(model, sounds(4), PruneConfig(samples=3, held_out=1), processor)
+    finally:
+        logging.set_verbosity(verbosity)
+    assert capfd.readouterr().err == ""
+    assert model.generation_config.to_dict() == before
 
 
 def test_generation_stays_within_the_decoder_s_positions(whisper_config):

@@ -1,9 +1,12 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
 from small_texts import SMALL, TEXT_MODEL, TEXTS, make_bert, texts_of
+from speech import make_processor, sounds, tiny_whisper
 from transformers import (
     ASTConfig,
     ASTModel,
@@ -27,7 +30,7 @@ from transformers import (
 from hf_subprune.config import PruneConfig
 from hf_subprune.data.datafiles import load_data
 from hf_subprune.data.padding import token_mask
-from hf_subprune.data.reading import read
+from hf_subprune.data.reading import batch_all, read
 
 
 @pytest.mark.parametrize("columns", [["text", "title"], ["sentence"], ["text", "label", "label_text"]])
@@ -154,10 +157,19 @@ def test_answer_positions_are_labels():
     assert set(read(model, [batch], PruneConfig()).fit[0]) == {"input_ids"}
 
 
-def test_a_wrong_sampling_rate_is_refused(wav2vec2):
-    data = [{"audio": {"array": np.zeros(800), "sampling_rate": 8000}}] * 4
-    with pytest.raises(ValueError, match=r"8000 samples a second and the model takes 16000.*cast_column"):
-        read(wav2vec2, data, PruneConfig(), Wav2Vec2FeatureExtractor())
+def test_other_sampling_rates_become_that_of_the_model(wav2vec2):
+    clip = np.random.default_rng(0).normal(size=800)
+    data = [{"audio": {"array": clip, "sampling_rate": rate}} for rate in (8000, 8000, 16000, 16000)]
+    prepared = read(wav2vec2, data, PruneConfig(), Wav2Vec2FeatureExtractor())
+    assert {len(row) for batch in (*prepared.fit, *prepared.held_out) for row in batch["input_values"]} == {1600, 800}
+
+
+def test_a_clip_that_is_padded_to_one_length_has_a_mask_of_its_frames():
+    clip = np.concatenate([sounds(1)[0], np.zeros(777)])
+    (batch,) = batch_all(tiny_whisper(), [clip], make_processor())
+    frames = math.ceil((len(clip) - 777) / 160)
+    assert batch["attention_mask"].sum() == batch["attention_mask"][0, :frames].sum() == frames
+    assert batch["input_features"].shape == (1, 16, 100)
 
 
 def test_raw_text_needs_a_tokenizer(bert, tokenizer):

@@ -1,7 +1,10 @@
+import numpy as np
+import pytest
 import torch
+from speech import RATE, make_processor, sounds, tiny_whisper
 from transformers import T5Config, T5ForConditionalGeneration
 
-from hf_subprune.data.padding import token_mask
+from hf_subprune.data.padding import spoken_frames, token_mask
 
 
 def test_masks_of_waveforms_are_reduced_to_frames(wav2vec2):
@@ -48,3 +51,45 @@ def test_decoders_have_their_own_mask(tokenizer):
     assert cross.tolist() == token_mask(model, "", batch, (1, 3, 43)).tolist() == [True, False, False]
     del batch["decoder_attention_mask"]
     assert token_mask(model, "decoder.block.0.layer.1.EncDecAttention.o", batch, (1, 3, 16)) is None
+
+
+ENCODER, DECODER = "model.encoder.layers.0.fc2", "model.decoder.layers.0.fc2"
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    """Spectrograms of a whole second, of which parts hold sound, with and without the extractor's mask."""
+    waves = [wave[: 160 * frames] for wave, frames in zip(sounds(3, longest=2 * RATE), (20, 51, 30), strict=True)]
+    waves.append(np.concatenate([sounds(1)[0][:1600], np.zeros(1600), sounds(1)[0][:1600]]))  # a pause in between
+    extractor = make_processor().feature_extractor
+    return dict(extractor(waves, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True))
+
+
+def test_frames_behind_the_sound_are_padding_in_the_encoder(spoken):
+    model, lengths = tiny_whisper(), torch.tensor([20, 51, 30, 30])
+    spoken["decoder_attention_mask"] = torch.tensor([[1, 1, 0]] * 4)
+    mask = token_mask(model, ENCODER, spoken, (4, 50, 56))
+    assert torch.equal(mask.view(4, 50), torch.arange(50) < (lengths[:, None] + 1) // 2)
+    assert torch.equal(token_mask(model, ENCODER, spoken, (200, 56)), mask)
+    assert torch.equal(token_mask(model, "model.encoder.conv2", spoken, (4, 50, 1)), mask)
+    assert torch.equal(token_mask(model, "model.encoder.conv1", spoken, (4, 100, 1)).view(4, 100).sum(1), lengths)
+    # What the decoder computes from all that the encoder heard has the decoder's rows.
+    assert token_mask(model, "model.decoder.layers.0.encoder_attn.out_proj", spoken, (4, 3, 48)).sum() == 8
+    assert token_mask(model, "", spoken, (4, 3, 259)).sum() == 8
+
+
+def test_without_a_mask_silence_at_the_end_tells_them(spoken):
+    model = tiny_whisper()
+    features = spoken["input_features"]
+    alone = spoken_frames(model, {"input_features": features})
+    masked = spoken_frames(model, {"input_features": features, "attention_mask": spoken["attention_mask"]})
+    assert (alone & masked).equal(masked)
+    assert (alone.sum(1) - masked.sum(1)).max() <= 2  # frames overlap
+    noise = torch.randn(2, 16, 100)
+    assert spoken_frames(model, {"input_features": noise}).all()
+    assert spoken_frames(model, {"input_features": torch.zeros(2, 16, 100)}).sum() == 2  # one frame of each
+
+
+def test_lengths_that_a_model_does_not_fix_are_all_heard(wav2vec2):
+    assert spoken_frames(wav2vec2, {"input_values": torch.zeros(2, 400)}) is None
+    assert spoken_frames(tiny_whisper(), {"input_features": torch.zeros(2, 16, 60)}) is None

@@ -2,19 +2,26 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.stats import spearmanr
+from speech import make_processor, sounds, tiny_whisper, write_sounds
 from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    PreTrainedTokenizerFast,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    Wav2Vec2FeatureExtractor,
+)
 
 from hf_subprune.config import PruneConfig
 from hf_subprune.data.reading import batch_all
-from hf_subprune.evaluation.metrics import load_metric
+from hf_subprune.evaluation.metrics import load_metric, word_errors
 from hf_subprune.evaluation.scores import embed, perplexity
 from hf_subprune.evaluation.tasks import TASKS, Trial, load_task
 
@@ -149,11 +156,61 @@ def test_what_the_data_lacks_is_said(tmp_path, tokenizer, name, options, said):
 def test_predictions_of_every_task_are_arrays_by_sample(tmp_path, tokenizer):
     rows = [{"text": text, "label": 0, "second": text} for text in TEXTS]
     source = write(tmp_path / "data.jsonl", rows)
-    for name in TASKS:
+    for name in TASKS.keys() - {"transcription"}:
         columns = "text,second" if name == "sts" else "text"
         model = tiny("llama" if name == "perplexity" else "bert")
         found = load_task(name, source, tokenizer, column=columns).predict(model)
         assert isinstance(found, np.ndarray) and len(found) == len(TEXTS)
+
+
+def test_word_errors_are_of_what_is_said_whatever_its_length(tmp_path):
+    model, processor = tiny_whisper(), make_processor()
+    source = str(write_sounds(tmp_path / "spoken", sounds(4), ["ab", "c d", "e", "f"]))
+    task = load_task("transcription", source, processor, PruneConfig(batch_size=3))
+    said = task.predict(model)
+    assert said.shape == (4,) and all(isinstance(text, str) for text in said)
+    alone = load_task("transcription", source, processor, PruneConfig(batch_size=1))
+    assert alone.predict(model).tolist() == said.tolist()
+    assert [row["text"] for row in task.inputs()] == ["ab", "c d", "e", "f"] == task.references(model, said).tolist()
+    trial = Trial(task, model)
+    trial.references = said
+    (metric,) = trial.score(model, resamples=20)
+    assert (metric.value.before, metric.value.after, metric.change_interval) == (0, 0, (0, 0))
+    assert metric.examples == tuple((text, text, text) for text in said)
+
+
+def test_word_errors_leave_case_and_signs_out_of_account():
+    predictions = np.array(["the cat sat!", "a dog", "", "Hello there, world"], dtype=object)
+    references = np.array(["The cat sat.", "the dog ran", "one", "hello world"], dtype=object)
+    assert [word_errors(*pair) for pair in zip(references, predictions, strict=True)] == [
+        (0, 3),
+        (2, 3),
+        (1, 1),
+        (1, 2),
+    ]
+    assert TASKS["transcription"].metric(predictions, references) == pytest.approx(4 / 9)
+
+
+def test_frames_of_a_model_without_decoder_are_written_down_each_clip_whole(tmp_path):
+    model = tiny("wav2vec2")
+    tokenizer = make_processor().tokenizer
+    processor = SimpleNamespace(feature_extractor=Wav2Vec2FeatureExtractor(), tokenizer=tokenizer)
+    waves = sounds(3, longest=6000)
+    rows = [{"audio": wave, "text": "a"} for wave in waves]
+    task = TASKS["transcription"](rows, processor)
+    with torch.no_grad():
+        logits = [
+            model(**processor.feature_extractor(wave, sampling_rate=16_000, return_tensors="pt")).logits[0]
+            for wave in waves
+        ]
+    expected = [tokenizer.decode(one.argmax(1), skip_special_tokens=True).strip() for one in logits]
+    assert task.predict(model).tolist() == expected
+
+
+def test_what_writes_nothing_down_is_refused(tmp_path, tokenizer):
+    source = write(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS])
+    with pytest.raises(ValueError, match=r"BertFor.* writes down no sound or image"):
+        Trial(load_task("transcription", source, tokenizer), tiny("bert"))
 
 
 @pytest.mark.parametrize(
