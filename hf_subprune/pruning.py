@@ -21,7 +21,7 @@ from .config import TARGETS, PruneConfig
 from .data.batches import FittingBatches, Samples
 from .data.reading import read
 from .data.trial import check_forward
-from .evaluation.costs import measure_latency
+from .evaluation.costs import circumstances, measure_latency
 from .evaluation.original import Original
 from .models.forms import apart
 from .models.intact import intact, remembered
@@ -203,30 +203,31 @@ def _without_experts(
     with work.clock("evaluation"):
         check_forward(samples)
         original = Original.of(samples)
-        before = _seconds(samples)
+        before = _seconds(model, original)
     with work.undone_on_failure():
         removed, refusals = remove_experts(samples, config, fraction, work)
         if rest is None:
-            report = of_the_whole(samples, original, Change(before, before) if before else None, config, work)
+            report = of_the_whole(samples, original, config, work)
         else:
             with apart(inside(model)):
                 own = work.again()  # what is taken back of the rest is so while experts are apart
                 survey = replace(take_survey(samples, [rest], evaluation, own), original=original)
                 report = prune_to(survey, rest, own)
-        after = _seconds(samples)
+        after = _seconds(model, original)
     report = replace(
         report,
         config=config.to_dict(),
         latency=Change(before, after) if before and after else None,
+        measured_on=circumstances(model, original.measured_on),
         blocks=(*removed, *report.blocks),
         refusals=(*refusals, *report.refusals),
     )
     return from_process(0, report)
 
 
-def _seconds(samples: Samples) -> float | None:
+def _seconds(model: PreTrainedModel, original: Original) -> float | None:
     """Of a forward; `None` where weights are read from elsewhere meanwhile."""
-    return None if is_offloaded(samples.model) else measure_latency(samples.model, samples.held_out[0])
+    return None if is_offloaded(model) else measure_latency(model, original.measured_on)
 
 
 def _check_alike(configs: Sequence[PruneConfig]) -> None:

@@ -80,7 +80,8 @@ def clock(monkeypatch):
     def in_turn(model, batch, changed, min_run_time):
         outside = seconds(model)
         with changed():
-            return outside, seconds(model)
+            inside = seconds(model)
+        return costs.InTurn(outside, inside, (inside / outside, inside / outside))
 
     monkeypatch.setattr(targets, "measure_latency", seconds)
     for module in (targets, choice, survey):

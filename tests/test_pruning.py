@@ -8,7 +8,8 @@ from tiny import tiny
 from torch import nn
 
 from hf_subprune import PruneConfig, PruneReport, prune
-from hf_subprune.evaluation.drift import drift, model_outputs
+from hf_subprune.evaluation.drift import drift
+from hf_subprune.evaluation.outputs import model_outputs
 from hf_subprune.models.running import call, is_offloaded
 from hf_subprune.pruning import prune_sizes
 from hf_subprune.runs.workspace import Workspace

@@ -44,6 +44,11 @@ class Families:
         left = (tuple(name for name in family if name not in names) for family in self.names)
         return replace(self, names=(*filter(None, left), *((name,) for name in names)), gone=names)
 
+    def leave_a_choice(self, blocks: Iterable[Block]) -> bool:
+        """Whether what some blocks may cost in all says less than the width of each."""
+        free = [family for family in self.of(blocks) if family[0].name not in self.gone | self.whole]
+        return not self.even or len(free) > 1 or any(block.queries is not None for family in free for block in family)
+
     def of(self, blocks: Iterable[Block]) -> list[list[Block]]:
         """Some of the blocks, family by family."""
         by_name = {block.name: block for block in blocks}

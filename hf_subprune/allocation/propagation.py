@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from ..blocks import Block, groups_of
 from ..collection.block_moments import FOLDS
 from ..data.batches import Samples, pieces
-from ..evaluation.drift import Drift, Outputs, drift, model_outputs
+from ..evaluation.drift import Drift, drift
+from ..evaluation.outputs import Outputs, model_outputs
 from ..models.running import Batch
 from ..solver.curves import LossCurve, Trial
 from ..surgery.edits import shrink

@@ -59,7 +59,7 @@ def units_by_loss(
         offered: Blocks that may lose query heads.
     """
     families = survey.families_of(config)
-    of_queries = {block.name: survey.query_losses[block.name] for block in offered}
+    of_queries = {b.name: survey.query_losses[b.name] for b in offered if b.name in survey.query_losses}
     while True:
         chosen = choose_units(survey.blocks, target, config, families, survey.predicted(), of_queries)
         to_prune = [block for block, kept in chosen.values() if kept < block.units]

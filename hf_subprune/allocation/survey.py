@@ -17,11 +17,10 @@ from ..collection.segments import Plan
 from ..collection.walk import StoredWalk, Walk, walk
 from ..config import PruneConfig
 from ..data.batches import Samples
-from ..evaluation.costs import times_in_turn
+from ..evaluation.costs import InTurn, times_in_turn
 from ..evaluation.original import Original
 from ..models.linears import weight_matrix
 from ..models.running import Batch, is_offloaded
-from ..report.records import Change
 from ..runs.workspace import Workspace
 from ..solver.curves import LossCurve
 from ..solver.moments import restrict
@@ -106,8 +105,8 @@ class Survey:
         return target.cost({b.name: b.units for b in self.blocks})
 
     def predicted(self) -> dict[str, Points]:
-        """`losses`, and nothing to lose of blocks that no target can take units from."""
-        return {b.name: self.losses.get(b.name, ((b.units, 0.0),)) for b in self.blocks}
+        """`losses`; where there are none, more of the units that are left is better, whatever it is."""
+        return {b.name: self.losses.get(b.name, ((0, 1.0), (b.units, 0.0))) for b in self.blocks}
 
     def predicted_loss(self, blocks: Sequence[Block], kept: Mapping[str, int]) -> float:
         """Sum of the predicted drifts of blocks, some with query heads as units, at widths by name."""
@@ -167,11 +166,12 @@ class Survey:
         store = work.store(name) if name else None
         return walk(variant, self.samples, parts, self.owners, beforehand=beforehand, store=store)
 
-    def latency(self, edits: Mapping[str, Edit]) -> Change | None:
-        """Seconds of a forward without and with the edits; `None` where weights are read from elsewhere meanwhile."""
+    def latency(self, edits: Mapping[str, Edit]) -> InTurn | None:
+        """Seconds of a forward with the edits, as the model is, and inside, where they are taken back, the original's.
+
+        `None` where weights are read from elsewhere meanwhile.
+        """
         if is_offloaded(self.model):
             return None
-        asked = "latency" in {config.target() for config in self.configs}
-        seconds = LATENCY_SECONDS if asked else _REPORTED_SECONDS
-        after, before = times_in_turn(self.model, self.samples.held_out[0], partial(taken_back, edits), seconds)
-        return Change(before, after)
+        seconds = LATENCY_SECONDS if "latency" in {config.target() for config in self.configs} else _REPORTED_SECONDS
+        return times_in_turn(self.model, self.original.measured_on, partial(taken_back, edits), seconds)

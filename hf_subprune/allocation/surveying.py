@@ -70,13 +70,18 @@ def take_survey(
         "blocks", lambda: find(samples, configs, probe, work)
     )
     targets = from_process(0, targets)  # latencies differ from process to process
-    needs_curves = needs_losses(configs) and bool(candidates)
+    needs_curves = any(
+        config.allocation() != "uniform" and tied.leave_a_choice(candidates)
+        for config, tied in zip(configs, families, strict=True)
+        if candidates
+    )
     needs_metrics = first.loss_aware and bool(candidates) and (needs_curves or first.importance == "greedy")
     needed = _scratch_bytes(samples, candidates, first) if needs_metrics else 0
     work.check_space(needed, "what the run keeps of each layer")
     begin(ORIGINAL)
     with work.clock("evaluation"):
-        original = work.once("original", lambda: Original.of(samples))
+        whole = any(config.target() in ("latency", "macs") for config in configs)
+        original = work.once("original", lambda: Original.of(samples, whole=whole))
     survey = Survey(
         samples=samples,
         configs=list(configs),
@@ -99,11 +104,6 @@ def take_survey(
         survey = with_losses(survey, quality, work, curves=needs_curves, keep=keep)
     release_memory()
     return survey
-
-
-def needs_losses(configs: Sequence[PruneConfig]) -> bool:
-    """Whether a budget shares out by what blocks lose."""
-    return any(config.allocation() != "uniform" for config in configs)
 
 
 def looked_at_again(survey: Survey) -> Survey:

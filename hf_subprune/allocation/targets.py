@@ -219,8 +219,8 @@ def _latencies(samples: Samples, blocks: Sequence[Block]) -> _Timed:
         seconds = []
         for width in widths:
             fewer = partial(narrowed, model, family, dict.fromkeys([b.name for b in family], width))
-            outside, inside = times_in_turn(model, batch, fewer, _SECONDS)
-            seconds.append(full * inside / outside)
+            timed = times_in_turn(model, batch, fewer, _SECONDS)
+            seconds.append(full * timed.inside / timed.outside)
             table.append((kind, width, len(family), seconds[-1]))
         curve = _fit_costs(widths, [(full - s) / len(family) for s in seconds], units)
         costs |= {block.name: curve for block in family}

@@ -12,7 +12,7 @@ from ..blocks import Block
 from ..data.batches import Samples
 from ..data.padding import token_mask
 from ..data.probe import is_divisible, samples_in
-from ..evaluation.drift import compared_output
+from ..evaluation.outputs import compared_output
 from ..models.experts import by_layer
 from ..models.linears import feature_axis, input_rows, matrix_shape, weight_matrix
 from ..models.offload import device_of

@@ -19,7 +19,8 @@ from ..report.records import Change
 from ..report.tables import change_row, in_words
 from ..runs.stages import COMPARING, SCORING_ORIGINAL, SCORING_PRUNED, TIMING, advance, begin, expect
 from .costs import LATENCY_ROUNDS, circumstances, count_macs, count_parameters, measure_in_turn
-from .drift import Drift, Outputs, drift, iter_outputs
+from .drift import Drift, drift
+from .outputs import Outputs, iter_outputs
 
 
 @dataclass(frozen=True)

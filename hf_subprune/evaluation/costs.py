@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.benchmark import Timer
@@ -19,6 +19,8 @@ from ..models.running import Batch, inside, on_device, undisturbed
 
 # Blocks of runs, or turns, that a median latency is taken over, whatever time that takes.
 _FEWEST_BLOCKS = 3
+# Tokens that a forward has which is timed for the report alone: more would take longer than the rest of its figures.
+_TIMED_TOKENS = 128
 
 LATENCY_ROUNDS = 10
 """Forwards of each of several models that are timed in turn."""
@@ -89,6 +91,25 @@ def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 
     return statistics.median(times)
 
 
+def brief(batch: Batch) -> Batch:
+    """A few samples of a batch, or a part of one, whose forwards are timed for the report: some 128 tokens.
+
+    One sample of what has no tokens; a batch that cannot be cut stays as it is.
+    """
+    if not is_divisible(batch):
+        return batch
+    ids = batch.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        return {name: value[:1] for name, value in batch.items()}
+    length = ids.shape[1]
+    few = {name: value[: max(1, _TIMED_TOKENS // length)] for name, value in batch.items()}
+    if length <= _TIMED_TOKENS or any(value.shape[1:] != (length,) for value in few.values()):
+        return few
+    mask = few.get("attention_mask")
+    start = length - _TIMED_TOKENS if mask is not None and not mask[0, 0] else 0  # padding is on the left there
+    return {name: value[:, start : start + _TIMED_TOKENS] for name, value in few.items()}
+
+
 def circumstances(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """What a latency depends on: batch size, length (`None` for images), device, dtype, threads."""
     ids = batch.get("input_ids")
@@ -127,13 +148,27 @@ def _seconds(model: PreTrainedModel, batch: Batch) -> float:
         return time.perf_counter() - start
 
 
+class InTurn(NamedTuple):
+    """Seconds of a forward of a model that is changed in every other turn.
+
+    Args:
+        outside: Median of the model as it is.
+        inside: Median of the changed one.
+        ratios: Least and largest ratio, changed over as it is, of one turn.
+    """
+
+    outside: float
+    inside: float
+    ratios: tuple[float, float]
+
+
 def times_in_turn(
     model: PreTrainedModel,
     batch: Batch,
     changed: Callable[[], AbstractContextManager[None]],
     min_run_time: float,
-) -> tuple[float, float]:
-    """Median seconds of a forward outside and inside of `changed`, in turns: what else runs slows both down alike.
+) -> InTurn:
+    """Seconds of a forward outside and inside of `changed`, in turns: what else runs slows both down alike.
 
     Args:
         model: On whatever device it is to be measured.
@@ -147,7 +182,8 @@ def times_in_turn(
         with changed():
             turns.append((outside, _seconds(model, batch)))
     outsides, insides = zip(*turns[1:], strict=True)  # the first turn warms up
-    return statistics.median(outsides), statistics.median(insides)
+    ratios = [inside / outside for outside, inside in turns[1:]]
+    return InTurn(statistics.median(outsides), statistics.median(insides), (min(ratios), max(ratios)))
 
 
 def count(model: PreTrainedModel, batch: Batch) -> Costs:

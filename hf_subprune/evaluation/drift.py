@@ -1,37 +1,20 @@
 """How far a model's output drifted from another's."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch.nn.functional import cosine_similarity, kl_div
 from transformers import PreTrainedModel
 
-from ..data.padding import token_mask
-from ..models.running import Batch, floating_tensors, forward_outputs
+from ..models.running import Batch
 from ..runs.processes import from_all
+from .intervals import Interval, ratio_interval
+from .outputs import Outputs, cut_to_logits, outputs_like
 
-# Bytes of reference outputs that are held for one batch list; beyond that, evenly spaced tokens stand for all.
-_STORED_BYTES = 100 * 2**20
-_ROWS_AT_ONCE = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Outputs:
-    """What is compared of one batch's output.
-
-    Args:
-        kind: `"logits"`, or `"hidden"` for anything that is no distribution over classes.
-        rows: `(tokens, k)` on the CPU, of real tokens only (of samples where the output has one row per sample);
-            at most what the limit on stored bytes allows, evenly spaced.
-        pooled: `(samples, k)`, mean over a sample's real tokens; `None` for logits, or without a token dimension.
-    """
-
-    kind: str
-    rows: torch.Tensor
-    pooled: torch.Tensor | None
+# Numbers of outputs that are compared at once.
+_COMPARED_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -45,6 +28,7 @@ class Drift:
         top1_agreement: Fraction of rows with the same most likely class; logits only.
         cosine: Mean cosine between new and reference rows; hidden states of two entries or more only.
         embedding_cosine: The same for mean-pooled samples.
+        intervals: By figure, its 95% confidence interval over samples, where there are two or more.
     """
 
     rows: int
@@ -53,6 +37,7 @@ class Drift:
     top1_agreement: float | None = None
     cosine: float | None = None
     embedding_cosine: float | None = None
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
 
     @property
     def distance(self) -> float:
@@ -61,18 +46,9 @@ class Drift:
 
     def to_dict(self) -> dict[str, float]:
         """The figures that apply to this kind of output."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-def model_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs]:
-    """The reference that `drift` compares with, to be taken before the model changes."""
-    return list(iter_outputs(model, batches))
-
-
-def iter_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> Iterator[Outputs]:
-    """As `model_outputs`, one batch at a time: nothing is stored when both models are at hand."""
-    for batch in batches:
-        yield _outputs(model, batch, room=_STORED_BYTES // len(batches))
+        figures = {name: value for name, value in asdict(self).items() if value is not None}
+        del figures["intervals"]
+        return figures
 
 
 def drift(
@@ -83,92 +59,85 @@ def drift(
     Args:
         model: The changed model.
         batches: Those that the reference was computed on.
-        reference: `model_outputs(original, batches)`, or `iter_outputs` of it; the rows that it holds are compared.
+        reference: `outputs.model_outputs(original, batches)`, or `iter_outputs` of it; the rows that it holds are
+            compared.
         shared: Whether other processes have further batches, for one figure over all.
 
     Raises:
         ValueError: there is no batch, or no real token in any, or the outputs are of other kinds or shapes.
     """
-    sums: dict[str, float] = dict.fromkeys(("error", "norm", "kl", "same", "cosine", "pooled"), 0.0)
-    rows = samples = 0
-    logits, width = False, 0
-    for old, batch in zip(reference, batches, strict=True):
-        new = _outputs(model, batch, most=len(old.rows))
+    parts = (part for batch in batches for part in cut_to_logits(model, batch))
+    tables: list[dict[str, torch.Tensor]] = []
+    for old, part in zip(reference, parts, strict=True):
+        new = outputs_like(model, part, old)
         if (old.kind, old.rows.shape) != (new.kind, new.rows.shape):
             shapes = [f"{which.kind} of shape {tuple(which.rows.shape)}" for which in (old, new)]
             raise ValueError(
                 f"The outputs of the two models do not match: the reference gives {shapes[0]} for a batch, the other "
                 f"model {shapes[1]}. Compare a pruned model with the model that it was made from."
             )
-        logits, width = old.kind == "logits", old.rows.shape[1]
-        rows += len(old.rows)
-        for a, b in zip(old.rows.split(_ROWS_AT_ONCE), new.rows.split(_ROWS_AT_ONCE), strict=True):
-            a, b = a.float(), b.float()
-            sums["error"] += _summed((b - a).square())
-            sums["norm"] += _summed(a.square())
-            if logits:
-                sums["kl"] += _summed(kl_div(b.log_softmax(1), a.log_softmax(1), reduction="none", log_target=True))
-                sums["same"] += float((a.argmax(1) == b.argmax(1)).sum())
-            else:
-                sums["cosine"] += float(cosine_similarity(a, b).sum())
-        if old.pooled is not None and new.pooled is not None:
-            samples += len(old.pooled)
-            sums["pooled"] += float(cosine_similarity(old.pooled.double(), new.pooled.double()).sum())
+        tables.append(_by_sample(old, new))
     if shared:
-        parts = from_all((sums, rows, samples, logits, width))
-        sums = {name: sum(part[0][name] for part in parts) for name in sums}
-        rows, samples, logits = sum(p[1] for p in parts), sum(p[2] for p in parts), any(p[3] for p in parts)
-        width = max(p[4] for p in parts)
-    if rows == 0:
+        tables = [table for theirs in from_all(tables) for table in theirs]
+    names = {name for table in tables for name in table}
+    sums = {name: torch.cat([table[name] for table in tables if name in table]) for name in names}
+    if not tables or int(sums["rows"].sum()) == 0:
         if batches:
             raise ValueError("Drift finds no real token to compare on: the batches' attention masks hide every one.")
         raise ValueError("Drift needs at least one batch to compare on.")
-    directed = width > 1  # a vector with one entry has no direction, only a sign
-    return Drift(
-        rows=rows,
-        relative_error=math.sqrt(sums["error"] / sums["norm"]) if sums["norm"] else math.sqrt(sums["error"]),
-        kl=sums["kl"] / rows if logits else None,
-        top1_agreement=sums["same"] / rows if logits else None,
-        cosine=sums["cosine"] / rows if directed and not logits else None,
-        embedding_cosine=sums["pooled"] / samples if directed and samples else None,
-    )
+    return _of_sums(sums)
 
 
-def _summed(values: torch.Tensor) -> float:
-    """The sum of `(rows, k)`; rows are added up in float64."""
-    return float(values.sum(1).sum(dtype=torch.float64))
+_FIGURES = {
+    "kl": ("kl", "rows"),
+    "top1_agreement": ("same", "rows"),
+    "cosine": ("cosine", "rows"),
+    "embedding_cosine": ("pooled", "vectors"),
+}
+"""Figures that are means: what is summed, and the sum of what it is divided by."""
 
 
-def _outputs(model: PreTrainedModel, batch: Batch, *, room: int = 0, most: int | None = None) -> Outputs:
-    """The rows of a batch's output that are compared: at most so many, or as many as `room` bytes hold."""
-    kind, output = compared_output(forward_outputs(model, batch))
-    mask = token_mask(model, "", batch, output.shape)
-    rows = output.reshape(-1, output.shape[-1])
-    if mask is not None:
-        rows = rows[mask.to(rows.device)]
-    if most is None:
-        most = max(1, room // (rows.shape[1] * rows.element_size()))
-    count = min(len(rows), most)
-    spaced = torch.linspace(0, len(rows) - 1, count, device=rows.device).round().long()
-    pooled = mean_over_tokens(model, batch, output) if kind == "hidden" and output.ndim == 3 else None
-    return Outputs(kind, rows[spaced].cpu(), pooled)
+def _of_sums(sums: Mapping[str, torch.Tensor]) -> Drift:
+    """The figures, from sums by sample."""
+    squared = float(sums["norm"].sum())
+    figures = {"relative_error": math.sqrt(float(sums["error"].sum()) / (squared or 1.0))}
+    intervals: dict[str, Interval] = {}
+    if squared and (found := ratio_interval(sums["error"], sums["norm"])):
+        intervals["relative_error"] = math.sqrt(max(found[0], 0.0)), math.sqrt(found[1])
+    for name, (part, whole) in _FIGURES.items():
+        if part in sums:
+            figures[name] = float(sums[part].sum() / sums[whole].sum())
+            if found := ratio_interval(sums[part], sums[whole]):
+                low, high = (0.0, math.inf) if name == "kl" else (0.0 if name == "top1_agreement" else -1.0, 1.0)
+                intervals[name] = max(found[0], low), min(found[1], high)
+    return Drift(rows=int(sums["rows"].sum()), intervals=intervals, **figures)
 
 
-def compared_output(output: Mapping[str, Any]) -> tuple[str, torch.Tensor]:
-    """The tensor that stands for a model's output: logits over classes, else hidden states, else the first one."""
-    logits = output.get("logits")
-    if isinstance(logits, torch.Tensor) and logits.ndim >= 2 and logits.shape[-1] > 1:
-        return "logits", logits
-    for tensor in floating_tensors([output.get("last_hidden_state"), output]):
-        if tensor.ndim > 0:
-            return "hidden", tensor
-    raise ValueError(f"The model's output has no floating-point tensor to compare, found: {', '.join(output)}.")
+def _by_sample(old: Outputs, new: Outputs) -> dict[str, torch.Tensor]:
+    """What is compared, `(samples,)` float64 each: summed over the rows of each sample."""
+    rows, width = old.rows.shape
+    count = int(old.samples.max()) + 1 if rows else 0
+    found: dict[str, list[torch.Tensor]] = {}
 
+    def add(name: str, values: torch.Tensor) -> None:
+        found.setdefault(name, []).append(values.double())
 
-def mean_over_tokens(model: PreTrainedModel, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-    """`(samples, k)` on the CPU from hidden states `(samples, length, k)`."""
-    mask = token_mask(model, "", batch, hidden.shape)
-    if mask is None:
-        return hidden.float().mean(1).cpu()
-    weight = mask.view(hidden.shape[:2]).to(hidden.device).unsqueeze(-1)
-    return ((hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1)).cpu()
+    at_once = max(1, _COMPARED_AT_ONCE // width)
+    for a, b in zip(old.rows.split(at_once), new.rows.split(at_once), strict=True):
+        a, b = a.float(), b.float()
+        add("rows", torch.ones(len(a)))
+        add("error", (b - a).square().sum(1))
+        add("norm", a.square().sum(1))
+        if old.kind == "logits":
+            add("kl", kl_div(b.log_softmax(1), a.log_softmax(1), reduction="none", log_target=True).sum(1))
+            add("same", a.argmax(1) == b.argmax(1))
+        elif width > 1:  # a vector with one entry has no direction, only a sign
+            add("cosine", cosine_similarity(a, b))
+    sums = {
+        name: torch.zeros(count, dtype=torch.float64).index_add_(0, old.samples, torch.cat(values))
+        for name, values in found.items()
+    }
+    if old.pooled is not None and new.pooled is not None and width > 1:
+        sums["pooled"] = cosine_similarity(old.pooled.double(), new.pooled.double())
+        sums["vectors"] = torch.ones(len(old.pooled), dtype=torch.float64)
+    return sums

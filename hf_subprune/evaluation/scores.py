@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import PreTrainedModel
 
 from ..models.running import Batch, forward_outputs
-from .drift import mean_over_tokens
+from .outputs import mean_over_tokens
 
 
 def embed(model: PreTrainedModel, batches: Iterable[Batch]) -> torch.Tensor:

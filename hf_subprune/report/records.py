@@ -212,6 +212,7 @@ class Record:
     command: str = ""
     allocation: Allocation | None = None
     renewed_norms: int = 0
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def drift_figures(self) -> dict[str, float]:
@@ -254,6 +255,7 @@ class Record:
             )
             for name in ("parameters", "macs", "latency"):
                 values[name] = values[name] and Change(**values[name])
+            values["intervals"] = {name: tuple(ends) for name, ends in values.get("intervals", {}).items()}
             if values.get("allocation"):
                 values["allocation"] = Allocation(**_tuples(values["allocation"]))
         except (TypeError, KeyError) as error:

@@ -41,6 +41,8 @@ class PruneReport(Record):
         allocation: The target, what was reached, and how it was shared out among blocks.
         renewed_norms: Batch norms whose running statistics were taken anew on the calibration samples, as they are
             where channels went and the drift is less with them.
+        intervals: `(low, high)` by figure: of `drift`, 95% over the held-out samples; of `"latency_ratio"`, the least
+            and the largest of the turns.
     """
 
     def save(self, folder: str | Path) -> Path:

@@ -30,7 +30,8 @@ def summary_table(report: Record) -> Table:
     table.add_row("parameters", *change_row(report.parameters, 1e6, "M"))
     table.add_row("MACs a sample", *change_row(report.macs, 1e9, "G"))
     if report.latency is not None:
-        table.add_row("latency", *change_row(report.latency, 1e-3, "ms"))
+        *seconds, ratio = change_row(report.latency, 1e-3, "ms")
+        table.add_row("latency", *seconds, ratio + _interval(report, "latency_ratio"))
     for metric in report.metrics:
         table.add_row(
             printable(f"{metric.name.replace('_', ' ')}, {metric.data}"),
@@ -38,7 +39,8 @@ def summary_table(report: Record) -> Table:
             f"{metric.value.ratio:.3f}",
         )
     for name, value in report.drift_figures.items():
-        table.add_row(printable(f"held-out {name.replace('_', ' ')}"), "", f"{value:.4g}", "")
+        figure = f"{value:.4g}{_interval(report, name)}"
+        table.add_row(printable(f"held-out {name.replace('_', ' ')}"), "", figure, "")
     measured = f"Latency: {in_words(report.measured_on)}. " if report.latency else ""
     caption = f"{measured}{calibrated_on(report.data)} Layout: {report.layout_reason}{_alternatives(report)}"
     if report.renewed_norms:
@@ -46,6 +48,12 @@ def summary_table(report: Record) -> Table:
     table.caption = printable(caption)
     table.caption_justify = "left"
     return table
+
+
+def _interval(report: Record, name: str) -> str:
+    """That of a figure, to stand behind it."""
+    ends = report.intervals.get(name)
+    return "" if ends is None else f" [{ends[0]:.3g}, {ends[1]:.3g}]"
 
 
 def _alternatives(report: Record) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -13,8 +12,8 @@ from ..allocation.choice import Widths
 from ..allocation.survey import Survey
 from ..config import PruneConfig
 from ..data.batches import Samples
-from ..evaluation.costs import circumstances, count
-from ..evaluation.drift import drift
+from ..evaluation.costs import InTurn, circumstances, count
+from ..evaluation.drift import Drift, drift
 from ..evaluation.original import Original
 from ..models.forms import put_together
 from ..models.running import input_device
@@ -32,7 +31,7 @@ from .norms import renew_statistics
 
 
 def outcome(
-    survey: Survey, widths: Widths, solved: Solved, work: Workspace, drifted: Mapping[str, float] | None = None
+    survey: Survey, widths: Widths, solved: Solved, work: Workspace, drifted: Drift | None = None
 ) -> PruneReport:
     """The report of a model that has lost its units, after the proof that it computes what it should.
 
@@ -53,20 +52,19 @@ def outcome(
         verify(survey.model, widths.blocks, kept, survey.probe)
     begin(MEASURING)
     with work.clock("evaluation"):
-        latency = survey.latency(solved.edits)
+        timed = survey.latency(solved.edits)
     work.undo.callback(put_together(survey.model.modules()))
     renewed = 0
     if drifted is None and any(block.kind == "channels" for block in widths.blocks):
         with work.clock("evaluation"):
-            new, renewed = renew_statistics(survey.samples, survey.original, work)
-            drifted = new.to_dict()
-    report = of_the_whole(survey.samples, survey.original, latency, widths.config, work, drifted)
+            drifted, renewed = renew_statistics(survey.samples, survey.original, work)
+    report = of_the_whole(survey.samples, survey.original, widths.config, work, timed, drifted)
     blocks = (solved.reports.get(b.name) or BlockReport.whole(b, **survey.predictions(b)) for b in survey.blocks)
     report = replace(
         report,
         blocks=tuple(blocks),
         refusals=survey.found.refusals,
-        allocation=widths.allocation(survey, widths.reached(survey, latency)),
+        allocation=widths.allocation(survey, widths.reached(survey, report.latency)),
         renewed_norms=renewed,
     )
     return from_process(0, report)
@@ -75,28 +73,32 @@ def outcome(
 def of_the_whole(
     samples: Samples,
     original: Original,
-    latency: Change | None,
     config: PruneConfig,
     work: Workspace,
-    drifted: Mapping[str, float] | None = None,
+    timed: InTurn | None = None,
+    drifted: Drift | None = None,
 ) -> PruneReport:
     """Make a pruned model ready to be saved; what its report says of the whole of it, without blocks.
 
     Args:
         samples: What it is measured on; their model is the pruned one.
         original: To compare with.
-        latency: Seconds before and after.
         config: What was asked for.
         work: As for `outcome`, and so is `drifted`.
+        timed: Seconds of its forwards, and inside of the original's.
     """
     model = samples.model
     with work.clock("layout"):
         layout = choose_layout(model, config.layout, inputs=send_to_device(samples.probe, input_device(model)))
         work.undo.callback(layout.undo)
     with work.clock("evaluation"):
-        after = count(model, samples.held_out[0])
+        after = count(model, original.measured_on)
         if drifted is None:
-            drifted = drift(model, samples.own_held_out, original.outputs, shared=True).to_dict()
+            drifted = drift(model, samples.own_held_out, original.outputs, shared=True)
+    intervals = dict(drifted.intervals)
+    if timed is not None:
+        least, most = timed.ratios
+        intervals["latency_ratio"] = 1 / most, 1 / least
     return PruneReport(
         model=getattr(model, "name_or_path", "") or "",
         architecture=type(model).__name__,
@@ -107,9 +109,10 @@ def of_the_whole(
         layout_reason=layout.reason,
         parameters=Change(original.costs.parameters, after.parameters),
         macs=Change(original.costs.macs, after.macs),
-        latency=latency,
-        measured_on={} if latency is None else circumstances(model, samples.held_out[0]),
-        drift=dict(drifted),
+        latency=None if timed is None else Change(timed.inside, timed.outside),
+        measured_on={} if timed is None else circumstances(model, original.measured_on),
+        drift=drifted.to_dict(),
+        intervals=intervals,
         data=samples.description,
         seconds=work.clock.seconds,
         peak_memory=peak_memory(),

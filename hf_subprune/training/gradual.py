@@ -16,7 +16,8 @@ from ..blocks import Block, some_of
 from ..config import PruneConfig
 from ..data.reading import read
 from ..discovery.discover import called
-from ..evaluation.drift import drift, model_outputs
+from ..evaluation.drift import Drift, drift
+from ..evaluation.outputs import model_outputs
 from ..models.forms import apart
 from ..models.running import undisturbed
 from ..report.records import BlockReport
@@ -163,7 +164,8 @@ class GradualPruning:
             for block in pruned:
                 solved.edits[block.name] = shrink(self.model, block, self.kept[block.name])
             widths = Widths(self.config, pruned, self.targets)
-            report = outcome(self._survey, widths, solved, work, drifted=self.drift)
+            drifted = Drift(**self.drift) if self.drift else None  # type: ignore[arg-type]
+            report = outcome(self._survey, widths, solved, work, drifted)
         seconds = {"pruning steps": self._seconds, "surgery": time.perf_counter() - start}
         return replace(report, seconds=seconds)
 

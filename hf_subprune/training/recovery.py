@@ -20,7 +20,8 @@ from ..data.batches import Samples
 from ..data.padding import token_mask
 from ..data.reading import read
 from ..data.trial import check_forward
-from ..evaluation.drift import Drift, drift, model_outputs
+from ..evaluation.drift import Drift, drift
+from ..evaluation.outputs import model_outputs
 from ..models.running import Batch, as_mapping, undisturbed
 from ..models.session import check_prunable
 

@@ -9,8 +9,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_subprune.evaluation import drift as evaluation
-from hf_subprune.evaluation.drift import drift, iter_outputs, model_outputs
+from hf_subprune.evaluation import outputs as evaluation
+from hf_subprune.evaluation.drift import drift
+from hf_subprune.evaluation.outputs import iter_outputs, model_outputs
 
 
 def real(batches, outputs):
@@ -103,22 +104,55 @@ def test_nested_outputs_are_found_and_none_is_an_error():
 
 def test_large_outputs_are_sampled_evenly(monkeypatch):
     model, batches = make_llama(), make_batches()
-    monkeypatch.setattr(evaluation, "_STORED_BYTES", 2 * 5 * 30 * 4)  # five rows of 30 float32 a batch
+    monkeypatch.setattr(evaluation, "_STORED_BYTES", 2 * 6 * 30 * 4)  # six rows of 30 float32 a batch
     reference = model_outputs(model, batches)
-    assert [output.rows.shape for output in reference] == [(5, 30), (5, 30)]
+    places = [1, 5]  # two of seven in each of three sequences, of which two end before the second place
+    mask = batches[0]["attention_mask"][:, places].bool()
     with torch.no_grad():
-        rows = real(batches[:1], [model(**batches[0]).logits])
+        rows = model(**batches[0]).logits[:, places][mask]
+    torch.testing.assert_close(reference[0].rows, rows)
+    assert reference[0].samples.tolist() == [0, 0, 1, 2]
+    assert drift(model, batches, reference).rows == 8
+
+
+def test_rows_are_sampled_where_logits_of_single_places_cannot_be_asked_for(monkeypatch):
+    model, batches = make_bert(), make_batches()
+    monkeypatch.setattr(evaluation, "_STORED_BYTES", 2 * 5 * 16 * 4)  # five rows of 16 float32 a batch
+    reference = model_outputs(model, batches)
+    with torch.no_grad():
+        rows = real(batches[:1], [model(**batches[0]).last_hidden_state])
     assert torch.equal(reference[0].rows, rows[[0, 3, 6, 9, 12]])
-    assert drift(model, batches, reference).rows == 10
+    assert reference[0].samples.tolist() == [0, 0, 0, 1, 2]
+
+
+def test_many_logits_are_made_for_some_samples_at_a_time(monkeypatch):
+    old, new, batches = make_llama(), changed(make_llama), make_batches()
+    whole = drift(new, batches, model_outputs(old, batches))
+    monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", 2 * 7 * 30)  # two of three samples
+    reference = model_outputs(old, batches)
+    assert [len(output.rows) for output in reference] == [11, 2, 11, 2]
+    parted = drift(new, batches, reference)
+    assert parted.to_dict() == pytest.approx(whole.to_dict(), rel=1e-5)
+    assert parted.intervals["kl"] == pytest.approx(whole.intervals["kl"], rel=1e-4)
+
+
+def test_figures_come_with_intervals_over_samples():
+    old, new, batches = make_llama(), changed(make_llama), make_batches()
+    found = drift(new, batches, model_outputs(old, batches))
+    assert set(found.intervals) == {"relative_error", "kl", "top1_agreement"}
+    for name, (low, high) in found.intervals.items():
+        assert 0 <= low < found.to_dict()[name] < high
+    alone = [{name: value[:1] for name, value in batches[0].items()}]
+    assert not drift(new, alone, model_outputs(old, alone)).intervals
 
 
 def test_the_rows_that_a_reference_holds_are_compared_however_many_batches_there_are(monkeypatch):
     model, batches = make_llama(), make_batches()
-    monkeypatch.setattr(evaluation, "_STORED_BYTES", 2 * 5 * 30 * 4)
+    monkeypatch.setattr(evaluation, "_STORED_BYTES", 2 * 6 * 30 * 4)
     one_by_one = [output for batch in batches for output in model_outputs(model, [batch])]
-    assert [len(output.rows) for output in one_by_one] == [10, 10]
+    assert [len(output.rows) for output in one_by_one] == [7, 7]  # four places of seven, less padding
     change = drift(model, batches, one_by_one)
-    assert change.rows == 20 and change.relative_error == 0
+    assert change.rows == 14 and change.relative_error == 0
 
 
 def test_outputs_that_do_not_match_are_refused_with_their_shapes():

@@ -1,0 +1,136 @@
+"""What two models put out on the same batches, in the rows that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..data.batches import pieces
+from ..data.padding import token_mask
+from ..data.probe import samples_in
+from ..models.running import Batch, floating_tensors, forward_outputs
+
+# Bytes of reference outputs that are held for one batch list; beyond that, evenly spaced tokens stand for all.
+_STORED_BYTES = 100 * 2**20
+# Logits over many classes are made for some samples at a time: so many numbers at once, unless one sample has more.
+_LOGITS_AT_ONCE = 1 << 23
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What is compared of one batch's output, or of that of some of its samples.
+
+    Args:
+        kind: `"logits"`, or `"hidden"` for anything that is no distribution over classes.
+        rows: `(tokens, k)` on the CPU, of real tokens only (of samples where the output has one row per sample);
+            at most what the limit on stored bytes allows, evenly spaced.
+        samples: `(tokens,)` int64, the sample that each row is of.
+        pooled: `(samples, k)`, mean over a sample's real tokens; `None` for logits, or without a token dimension.
+        places: `(p,)` int64, places in every sequence, where the logits of no others were asked for.
+    """
+
+    kind: str
+    rows: torch.Tensor
+    samples: torch.Tensor
+    pooled: torch.Tensor | None
+    places: torch.Tensor | None = None
+
+
+def model_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs]:
+    """The reference that `drift.drift` compares with, to be taken before the model changes."""
+    return list(iter_outputs(model, batches))
+
+
+def iter_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> Iterator[Outputs]:
+    """As `model_outputs`, one after the other: nothing is stored when both models are at hand."""
+    for batch in batches:
+        parts = cut_to_logits(model, batch)
+        for part in parts:
+            yield _reference(model, part, _STORED_BYTES // (len(batches) * len(parts)))
+
+
+def outputs_like(model: PreTrainedModel, batch: Batch, old: Outputs) -> Outputs:
+    """The rows of a batch's output that a reference holds."""
+    return _outputs(model, batch, old.places, len(old.rows))
+
+
+def cut_to_logits(model: PreTrainedModel, batch: Batch) -> list[Batch]:
+    """The batch in pieces whose logits are few enough to be held at once: one sample at least."""
+    length = max((batch[name].shape[-1] for name in ("input_ids", "decoder_input_ids") if name in batch), default=1)
+    size = max(1, _LOGITS_AT_ONCE // max(_classes(model) * length, 1))
+    return [batch] if samples_in(batch) <= size else pieces(batch, size)
+
+
+def _reference(model: PreTrainedModel, batch: Batch, room: int) -> Outputs:
+    """As many evenly spaced rows of a batch's output as `room` bytes hold."""
+    most = room // max(1, _classes(model) * model.dtype.itemsize) if _classes(model) else None
+    places = None if most is None else _places(model, batch, most)
+    return _outputs(model, batch, places, None, room)
+
+
+def _classes(model: PreTrainedModel) -> int:
+    """How many logits a token gets; 0 where it gets none."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return len(weight) if isinstance(weight, torch.Tensor) else 0
+
+
+def _places(model: PreTrainedModel, batch: Batch, most: int) -> torch.Tensor | None:
+    """Evenly spaced places of sequences, if their logits alone can be asked for and those of all are too many."""
+    ids = batch.get("input_ids")
+    if ids is None or ids.ndim != 2 or "logits_to_keep" not in signature(model.forward).parameters:
+        return None
+    samples, length = ids.shape
+    each = max(1, most // samples)
+    return None if each >= length else ((torch.arange(each) + 0.5) * length / each).long()
+
+
+def _outputs(
+    model: PreTrainedModel, batch: Batch, places: torch.Tensor | None, most: int | None, room: int = 0
+) -> Outputs:
+    """The rows of a batch's output at some places, or at all: at most so many, or as many as `room` bytes hold."""
+    asked = batch if places is None else {**batch, "logits_to_keep": places}
+    kind, output = compared_output(forward_outputs(model, asked))
+    shape = output.shape
+    if places is not None and output.ndim == 3 and shape[1] == len(places):
+        shape = torch.Size((shape[0], batch["input_ids"].shape[1], shape[2]))
+    elif places is not None and output.ndim == 3:  # it takes the argument and minds it not
+        output = output[:, places.to(output.device)]
+    mask = token_mask(model, "", batch, shape)
+    if mask is not None and places is not None:
+        mask = mask.view(shape[:2])[:, places.to(mask.device)].flatten()
+    rows = output.reshape(-1, output.shape[-1])
+    samples = torch.arange(len(rows))
+    if output.ndim > 1 and output.shape[0] == samples_in(batch):
+        samples = samples // max(1, len(rows) // output.shape[0])
+    if mask is not None:
+        rows, samples = rows[mask.to(rows.device)], samples[mask.cpu()]
+    if most is None:
+        most = max(1, room // (rows.shape[1] * rows.element_size()))
+    spaced = torch.linspace(0, len(rows) - 1, min(len(rows), most)).round().long()
+    pooled = mean_over_tokens(model, batch, output) if kind == "hidden" and output.ndim == 3 else None
+    return Outputs(kind, rows[spaced.to(rows.device)].cpu(), samples[spaced], pooled, places)
+
+
+def compared_output(output: Mapping[str, Any]) -> tuple[str, torch.Tensor]:
+    """The tensor that stands for a model's output: logits over classes, else hidden states, else the first one."""
+    logits = output.get("logits")
+    if isinstance(logits, torch.Tensor) and logits.ndim >= 2 and logits.shape[-1] > 1:
+        return "logits", logits
+    for tensor in floating_tensors([output.get("last_hidden_state"), output]):
+        if tensor.ndim > 0:
+            return "hidden", tensor
+    raise ValueError(f"The model's output has no floating-point tensor to compare, found: {', '.join(output)}.")
+
+
+def mean_over_tokens(model: PreTrainedModel, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    """`(samples, k)` on the CPU from hidden states `(samples, length, k)`."""
+    mask = token_mask(model, "", batch, hidden.shape)
+    if mask is None:
+        return hidden.float().mean(1).cpu()
+    weight = mask.view(hidden.shape[:2]).to(hidden.device).unsqueeze(-1)
+    return ((hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1)).cpu()
