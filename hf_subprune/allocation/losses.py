@@ -6,9 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..blocks import Block, Group, groups_of
-from ..collection.block_moments import BlockMoments
+from ..collection.block_moments import FOLDS, BlockMoments
 from ..collection.planning import plan
 from ..collection.walk import Walk
+from ..data.batches import Samples, tokens_in
+from ..models.linears import matrix_shape
 from ..runs.processes import from_all, is_mine
 from ..runs.stages import LOSSES, steps
 from ..runs.workspace import Workspace
@@ -21,6 +23,8 @@ from .survey import Survey
 
 # Blocks of a family that gets one width whose curves are made, each in the middle of its part of the depth.
 _STANDING_FOR_ALL = 5
+# Rows that curves are made of for each column of the widest block, if there are as many.
+_ROWS_A_COLUMN = 2
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,9 @@ def _pass_over(
     waiting: dict[str, list[tuple[Problem, int]]] = {}
     everywhere = trials is not None and trials.evaluation is not None
     measured = set(groups) if everywhere else measured_blocks(few)
-    parts = survey.plan if stored is not None or len(few) == len(survey.candidates) else plan(survey.samples, few)
-    walk = Walk(survey.samples, parts, survey.owners)
+    samples = survey.samples if stored is not None or everywhere else _enough(survey, few)
+    parts = survey.plan if len(few) == len(survey.candidates) or stored is not None else plan(samples, few)
+    walk = Walk(samples, parts, survey.owners)
     for segment in steps(LOSSES, walk.left):
         with work.clock("calibration"):
             walk.start(segment)
@@ -148,6 +153,16 @@ def _pass_over(
     for theirs in from_all(found):
         found.update(theirs)
     return found
+
+
+def _enough(survey: Survey, blocks: Sequence[Block]) -> Samples:
+    """So many of the samples to fit on that curves of the blocks are not those of fits to noise; none is held out."""
+    samples = survey.samples
+    columns = max(matrix_shape(survey.model.get_submodule(block.consumer))[0] for block in blocks)
+    for count in range(FOLDS, len(samples.fit), FOLDS):
+        if (tokens_in(samples.fit[:count]) or 0) >= _ROWS_A_COLUMN * columns:
+            return replace(samples, fit=samples.fit[:count], held_out=[])
+    return replace(samples, held_out=[])
 
 
 def _look_at(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..blocks import Block, groups_of
 from ..collection.block_moments import FOLDS
-from ..data.batches import Samples, pieces
+from ..data.batches import Samples, brief, pieces, tokens_in
 from ..evaluation.drift import Drift, drift
 from ..evaluation.outputs import Outputs, model_outputs
 from ..models.running import Batch
@@ -26,9 +26,10 @@ TRIAL_FRACTIONS = (0.35, 0.7)
 """Of a block's units: widths at which it is pruned alone, to see what its error does to the model's output."""
 
 # Blocks of one kind that are pruned alone, at equal distances over the depth, and rows of the output that they are
-# measured on: the cost must not grow with the square of the depth.
+# measured on, or tokens where there is one row a sample: the cost must not grow with the square of the depth.
 _MEASURED_BLOCKS = 12
-_MEASURED_ROWS = 512
+_MEASURED_ROWS = 256
+_MEASURED_TOKENS = 2048
 
 
 class Quality:
@@ -78,13 +79,14 @@ class Propagation:
         self._reference: list[Outputs] = []
         if evaluation is not None:
             return
-        unseen = [one for index, batch in enumerate(samples.fit) if index % FOLDS for one in _few_rows(batch)]
+        unseen = [one for index, batch in enumerate(samples.fit) if index % FOLDS for one in _few_tokens(batch)]
         order = sorted(range(len(unseen)), key=lambda i: abs(i - len(unseen) // 2))  # of middling length first
         unseen = [unseen[index] for index in order]
         for batch in unseen:
             self.batches.append(batch)
             self._reference += model_outputs(model, [batch])
-            if sum(len(one.rows) for one in self._reference) >= _MEASURED_ROWS:
+            rows = sum(len(one.rows) for one in self._reference)
+            if rows >= _MEASURED_ROWS or (tokens_in(self.batches) or 0) >= _MEASURED_TOKENS:
                 break
         self._per_sample = has_row_per_sample(self._reference, self.batches)
 
@@ -114,10 +116,10 @@ class Propagation:
         return (*losses, (blocks[0].units, 0.0))
 
 
-def _few_rows(batch: Batch) -> list[Batch]:
+def _few_tokens(batch: Batch) -> list[Batch]:
     """The batch in batches of about as many tokens as are measured on."""
     tokens = batch["input_ids"].shape[-1] if "input_ids" in batch else 1
-    return pieces(batch, max(1, _MEASURED_ROWS // tokens))
+    return [brief(one, _MEASURED_ROWS) for one in pieces(batch, max(1, _MEASURED_ROWS // tokens))]
 
 
 def scalar_drift(change: Drift, per_sample: bool) -> float:

@@ -20,6 +20,7 @@ from ..models.running import around, stop
 from ..runs.store import Store
 from .additions import Addition, first_tensor
 from .block_moments import FOLDS, BlockMoments, accumulator
+from .endings import Ending
 
 Hooks = list[tuple[str, Callable[[Any], None]]]
 """Paths of modules, and what to call with the input or output of each."""
@@ -61,6 +62,9 @@ class Observer:
         calls: How often one forward calls its consumer.
         addition: Where the sum is that the consumer's output goes into, if it is of interest.
         ends: Whether a forward may end once all rows were seen.
+
+    Attributes:
+        ending: What is told what the segment ends with, where that is this sum.
     """
 
     outputs: int | None = None
@@ -71,6 +75,7 @@ class Observer:
     ):
         self.samples, self.block, self.calls, self.addition, self.ends = samples, block, calls, addition, ends
         self.consumer: Any = samples.model.get_submodule(block.consumer)
+        self.ending: Ending | None = None
         self._moments: BlockMoments | None = None
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
@@ -139,6 +144,8 @@ class Observer:
         if output is None:  # the consumer has not been called since the last time
             return
         self._add_held(first_tensor(values), output)  # type: ignore[arg-type]
+        if self.ending is not None:
+            self.ending.hold(self._index, self._input, output, values)  # type: ignore[arg-type]
         self._left -= 1
         if self._left == 0 and self.ends:
             stop()

@@ -68,7 +68,7 @@ class Stream:
         segment = self.segment
 
         def finished(output: Any) -> None:
-            self._next[index] = self.store.keep(f"{index}-{self.position}", output)
+            self.put(index, output)
             stop()
 
         if stop_at is None:
@@ -111,6 +111,10 @@ class Stream:
                 module = self.model.get_submodule(path)
                 stack.enter_context(forward_replaced(module, partial(_made, stand_ins[path])))
             yield
+
+    def put(self, index: int, output: Any) -> None:
+        """The output of the current segment on one batch, in place of running it."""
+        self._next[index] = self.store.keep(f"{index}-{self.position}", output)
 
     def step(self) -> None:
         """Go on to the next segment, once every batch has been run to the end of the current one."""

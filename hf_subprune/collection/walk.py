@@ -17,14 +17,17 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
+import torch
+
 from ..blocks import Block
 from ..data.batches import Samples
 from ..models.offload import loaded
 from ..runs.processes import add_up, own_share
 from ..runs.store import Store
-from ..surgery.edits import Edit, taken_back
+from ..surgery.edits import Edit, kept_columns, taken_back
 from .additions import Addition, find_additions
 from .block_moments import BlockMoments
+from .endings import Ending
 from .observers import Hooks, Observer, PairedObserver, ResidualObserver, Targets
 from .segments import Plan, Segment
 from .stream import Stream
@@ -94,8 +97,13 @@ class Walk:
         """
         return {block.name: self._added_up(self._observers.pop(block.name)) for block in blocks}
 
-    def finish(self, segment: Segment) -> None:
-        """Go on to the next segment; the blocks of this one are as they stay."""
+    def finish(self, segment: Segment, kept: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Go on to the next segment; the blocks of this one are as they stay.
+
+        Args:
+            segment: That was started.
+            kept: By name of a block, the units that it keeps, `(k,)` int64, where that is known.
+        """
         self._commit()
 
     def _watch(self, segment: Segment) -> None:
@@ -148,6 +156,10 @@ class SequentialWalk(Walk):
 
     def start(self, segment: Segment) -> None:
         self._watch(segment)
+        self._ending: Ending | None = None
+        if segment is not self.plan.segments[-1]:
+            last, batches = self._observers[segment.blocks[-1].name], len(self._shares)
+            self._ending = last.ending = Ending.of(last.consumer, last.addition, segment.path, last.calls, batches)
 
     def moments(self, blocks: Iterable[Block]) -> dict[str, BlockMoments]:
         observers = [self._observers[block.name] for block in blocks]
@@ -155,9 +167,17 @@ class SequentialWalk(Walk):
         self._run(self.current, observers, [observer.hooks() for observer in observers], stop_at)
         return super().moments([observer.block for observer in observers])
 
-    def finish(self, segment: Segment) -> None:
+    def finish(self, segment: Segment, kept: Mapping[str, torch.Tensor] | None = None) -> None:
         if segment is not self.plan.segments[-1]:  # nothing reads what the last one puts out
-            self._run(self.current, [], [([], [])])
+            last = segment.blocks[-1]
+            units = (kept or {}).get(last.name)
+            columns = None if units is None else kept_columns(last, units)
+            if self._ending is not None and columns is not None and self._ending.complete(self._shares, len(columns)):
+                for index in self._shares:
+                    self.current.put(index, self._ending.output(index, columns))
+            else:
+                self._run(self.current, [], [([], [])])
+        self._ending = None
         self.current.step()
         self._commit()
 
@@ -185,7 +205,7 @@ class PairedWalk(SequentialWalk):
 
     def start(self, segment: Segment) -> None:
         self._targets = Targets(self.store.part("targets"))
-        self._watch(segment)
+        super().start(segment)
         observers: list[Any] = list(self._observers.values())
         # None of the segment's blocks is shrunk yet: one pass gives the targets of all.
         with taken_back(self._beforehand), loaded(self.samples.model.get_submodule(segment.path)):
@@ -229,7 +249,7 @@ class StoredWalk:
     def moments(self, blocks: Iterable[Block]) -> dict[str, BlockMoments]:
         return {block.name: self.stored[block.name] for block in blocks if block.name in self.stored}
 
-    def finish(self, segment: Segment) -> None:
+    def finish(self, segment: Segment, kept: Mapping[str, torch.Tensor] | None = None) -> None:
         """There is no other segment."""
 
 

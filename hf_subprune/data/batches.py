@@ -80,8 +80,8 @@ class Samples:
             "source": self.source,
             "fit_samples": self.fit_samples,
             "held_out_samples": self.held_out_samples,
-            "fit_tokens": _tokens(self.fit),
-            "held_out_tokens": _tokens(self.held_out),
+            "fit_tokens": tokens_in(self.fit),
+            "held_out_tokens": tokens_in(self.held_out),
             "cut": self.cut,
             "padded": _padded(self.model, [*self.fit, *self.held_out]),
         }
@@ -107,7 +107,7 @@ class Samples:
         return flat if mask is None else flat[mask.to(flat.device)]
 
 
-def _tokens(batches: list[Batch]) -> int | None:
+def tokens_in(batches: Sequence[Batch]) -> int | None:
     """Real tokens of the batches; `None` without token ids."""
     if not batches or "input_ids" not in batches[0]:
         return None
@@ -116,7 +116,7 @@ def _tokens(batches: list[Batch]) -> int | None:
 
 def _padded(model: PreTrainedModel, batches: list[Batch]) -> float:
     """What part of the batches' tokens or frames is padding."""
-    tokens = _tokens(batches)
+    tokens = tokens_in(batches)
     if tokens:
         return 1 - tokens / sum(batch["input_ids"].numel() for batch in batches)
     spoken = [frames for batch in batches if (frames := spoken_frames(model, batch)) is not None]
@@ -126,6 +126,25 @@ def _padded(model: PreTrainedModel, batches: list[Batch]) -> float:
 def pieces(batch: Batch, size: int) -> list[Batch]:
     """The batch in batches of at most `size` samples; as it is where it cannot be cut."""
     return cut_batches([batch], 0, samples_in(batch), size) if is_divisible(batch) else [batch]
+
+
+def brief(batch: Batch, tokens: int) -> Batch:
+    """The first samples of a batch, of about so many tokens in all; of samples that are longer, a part of the first.
+
+    One sample of what has no tokens; a batch that cannot be cut stays as it is.
+    """
+    if not is_divisible(batch):
+        return batch
+    ids = batch.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        return {name: value[:1] for name, value in batch.items()}
+    length = ids.shape[1]
+    few = {name: value[: max(1, tokens // length)] for name, value in batch.items()}
+    if length <= tokens or any(value.shape[1:] != (length,) for value in few.values()):
+        return few
+    mask = few.get("attention_mask")
+    start = length - tokens if mask is not None and not mask[0, 0] else 0  # padding is on the left there
+    return {name: value[:, start : start + tokens] for name, value in few.items()}
 
 
 def cut_batches(batches: list[Batch], start: int, stop: int, largest: int) -> list[Batch]:

@@ -19,8 +19,6 @@ from ..models.running import Batch, inside, on_device, undisturbed
 
 # Blocks of runs, or turns, that a median latency is taken over, whatever time that takes.
 _FEWEST_BLOCKS = 3
-# Tokens that a forward has which is timed for the report alone: more would take longer than the rest of its figures.
-_TIMED_TOKENS = 128
 
 LATENCY_ROUNDS = 10
 """Forwards of each of several models that are timed in turn."""
@@ -89,25 +87,6 @@ def measure_latency(model: PreTrainedModel, batch: Batch, min_run_time: float = 
         while len(times) < _FEWEST_BLOCKS:
             times = times + timer.blocked_autorange(min_run_time=min_run_time).times
     return statistics.median(times)
-
-
-def brief(batch: Batch) -> Batch:
-    """A few samples of a batch, or a part of one, whose forwards are timed for the report: some 128 tokens.
-
-    One sample of what has no tokens; a batch that cannot be cut stays as it is.
-    """
-    if not is_divisible(batch):
-        return batch
-    ids = batch.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
-        return {name: value[:1] for name, value in batch.items()}
-    length = ids.shape[1]
-    few = {name: value[: max(1, _TIMED_TOKENS // length)] for name, value in batch.items()}
-    if length <= _TIMED_TOKENS or any(value.shape[1:] != (length,) for value in few.values()):
-        return few
-    mask = few.get("attention_mask")
-    start = length - _TIMED_TOKENS if mask is not None and not mask[0, 0] else 0  # padding is on the left there
-    return {name: value[:, start : start + _TIMED_TOKENS] for name, value in few.items()}
 
 
 def circumstances(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class _Loop:
                 if walk.independent:  # elsewhere forwards come that would take the memory again
                     release_memory()
         with clock("calibration"):
-            walk.finish(segment)
+            walk.finish(segment, {name: edit.kept for name, edit in self.solved.edits.items()})
         if not walk.independent:
             release_memory()
 

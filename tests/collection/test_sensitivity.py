@@ -128,11 +128,11 @@ def test_hidden_states_give_gauss_newton_of_full_jacobians(all_samples):
     assert (found - expected).norm() < 0.25 * expected.norm()
 
 
-@pytest.mark.parametrize(("wanted", "rounds"), [(0, 1), (10**9, 4)])
+@pytest.mark.parametrize(("wanted", "rounds"), [(0, 1), (10**9, 8)])
 def test_more_samples_are_looked_at_until_there_are_rows_enough(monkeypatch, wanted, rounds):
     monkeypatch.setattr(sensitivity, "_ROWS_AN_OUTPUT", wanted)
     model = tiny("llama").eval()
-    batch = {"input_ids": torch.randint(0, 50, (8, 6))}
+    batch = {"input_ids": torch.randint(0, 50, (16, 6))}
     seen = []
     model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     output_metrics(Samples.of(model, [batch]), discover(model, batch).blocks[:1])
@@ -173,6 +173,16 @@ def test_nothing_about_the_model_changes():
         assert float(M.diagonal().sum()) > 0
 
 
+def test_wide_outputs_are_looked_at_in_parts(monkeypatch):
+    model = tiny("llama").eval()
+    samples = Samples.of(model, ready_batches(model)[:1])
+    block = discover(model, samples.fit[0]).blocks[0]
+    expected = output_metrics(samples, [block])[block.name]
+    classes = model.config.vocab_size
+    monkeypatch.setattr(sensitivity, "_NUMBERS_AT_ONCE", 3 * classes)
+    torch.testing.assert_close(output_metrics(samples, [block])[block.name], expected)
+
+
 def test_the_seed_decides_the_draws():
     model = tiny("llama").eval()
     batches = ready_batches(model)[:1]
@@ -198,8 +208,9 @@ def test_activation_gradients_are_those_at_the_consumer_s_input(monkeypatch, fam
             hook = consumer.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
             output = model(**batch)
             hook.remove()
-            value = sensitivity._probe(samples, batch, output, torch.Generator().manual_seed(3 + 2**32 * number))
-            (gradient,) = torch.autograd.grad(value, seen)
+            seeded = torch.Generator().manual_seed(3 + 2**32 * number)
+            compared, direction = sensitivity._probe(samples, batch, output, seeded)
+            (gradient,) = torch.autograd.grad(compared, seen, direction)
             mask = token_mask(model, block.consumer, batch, seen[0].shape)
             kept = slice(None) if mask is None else mask
             product = (seen[0] * gradient).abs().flatten(0, -2)[kept].detach().double()
