@@ -84,6 +84,8 @@ def redundancy(moments: Moments, groups: torch.Tensor, sets: int = 1) -> Redunda
     norm = energy.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     for start in range(0, units if moments.rows >= _FEWEST_ROWS else 0, _PANEL):
         rows = torch.arange(start, min(start + _PANEL, units), device=H.device)
+        if not _any_near(H, groups[:, 0], rows, norm, still):
+            continue
         equal = torch.ones(len(rows), units, dtype=torch.bool, device=H.device)
         for column in groups.T:  # the same column of each unit
             cosine = H[column[rows][:, None], column].double() / norm[column[rows], None] / norm[column]
@@ -96,3 +98,20 @@ def redundancy(moments: Moments, groups: torch.Tensor, sets: int = 1) -> Redunda
     found = H[groups, of].double() / energy[of].clamp_min(torch.finfo(torch.float64).tiny)
     ratio[groups.flatten()] = torch.where((first == DEAD)[:, None] | still[groups], 1.0, found).flatten()
     return Redundancy(first, ratio, groups)
+
+
+def _any_near(
+    H: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor, norm: torch.Tensor, still: torch.Tensor
+) -> bool:
+    """Whether the first column of one of some units may be a multiple of that of another unit, or says nothing.
+
+    In float32, on twice the distance: it tells most blocks apart from those that hold copies.
+    """
+    own = columns[rows]
+    if bool(still[own].any()):
+        return True
+    every = len(columns) == len(H)
+    cosine, others = (H[own], norm) if every else (H[own][:, columns], norm[columns])
+    cosine = cosine.float().mul_((1 / norm[own]).float()[:, None]).mul_((1 / others).float())
+    near = int((cosine.abs_() >= 1 - 2 * _EQUAL).sum())
+    return near > len(rows)

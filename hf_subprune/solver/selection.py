@@ -105,8 +105,9 @@ def backward(objective: Objective, k: int, *, tuning: Tuning = TUNING) -> Path:
     # A dependent column has no finite inverse; the least jitter makes it one that costs next to nothing.
     factor, scale, _ = factorise(H, least=max(_LIFT, rounding(H)))
     C = C.double() * scale[:, None]
-    full = float(torch.linalg.solve_triangular(factor, C, upper=False).square().sum())
-    P, V = torch.cholesky_inverse(factor), torch.cholesky_solve(C, factor)
+    P = torch.cholesky_inverse(factor)
+    V = P @ C
+    full = float((C * V).sum())
     del H, factor
     if c == 1 and objective.sets == 1:
         removed, costs = eliminate(P, V, units - k, dtype=torch.float64, smallest=True, tuning=tuning)
@@ -199,7 +200,7 @@ def select(objective: Objective, k: int, settings: Settings) -> Selection:
         epsilon = tuning.epsilon if method == "stochastic" else None
         path = greedy(objective, k, epsilon=epsilon, generator=settings.generator(), tuning=tuning)
     kept = path.kept(k)
-    reached = objective.value(kept)
+    reached = float(path.objective[0]) if method == "backward" else objective.value(kept)
     if not 0 < k < units:
         return Selection(kept, reached, method, path, reached)
     refined = refine(objective, kept, dtype=tuning.dtype(len(objective.H)), budget=settings.swaps)
