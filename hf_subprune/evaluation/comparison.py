@@ -20,7 +20,7 @@ from ..report.tables import change_row, in_words
 from ..runs.stages import COMPARING, SCORING_ORIGINAL, SCORING_PRUNED, TIMING, advance, begin, expect
 from .costs import LATENCY_ROUNDS, circumstances, count_macs, count_parameters, measure_in_turn
 from .drift import Drift, drift
-from .outputs import Outputs, iter_outputs
+from .outputs import Outputs, cut_to_logits, iter_outputs
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def compare(
     _foretell(time.perf_counter() - start, batches, data)
     begin(TIMING)
     before, after = zip(*measure_in_turn([original, pruned], batches[0]), strict=True)
-    begin(COMPARING, len(batches))
+    begin(COMPARING, sum(len(cut_to_logits(original, batch)) for batch in batches))
     return Comparison(
         parameters=Change(count_parameters(original), count_parameters(pruned)),
         macs=Change(count_macs(original, batches[0]), count_macs(pruned, batches[0])),

@@ -11,10 +11,12 @@ from tiny import tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_subprune import PruneConfig, prune
+from hf_subprune.allocation import losses
 from hf_subprune.allocation.families import Families, even_families, loads_as_stock
 from hf_subprune.discovery.discover import discover
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.models.session import session
+from hf_subprune.solver.curves import loss_curve
 
 
 def found(model):
@@ -157,3 +159,14 @@ def test_what_cannot_go_is_named():
     model = tiny("resnet")
     with pytest.raises(ValueError, match=r"`remove` names .*, which must keep a unit"):
         prune(model, ready_batches(model), PruneConfig(**QUICK, units=("channels",), remove=("*",)))
+
+
+@pytest.mark.parametrize(("units", "choice"), [(("mlp",), False), (("mlp", "attention"), True)])
+def test_curves_are_made_where_a_size_leaves_a_choice(monkeypatch, units, choice):
+    looked = []
+    monkeypatch.setattr(losses, "loss_curve", lambda *args, **kwargs: looked.append(1) or loss_curve(*args, **kwargs))
+    model = tiny("llama")
+    report = prune(model, ready_batches(model), PruneConfig(keep=0.7, units=units, samples=6, held_out=2))
+    assert bool(looked) == choice
+    assert (report.allocation.predicted_drift is not None) == choice
+    assert report.layout == "stock"

@@ -8,6 +8,7 @@ from tiny import tiny
 
 from hf_subprune import PruneConfig, prune, prune_checkpoint
 from hf_subprune.coverage.tiny import tiny_model
+from hf_subprune.data.batches import brief
 from hf_subprune.data.reading import read
 from hf_subprune.pruning import prune_sizes
 
@@ -120,3 +121,22 @@ def test_checkpoints_are_pruned_in_batches_that_fit(tmp_path, room_for):
     prune(model, batches, PruneConfig(**QUICK))
     found = type(model).from_pretrained(tmp_path / "out")
     assert found.num_parameters() == model.num_parameters() == report.parameters.after
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "expected"), [(8, 16, (4, 16)), (8, 64, (1, 64)), (3, 200, (1, 64)), (2, 5, (2, 5))]
+)
+def test_a_brief_batch_has_about_as_many_tokens_as_asked_for(samples, length, expected):
+    ids = torch.arange(samples * length).view(samples, length)
+    few = brief({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 64)
+    assert few["input_ids"].shape == few["attention_mask"].shape == expected
+    assert torch.equal(few["input_ids"], ids[: expected[0], : expected[1]])
+
+
+def test_a_brief_batch_leaves_out_padding_on_the_left_and_cuts_what_can_be_cut_only():
+    ids, mask = torch.arange(20).view(2, 10), torch.ones(2, 10, dtype=torch.long)
+    mask[:, :4] = 0
+    assert brief({"input_ids": ids, "attention_mask": mask}, 5)["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    square = torch.zeros(2, 1, 10, 10)
+    assert brief({"input_ids": ids, "attention_mask": square}, 5)["input_ids"].shape == (1, 10)
+    assert brief({"pixel_values": torch.zeros(4, 3, 8, 8)}, 64)["pixel_values"].shape == (1, 3, 8, 8)
