@@ -3,6 +3,9 @@
 Given `H` `(n, n)` and `R = C` `(n, m)`, each step takes the pivot p of largest (or smallest) gain
 `||R_p||^2 / D_pp`, where `D = H - L'L` is the Schur complement, and with `l = D_p / sqrt(D_pp)`,
 `v = R_p / sqrt(D_pp)` updates `D <- D - l l'` and `R <- R - l v'`. Groups of columns pivot as blocks.
+
+Panels of pivots are looked for among a few columns as long as only few can win (`_Remainder`), and among all that are
+left where many come close (`_Whole`).
 """
 
 from dataclasses import dataclass
@@ -21,6 +24,12 @@ _TIE = 16.0
 _DELICATE = 1e-3
 # Wider problems stay in float32, in which they fit in memory.
 _DOUBLE_BELOW = 4096
+# Matrices of the columns that are left are made smaller once no more than this part of them is left.
+_STILL_LEFT = 0.8
+# `R R'` is made anew once its largest entry is no more than this part of what it was.
+_WORN = 1e-2
+# Within larger pools a panel is in the precision of its matrices.
+_DOUBLE_POOL = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +68,10 @@ def eliminate(
     A panel is speculated on a pool of the best candidates, whose small matrices `D_QQ` and `R_Q R_Q'` hold all that
     choosing among them needs. The panel's rows of L then give, by matrix products, the gains of all columns before
     each of its steps; the panel is cut before the first step at which a column outside of the pool would have won.
-    `D` is never formed: O(steps n (steps + m)) operations, nearly all of them in matrix products, and `steps n + n m`
-    numbers of memory beside `H` and `C`, and beside a copy of `H` where it has another dtype.
+    `D` is not formed as long as the pool is small: O(steps n (steps + m)) operations, nearly all of them in matrix
+    products, and `steps n + n m` numbers of memory beside `H` and `C`, and beside a copy of `H` where it has another
+    dtype. Where gains are so close that the pool would be a large part of all columns, `D` and `R R'` of the columns
+    that are left are kept instead, and nothing is speculated: O(n^2 (steps + m)) operations, `2 n^2` numbers more.
 
     Args:
         H: `(n, n)` symmetric positive semi-definite.
@@ -83,10 +94,15 @@ def eliminate(
     free = torch.ones(n, dtype=torch.bool, device=device)
     done, width, then_double = 0, tuning.first_pool, False
     while done < steps:
-        most = min(tuning.panel, steps - done)
+        if draw is None and left.columns is None and width > tuning.whole * (n - done):
+            left = _Whole(left, free)
+        most = min(tuning.panel if left.columns is None else tuning.whole_panel, steps - done)
         start = left.standing(free, smallest)
         picks = None if draw is None else draw.of(free, most)
-        pool = start.best(min(max(width, most), n - done)) if picks is None else picks.unique()
+        if left.columns is not None:
+            pool = left.columns
+        else:
+            pool = start.best(min(max(width, most), n - done)) if picks is None else picks.unique()
         among = None if picks is None else torch.searchsorted(pool, picks)
         panel = _speculate(*left.pool(pool), most, start.floor, smallest, among)
         if left.R.dtype != torch.float64 and n <= _DOUBLE_BELOW:
@@ -102,7 +118,7 @@ def eliminate(
         rows, v = left.panel(pivots, panel.triangle)
         accepted = len(pivots)
         shrunk = rows.square().cumsum(0)
-        if draw is None and accepted > 1:
+        if draw is None and accepted > 1 and left.columns is None:
             outside = free.index_fill(0, pool, False)
             accepted = start.agreed(left, rows, v, shrunk, panel.gains, outside)
             # The next panel must look at what begins above the gain at which this one ends.
@@ -112,7 +128,7 @@ def eliminate(
         gains[done : done + accepted] = panel.gains[:accepted]
         free[pivots] = False
         done += accepted
-        left.take(rows[:accepted], v[:accepted], shrunk[accepted - 1])
+        left.take(pivots, rows[:accepted], v[:accepted], shrunk[accepted - 1])
         if then_double:
             left, then_double = left.in_double(order[:done]), False
     if done < steps:
@@ -202,7 +218,13 @@ class _Standing:
 
 
 class _Remainder:
-    """What the pivots taken leave: `R` `(n, m)` and the diagonal of `D = H - L'L` in full, the rest on demand."""
+    """What the pivots taken leave: `R` `(n, m)` and the diagonal of `D = H - L'L` in full, the rest on demand.
+
+    Attributes:
+        columns: `(q,)` int64, the columns that all is known of; `None` where that is made for those that are asked for.
+    """
+
+    columns: torch.Tensor | None = None
 
     def __init__(self, H: torch.Tensor, C: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, steps: int):
         self._given = H, C, scale, steps
@@ -238,7 +260,7 @@ class _Remainder:
             torch.linalg.solve_triangular(triangle, self.R[pivots], upper=False),
         )
 
-    def take(self, rows: torch.Tensor, v: torch.Tensor, shrunk: torch.Tensor) -> None:
+    def take(self, pivots: torch.Tensor, rows: torch.Tensor, v: torch.Tensor, shrunk: torch.Tensor) -> None:
         """Eliminate the pivots of a panel; `shrunk` `(n,)` is what their rows take from the diagonal."""
         self._L[self._done : self._done + len(rows)] = rows
         self.R.addmm_(rows.T, v, alpha=-1)
@@ -251,8 +273,61 @@ class _Remainder:
         left = _Remainder(H, C, scale, torch.float64, steps)
         if len(pivots):
             rows, v = left.panel(pivots, torch.linalg.cholesky(left._scaled(pivots, pivots)))
-            left.take(rows, v, rows.square().sum(0))
+            left.take(pivots, rows, v, rows.square().sum(0))
         return left
+
+
+class _Whole(_Remainder):
+    """What the pivots taken leave of all columns that are left: `D` and `T = R R'` `(q, q)`, beside `R` `(q, m)`.
+
+    Args:
+        before: What they leave so far.
+        free: `(n,)` bool, the columns that are left.
+    """
+
+    columns: torch.Tensor
+
+    def __init__(self, before: _Remainder, free: torch.Tensor):
+        self._given = before._given
+        self.columns = free.nonzero()[:, 0]
+        self.D, self.T = before.pool(self.columns)
+        self.R, self.diagonal = before.R[self.columns], before.diagonal[self.columns]
+        self._fresh = float(self.T.diagonal().amax())
+
+    def standing(self, free: torch.Tensor, smallest: bool) -> _Standing:
+        return super().standing(free[self.columns], smallest)
+
+    def pool(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`D` and `R R'` on all columns."""
+        return self.D, self.T
+
+    def panel(self, pivots: torch.Tensor, triangle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        at, triangle = torch.searchsorted(self.columns, pivots), triangle.to(self.R)
+        return (
+            torch.linalg.solve_triangular(triangle, self.D[at], upper=False),
+            torch.linalg.solve_triangular(triangle, self.R[at], upper=False),
+        )
+
+    def take(self, pivots: torch.Tensor, rows: torch.Tensor, v: torch.Tensor, shrunk: torch.Tensor) -> None:
+        # (R - rows' v)(R - rows' v)' is T - rows' w - w' rows
+        w = (v @ self.R.T).addmm_(v @ v.T, rows, alpha=-0.5)
+        self.D.addmm_(rows.T, rows, alpha=-1)
+        self.T.addmm_(torch.cat([rows, w]).T, torch.cat([w, rows]), alpha=-1)
+        self.R.addmm_(rows.T, v, alpha=-1)
+        self.diagonal = self.diagonal - shrunk
+        self.diagonal[torch.searchsorted(self.columns, pivots)] = 0  # they are exhausted
+        left = self.diagonal != 0
+        if int(left.sum()) < _STILL_LEFT * len(left):
+            at = left.nonzero()[:, 0]
+            self.columns, self.R, self.diagonal = self.columns[at], self.R[at], self.diagonal[at]
+            self.D, self.T = self.D[at[:, None], at], self.T[at[:, None], at]
+        self.D.diagonal().copy_(self.diagonal)
+        norms = torch.linalg.vector_norm(self.R, dim=1).square_()
+        largest = float(norms.amax()) if len(norms) else 0.0
+        if largest < _WORN * self._fresh:  # what is left of T is of the size of its rounding errors
+            torch.mm(self.R, self.R.T, out=self.T)
+            self._fresh = largest
+        self.T.diagonal().copy_(norms)
 
 
 def _speculate(
@@ -273,7 +348,8 @@ def _speculate(
     """
     D, T = D_pool.cpu().numpy(), T_pool.cpu().numpy()
     among = None if picks is None else picks.cpu().numpy()
-    pairs = np.zeros((most, 2, len(D)))  # a step's row of L, and w with T <- T - row w' - w row'
+    # A step's row of L, and w with T <- T - row w' - w row'.
+    pairs = np.zeros((most, 2, len(D)), dtype=np.float64 if len(D) <= _DOUBLE_POOL else D.dtype)
     d, norms = D.diagonal().astype(np.float64), T.diagonal().astype(np.float64)
     best_of, worst = (np.argmin, np.inf) if smallest else (np.argmax, 0.0)
     spent = np.zeros(len(D), dtype=bool)

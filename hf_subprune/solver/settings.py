@@ -37,6 +37,8 @@ class Tuning:
         panel: Pivots that elimination takes at a time.
         first_pool: Candidates that the first panel is speculated on.
         pool: Candidates that further panels are speculated on, per column that the last panel showed to matter.
+        whole: Part of the columns left beyond which candidates are all of them.
+        whole_panel: Pivots that are then taken at a time.
         double_below: Up to this many columns selection is all in float64; beyond, in float32 until that would not do.
         jointly: Tied blocks of up to this many columns in all are one selection problem, which takes memory with the
             square of them.
@@ -47,6 +49,8 @@ class Tuning:
     panel: int = 64
     first_pool: int = 192
     pool: float = 1.5
+    whole: float = 0.5
+    whole_panel: int = 128
     double_below: int = 1024
     jointly: int = 4096
     epsilon: float = 0.01
