@@ -1,5 +1,6 @@
 """Time and objective of the solver's methods, each as a ratio measured in the same run. Tensors only."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,13 @@ _SHRINKAGE = 0.1
 
 
 def synthetic_moments(
-    n: int, m: int, *, rows: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+    n: int,
+    m: int,
+    *,
+    rows: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    alike: bool = False,
 ) -> tuple[Moments, torch.Tensor]:
     """Moments of correlated GELU activations of varying strength, and the weight `(n, m)` that follows them.
 
@@ -30,6 +37,8 @@ def synthetic_moments(
         rows: Rows summed over; twice `n` by default.
         dtype: Of the result.
         seed: Of the random numbers.
+        alike: Of ReLU activations of one strength instead: many columns add about as much, and selection has to look
+            at all of them.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -43,7 +52,8 @@ def synthetic_moments(
     H = torch.zeros(n, n)
     for start in range(0, rows, 4096):
         size = min(4096, rows - start)
-        B = torch.nn.functional.gelu((normal(size, rank) @ mixing + 0.3 * normal(size, n)) * strength - offset)
+        B = normal(size, rank) @ mixing + 0.3 * normal(size, n)
+        B = torch.relu(B) if alike else torch.nn.functional.gelu(B * strength - offset)
         H.addmm_(B.T, B)
     C = H @ W
     t = float((W * C).sum(dtype=torch.float64))
@@ -93,7 +103,7 @@ def bench_solver(
     """Run every method on synthetic problems and on given ones.
 
     Args:
-        sizes: `(n, m)` of the synthetic problems.
+        sizes: `(n, m)` of the synthetic problems, of which there are two of each size (`synthetic_moments`).
         keep: Fraction of columns kept.
         dtype: Of the synthetic moments.
         device: Where to run.
@@ -113,10 +123,10 @@ def bench_solver(
         - `swaps`: exchanges made, 0 where there is no refinement.
     """
     rows: list[dict[str, Any]] = []
-    for n, m in sizes:
+    for (n, m), alike in itertools.product(sizes, (False, True)):
         rows += _bench_problem(
-            f"synthetic {n}x{m}",
-            *synthetic_moments(n, m, dtype=dtype, seed=seed),
+            f"{'alike' if alike else 'synthetic'} {n}x{m}",
+            *synthetic_moments(n, m, dtype=dtype, seed=seed, alike=alike),
             keep=keep,
             device=device,
             yardsticks=n <= backward_below,

@@ -12,8 +12,8 @@ from hf_subprune.solver.selection import backward
 def test_every_method_has_a_row_and_refinement_never_loses():
     given = {"given": synthetic_moments(24, 6, seed=3)}
     rows = json.loads(json.dumps(bench_solver([(40, 8)], problems=given, keep=0.25, repeats=1)))
-    assert {row["problem"] for row in rows} == {"synthetic 40x8", "given"}
-    for problem in ("synthetic 40x8", "given"):
+    assert {row["problem"] for row in rows} == {"synthetic 40x8", "alike 40x8", "given"}
+    for problem in ("synthetic 40x8", "alike 40x8", "given"):
         error = {row["method"]: row["relative_error"] for row in rows if row["problem"] == problem}
         assert set(error) == {
             "greedy",
