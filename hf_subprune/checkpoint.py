@@ -34,11 +34,14 @@ from .runs.durable import DamagedError, check_space, digest_of, read_json, write
 from .runs.memory import freed_at_once
 from .runs.processes import from_process, processes, state
 from .runs.progress import displays
-from .runs.stages import LOADING, PRUNING, READING, SAVING, begin, shown
+from .runs.stages import LOADING, PRUNING, READING, SAVING, begin, expect, shown
 from .runs.workspace import Workspace
 from .storage.skeleton import build_skeleton
 
 logger = logging.get_logger(__name__)
+
+# Bytes that are written in a second, about.
+_SAVED_A_SECOND = 2e8
 
 # Weights that `from_pretrained` reads and that are no safetensors files of the usual name.
 _OTHER_WEIGHTS = ("*.bin", "*.safetensors", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf")
@@ -115,6 +118,7 @@ def prune_checkpoint(
         work = Workspace()
         with freed_at_once(), session(model, folder=scratch / "new"):
             begin(READING)
+            expect({SAVING: sum(path.stat().st_size for path in shards) / _SAVED_A_SECOND})
             with work.clock("data"):
                 samples = read(model, data, config, processing_class)
             run.begin(_identity(source, shards, config, samples, model))

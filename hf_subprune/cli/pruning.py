@@ -10,15 +10,18 @@ import typer
 
 from ..config import PruneConfig
 from ..runs.stages import (
+    FINDING,
     GENERATING,
     LOADING,
     OPENING,
     PRUNING,
     PUSHING,
+    READING,
     SAVING,
     SHRINKING,
     SURVEYING,
     begin,
+    expect,
     with_experts,
 )
 from .help import HelpAll
@@ -37,6 +40,9 @@ from .options import (
     loading_options,
 )
 from .output import command_line, give, give_json, running
+
+# Parameters that are written in a second, about.
+_SAVED_A_SECOND = 1e8
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class _Asked:
 
         begin(LOADING)
         model, processing_class = load_model(self.model, **self.loading)
+        expect({SAVING: model.num_parameters() / _SAVED_A_SECOND, PUSHING: 0.0})
         return model, processing_class, _made_up(model, processing_class, self.configs) if samples is None else samples
 
 
@@ -110,6 +117,10 @@ def prune(
             rich_help_panel=RESULT,
         ),
     ] = "2GB",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say blocks, sizes, time and memory.", rich_help_panel=RUN),
+    ] = False,
     offload: Annotated[
         bool,
         typer.Option("--offload", help="One layer in memory; goes on after a stop.", rich_help_panel=RUN),
@@ -125,10 +136,14 @@ def prune(
         raise ValueError("Give --data DATA, or --data-free for text that the model makes up itself.")
     if data_free and (split or column or offload):
         raise ValueError("--data-free generates with the model in memory: leave --split, --column and --offload out.")
-    if out is None:
+    if out is None and not dry_run:
         raise ValueError("Give --out DIR, the folder for the pruned model.")
     _check_together(configs, offload, push, loading)
-    asked = _Asked(model, configs, out, data, split, column, loading, max_shard_size, push)
+    folder = out or Path()
+    asked = _Asked(model, configs, folder, data, split, column, loading, max_shard_size, push)
+    if dry_run:
+        _dry_run(asked, quiet, as_json)
+        return
     with running(_stages(asked, offload), quiet):
         from ..report.saving import check_shard_size
 
@@ -138,9 +153,9 @@ def prune(
 
             check_repo_name(push)
         if not overwrite:
-            refuse_earlier(out, offload=offload)
+            refuse_earlier(folder, offload=offload)
         alone = _offloaded if offload else _in_memory
-        reports = _sizes(asked) if len(configs) > 1 else {out: alone(asked)}
+        reports = _sizes(asked) if len(configs) > 1 else {folder: alone(asked)}
         pushed = _pushed(asked)
     _give(reports, pushed, as_json)
 
@@ -157,6 +172,19 @@ def _check_together(configs: Sequence[PruneConfig], offload: bool, push: str | N
             f"--offload reads the files of a checkpoint itself and takes no {names}: give it a folder, such as one "
             "that `hf download MODEL --revision R --local-dir DIR` makes."
         )
+
+
+def _dry_run(asked: _Asked, quiet: bool, as_json: bool) -> None:
+    made_up = () if asked.data else (GENERATING,)
+    with running((OPENING, LOADING, *made_up, READING, FINDING), quiet):
+        from ..allocation.dry_run import foresee
+
+        model, processing_class, samples = asked.loaded(asked.opened())
+        foreseen = foresee(model, samples, asked.configs[0], processing_class)
+    if as_json:
+        give_json(foreseen.to_dict())
+    else:
+        give(foreseen.table())
 
 
 def _stages(asked: _Asked, offload: bool) -> Sequence[str]:

@@ -263,10 +263,15 @@ def steps(name: str, items: Sequence[_T]) -> Iterator[_T]:
         advance()
 
 
-def expect(seconds: Mapping[str, float]) -> None:
-    """Tell what stages are expected to take; what was told of others before stays."""
-    if (current := _current.get()) is not None:
-        current[0].expected.update(seconds)
+def expect(seconds: Mapping[str, float] | Callable[[], Mapping[str, float]]) -> None:
+    """Tell what stages are expected to take; what was told of others before stays.
+
+    Args:
+        seconds: By name; or finds them out, where somebody is shown the run.
+    """
+    current = _current.get()
+    if current is not None and current[1]:
+        current[0].expected.update(seconds() if callable(seconds) else seconds)
 
 
 def duration(seconds: float) -> str:
