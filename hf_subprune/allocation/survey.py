@@ -53,6 +53,8 @@ class Survey:
         plan: The segments that hold the candidates.
         owners: By block name, the process that solves the block.
         original: What the model puts out and costs before anything goes.
+        begun: First tokens of texts that the model has continued, `None` if it has not.
+        continued: How it did.
         metrics: By block name, `M` of `sensitivity.output_metrics`; blocks left out weigh outputs equally.
         gradients: By block name, `sensitivity.activation_gradients`, where the importance reads them.
         curves: By block name, the error at every width; empty when every budget is uniform. Of a family that gets one
@@ -74,6 +76,8 @@ class Survey:
     plan: Plan
     owners: Mapping[str, int]
     original: Original
+    begun: torch.Tensor | None = None
+    continued: torch.Tensor | None = None
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
     curves: Mapping[str, LossCurve] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from ..config import TWO_STREAMS, PruneConfig
 from ..data.batches import Samples
 from ..data.trial import check_forward
 from ..discovery.discover import discover
+from ..evaluation.continuations import beginnings, continued
 from ..evaluation.original import Original
 from ..models.forms import together
 from ..models.linears import matrix_shape
@@ -84,6 +85,7 @@ def take_survey(
     with work.clock("evaluation"):
         whole = any(config.target() in ("latency", "macs") for config in configs)
         original = work.once("original", lambda: Original.of(samples, whole=whole))
+    begun = beginnings(samples)
     survey = Survey(
         samples=samples,
         configs=list(configs),
@@ -96,6 +98,8 @@ def take_survey(
         plan=segments,
         owners=_owners(blocks, needs_curves),
         original=original,
+        begun=begun,
+        continued=continued(samples.model, begun),
     )
     with work.clock("sensitivity"):
         survey = _with_sensitivities(survey, needs_metrics, first.importance == "activation_gradient", work)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import find_executable_batch_size
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..models.running import Batch
@@ -34,6 +34,7 @@ class Samples:
         source: What the data was, in words.
         model: The model the batches are for; it knows which consumers lie in a decoder or an image tower.
         cut: What part of the samples' tokens (of waveforms, their values) did not get into the batches.
+        tokenizer: Of the model, where it is known.
     """
 
     fit: list[Batch]
@@ -43,6 +44,7 @@ class Samples:
     source: str
     model: PreTrainedModel = field(repr=False)
     cut: float = 0.0
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel, batches: Sequence[Batch]) -> "Samples":

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from huggingface_hub.utils import httpx
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
@@ -71,7 +71,16 @@ def read(model: PreTrainedModel, data: Any, config: PruneConfig, processing_clas
             f"The calibration data ({_describe(data)}) holds {sum(counts)} samples, of {config.samples} to fit on and "
             f"{config.held_out} to hold out that were asked for: {counts[0]} are fitted on, {counts[1]} held out."
         )
-    return Samples(fit, held_out, *counts, source=_describe(data), model=model, cut=cut)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return Samples(
+        fit,
+        held_out,
+        *counts,
+        source=_describe(data),
+        model=model,
+        cut=cut,
+        tokenizer=tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
+    )
 
 
 def read_few(model: PreTrainedModel, data: Any, config: PruneConfig, processing_class: Any = None) -> Samples:

@@ -189,6 +189,21 @@ class TaskMetric:
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """How a text goes on.
+
+    Args:
+        prompt: How it begins.
+        before: How the original model goes on.
+        after: How the pruned one does.
+    """
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
 class Record:
     """The figures of a `PruneReport`, which says what each of them is, and their JSON."""
 
@@ -213,6 +228,7 @@ class Record:
     allocation: Allocation | None = None
     renewed_norms: int = 0
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    continuations: tuple[Continuation, ...] = ()
 
     @property
     def drift_figures(self) -> dict[str, float]:
@@ -256,6 +272,7 @@ class Record:
             for name in ("parameters", "macs", "latency"):
                 values[name] = values[name] and Change(**values[name])
             values["intervals"] = {name: tuple(ends) for name, ends in values.get("intervals", {}).items()}
+            values["continuations"] = tuple(Continuation(**one) for one in values.get("continuations", ()))
             if values.get("allocation"):
                 values["allocation"] = Allocation(**_tuples(values["allocation"]))
         except (TypeError, KeyError) as error:

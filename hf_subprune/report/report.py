@@ -39,6 +39,7 @@ class PruneReport(Record):
         metrics: Of labelled tasks, when they were evaluated.
         command: The command line that made it; empty when Python code did.
         allocation: The target, what was reached, and how it was shared out among blocks.
+        continuations: How both models continue some texts, of a language model whose tokenizer is known.
         renewed_norms: Batch norms whose running statistics were taken anew on the calibration samples, as they are
             where channels went and the drift is less with them.
         intervals: `(low, high)` by figure: of `drift`, 95% over the held-out samples; of `"latency_ratio"`, the least

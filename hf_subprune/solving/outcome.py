@@ -12,6 +12,7 @@ from ..allocation.choice import Widths
 from ..allocation.survey import Survey
 from ..config import PruneConfig
 from ..data.batches import Samples
+from ..evaluation.continuations import continued, side_by_side
 from ..evaluation.costs import InTurn, circumstances, count
 from ..evaluation.drift import Drift, drift
 from ..evaluation.original import Original
@@ -66,6 +67,9 @@ def outcome(
         refusals=survey.found.refusals,
         allocation=widths.allocation(survey, widths.reached(survey, report.latency)),
         renewed_norms=renewed,
+        continuations=side_by_side(
+            survey.samples.tokenizer, survey.begun, survey.continued, continued(survey.model, survey.begun)
+        ),
     )
     return from_process(0, report)
 
