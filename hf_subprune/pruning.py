@@ -28,6 +28,7 @@ from .models.intact import intact, remembered
 from .models.precision import precise_products
 from .models.running import inside, is_offloaded
 from .models.session import check_prunable, session
+from .models.wrappers import taken_out
 from .report.records import Change
 from .report.report import PruneReport
 from .routing.removal import remove_experts, without_experts
@@ -55,7 +56,8 @@ def prune(
     Args:
         model: Shrunk in place. If anything fails, it is exactly as it was before. It may be dispatched by accelerate
             (`device_map`), with weights offloaded to the CPU or to disk, and stays so; new weights of offloaded layers
-            are held in the CPU's memory.
+            are held in the CPU's memory. Of a `SentenceTransformer` or a pipeline, the model inside is shrunk, and
+            what makes its inputs is taken from there as well.
         data: `datasets.Dataset` or `IterableDataset`, pandas `DataFrame`, list of strings, list of images, or iterable
             of ready batches (dicts of tensors). See `data.reading.read`.
         config: What to keep and how, or a dict of the fields of `PruneConfig`; `PruneConfig()` when left out.
@@ -74,6 +76,7 @@ def prune(
         EquivalenceError: the shrunk model is not the masked model; nothing was changed.
     """
     config = PruneConfig.of(config)
+    model, processing_class = taken_out(model, processing_class)
     check_prunable(model, offloaded=True)
     with shown(with_experts(PRUNING, config.units), displays):
         return intact(model, lambda: _prune(model, data, config, processing_class, evaluation))
@@ -130,6 +133,7 @@ def prune_sizes(
     Raises:
         ValueError: the configs differ in something else; or as `prune`.
     """
+    model, processing_class = taken_out(model, processing_class)
     check_prunable(model, offloaded=True)
     if not isinstance(configs, Sequence):
         raise TypeError(f"`configs` must be a list of PruneConfig, one a size, not {type(configs).__name__}.")

@@ -95,8 +95,8 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}. A wrapper such as a "
-            "SentenceTransformer holds one: pass that."
+            f"`model` must be a transformers.PreTrainedModel, got {type(model).__name__}. A wrapper holds one, mostly "
+            "as its attribute `model`: pass that."
         )
     method = getattr(model, "quantization_method", "unknown method")
     if getattr(model, "is_quantized", False) and not is_unpacked(model, method):
