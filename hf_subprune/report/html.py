@@ -25,7 +25,6 @@ def to_html(record: Record, processor: str | None = None) -> str:
         processor: Auto class of what was saved beside the model to make its inputs, if anything was.
     """
     page = Environment(autoescape=True, trim_blocks=True)
-    page.filters["capitalised"] = lambda text: text[:1].upper() + text[1:]
     return page.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         record=record,
         calibrated=calibrated_on(record.data),

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from .page import save, to_markdown
 from .records import Record
-from .tables import block_table, render, summary_table
+from .tables import block_table, html_table, render, summary_table, with_unit
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneReport(Record):
     """What `prune` did.
 
@@ -64,6 +64,14 @@ class PruneReport(Record):
 
     def __str__(self) -> str:
         return render(summary_table(self), block_table(self))
+
+    def __repr__(self) -> str:
+        before, after = with_unit(self.parameters.before), with_unit(self.parameters.after)
+        return f"{type(self).__name__}({self.architecture}, {before} to {after} parameters, {len(self.blocks)} blocks)"
+
+    def _repr_html_(self) -> str:
+        blocks = f"<details><summary>Blocks</summary>{html_table(block_table(self))}</details>"
+        return html_table(summary_table(self)) + blocks
 
     def push_to_hub(
         self,

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from statistics import mean
 from typing import Any
 
@@ -149,6 +150,21 @@ def found_table(architecture: str, parameters: int, blocks: Sequence[Block]) -> 
     table.caption = f"{inside:,} of {parameters:,} parameters ({inside / parameters:.0%})"
     table.caption_justify = "left"
     return table
+
+
+def html_table(table: Table) -> str:
+    """A rich table as one of HTML, its title above and its caption below, as a notebook shows it."""
+
+    def row(tag: str, cells: Iterable[object]) -> str:
+        sides = (' style="text-align: right"' if column.justify == "right" else "" for column in table.columns)
+        marked = (f"<{tag}{side}>{escape(str(cell))}</{tag}>" for side, cell in zip(sides, cells, strict=True))
+        return f"<tr>{''.join(marked)}</tr>"
+
+    heads = [column.header for column in table.columns]
+    cells = zip(*(column.cells for column in table.columns), strict=True)
+    rows = "".join([row("th", heads), *(row("td", one) for one in cells)])
+    caption = f"<p>{escape(str(table.caption))}</p>" if table.caption else ""
+    return f"<b>{escape(str(table.title or ''))}</b><table>{rows}</table>{caption}"
 
 
 def refusal_table(refusals: Sequence[Refusal]) -> Table | Text:

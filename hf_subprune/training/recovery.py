@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import nn
 from torch.nn.functional import kl_div
 from torch.nn.utils import clip_grad_norm_
@@ -24,6 +25,7 @@ from ..evaluation.drift import Drift, drift
 from ..evaluation.outputs import model_outputs
 from ..models.running import Batch, as_mapping, undisturbed
 from ..models.session import check_prunable
+from ..report.tables import html_table, render
 
 logger = logging.get_logger(__name__)
 
@@ -32,9 +34,9 @@ _MAX_GRADIENT_NORM = 1.0
 _LORA_RANK = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recovery:
-    """What `recover` reached.
+    """What `recover` reached; printed as a table.
 
     Args:
         before: Drift of the pruned model from the teacher, on held-out samples.
@@ -49,6 +51,31 @@ class Recovery:
     kept: bool
     losses: tuple[float, ...]
     data: dict[str, Any]
+
+    def table(self) -> Table:
+        """Drift before and after, as a rich table."""
+        table = Table(title="Recovery", title_justify="left")
+        for name in ("", "before", "after"):
+            table.add_column(name, justify="right" if name else "left")
+        after = self.after.to_dict()
+        for name, value in self.before.to_dict().items():
+            if name != "rows":
+                table.add_row(f"held-out {name.replace('_', ' ')}", f"{value:.4g}", f"{after[name]:.4g}")
+        table.caption = f"{len(self.losses)} steps, loss {self.losses[0]:.4g} to {self.losses[-1]:.4g}. " + (
+            "The trained weights were kept." if self.kept else "The drift did not fall: every weight is as it was."
+        )
+        table.caption_justify = "left"
+        return table
+
+    def __str__(self) -> str:
+        return render(self.table())
+
+    def __repr__(self) -> str:
+        drift = f"drift {self.before.distance:.4g} to {self.after.distance:.4g}"
+        return f"Recovery({len(self.losses)} steps, {drift}, {'kept' if self.kept else 'put back'})"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.table())
 
 
 def recover(

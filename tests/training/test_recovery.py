@@ -54,6 +54,7 @@ def test_drift_on_held_out_samples_falls(family):
     assert recovery.data["fit_samples"] == 24
     assert same(teacher, original)
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert "20 steps" in str(recovery) and "<table>" in recovery._repr_html_() and len(repr(recovery)) < 80
 
 
 def test_drift_of_hidden_states_falls_where_there_are_no_logits():
