@@ -28,7 +28,7 @@ class Panel:
         logarithmic: Whether the one that stands is.
     """
 
-    left, right, top, bottom = 42, 8, 24, 22
+    left, right, top, bottom = 48, 8, 24, 22
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ def _curve_chart(title: str, block: BlockReport) -> str:
     errors = [error for _, *pair in block.curve for error in pair] + chosen
     least, most = max(min(errors), 1e-5), max(*errors, 1e-4)
     low, high = 10 ** math.floor(math.log10(least)), 10 ** math.ceil(math.log10(most))
-    panel = Panel(title, (230, 160), (0, 1.04 * block.units_before), (low, max(high, 10 * low)), logarithmic=True)
+    panel = Panel(title, (190, 140), (0, 1.04 * block.units_before), (low, max(high, 10 * low)), logarithmic=True)
     exponents = range(round(math.log10(low)), round(math.log10(max(high, 10 * low))) + 1)
     panel.ticks_beside([(10.0**exponent, f"{10.0**exponent:g}") for exponent in exponents])
     panel.line([(units, fitted) for units, fitted, _ in block.curve], AFTER)
