@@ -18,7 +18,7 @@ from hf_subprune import PruneConfig, prune
 from hf_subprune.demo import demo_model_folder, docstrings
 from hf_subprune.evaluation.tasks import EmbeddingDrift, Trial
 from hf_subprune.report.card import CARD_NAME, INHERITED, base_card_data, write_card
-from hf_subprune.report.records import PAGE_NAME, PLOT_FOLDER, REPORT_NAME
+from hf_subprune.report.records import HTML_NAME, PAGE_NAME, PLOT_FOLDER, REPORT_NAME
 from hf_subprune.report.saving import save_pruned
 
 BASE = "sentence-transformers/all-MiniLM-L6-v2"  # what the package holds a copy of
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
             write_card(saved, report, f"user/{name}", inherited)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            for part in (CARD_NAME, REPORT_NAME, PAGE_NAME):
+            for part in (CARD_NAME, REPORT_NAME, PAGE_NAME, HTML_NAME):
                 shutil.copy(saved / part, folder)
             shutil.copytree(saved / PLOT_FOLDER, folder / PLOT_FOLDER)
         folders.append(folder)
