@@ -84,7 +84,7 @@ def _costs(record: Record) -> list[dict[str, Any]]:
 
 
 def _drift(record: Record) -> list[dict[str, str]]:
-    intervals: dict[str, tuple[float, float]] = vars(record).get("intervals", {})
+    intervals = record.intervals
     return [
         {
             "name": name.replace("_", " "),
