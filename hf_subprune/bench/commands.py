@@ -15,13 +15,28 @@ Out = Annotated[Path | None, typer.Option(help="Folder for the rows as JSON, and
 
 @bench_app.command()
 def pipeline(
-    samples: Annotated[int, typer.Option(help="Paragraphs to calibrate on.", min=4)] = 128,
+    model: Annotated[str | None, typer.Option(help="A causal language model; the demo encoder when left out.")] = None,
+    text: Annotated[Path | None, typer.Option(help="With --model: a file of text to calibrate on.")] = None,
+    samples: Annotated[int, typer.Option(help="Samples to calibrate on.", min=4)] = 128,
+    held_out: Annotated[int | None, typer.Option(help="Further ones; a quarter as many when left out.", min=1)] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a sample, at most.", min=1)] = 512,
+    keep: Annotated[float, typer.Option(help="Fraction of the blocks' parameters kept.")] = 0.5,
+    run: Annotated[list[str] | None, typer.Option(help="Default, or neurons and a variant; may be repeated.")] = None,
     out: Out = None,
 ) -> None:
-    """Seconds per stage and peak memory of pruning the demo model, per variant."""
-    from .pipeline import bench_pipeline, table
+    """What each stage of pruning takes, in forwards over the samples, and peak memory, per variant.
 
-    rows = bench_pipeline(samples)
+    What other methods take on a language model: recipes/smollm2.py runs FLAP, OSSCAR and others beside it.
+    """
+    from .pipeline import RUNS, bench_pipeline, language_model, table
+
+    if (model is None) != (text is None):
+        raise typer.BadParameter("--model and --text come together.")
+    if unknown := set(run or ()) - RUNS.keys():
+        raise typer.BadParameter(f"Unknown run {unknown.pop()!r}: choose from {', '.join(map(repr, RUNS))}.")
+    load = None if model is None else language_model(model, str(text))
+    held_out = held_out or max(1, samples // 4)
+    rows = bench_pipeline(load, run or tuple(RUNS), samples, held_out, max_length=length, keep=keep)
     _save(rows, out, "pipeline.json")
     console.print(table(rows))
 

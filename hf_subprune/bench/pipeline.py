@@ -1,83 +1,128 @@
-"""How long each stage of `prune` takes on the demo model, against the calibration forwards alone, and its memory."""
+"""How long each stage of `prune` takes, against the calibration forwards alone, and its memory."""
 
 import multiprocessing
 import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import psutil
 import torch
 from rich.table import Table
-from transformers import AutoModel, AutoTokenizer
+from transformers import PreTrainedModel
 
 from ..config import VARIANTS, PruneConfig
 from ..data.reading import read
-from ..demo import demo_model_folder, docstrings
 from ..models.running import call
 from ..pruning import prune
 
+Loader = Callable[[], tuple[PreTrainedModel, Any, Any]]
+"""Loads a model, its processing class, and data for it."""
 
-def bench_pipeline(samples: int = 128, variants: tuple[str, ...] = VARIANTS) -> list[dict[str, Any]]:
-    """One row per variant, each measured in a process of its own.
+RUNS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    **{f"neurons, {variant}": {"units": ("mlp",), "variant": variant} for variant in VARIANTS},
+}
+"""Fields of `PruneConfig` by the name of a run."""
+
+
+def bench_pipeline(
+    load: Loader | None = None,
+    runs: Sequence[str] = tuple(RUNS),
+    samples: int = 128,
+    held_out: int = 32,
+    **fields: Any,
+) -> list[dict[str, Any]]:
+    """One row per run, each measured in a process of its own.
 
     Args:
-        samples: Paragraphs to calibrate on; 32 more are held out.
-        variants: Of `PruneConfig.variant`.
+        load: The model and the data; the demo encoder and paragraphs of docstrings when left out.
+        runs: Names in `RUNS`.
+        samples: To calibrate on.
+        held_out: Further samples.
+        fields: Of `PruneConfig`, for all runs.
 
     Returns:
-        Rows of `variant`, `forward` (seconds of a forward over the samples fitted on), `total` (seconds of `prune`),
-        `ratio` (`total / forward`), `stages` (seconds each), `memory` (largest resident size during `prune` beyond the
-        one before it, bytes), `model` (bytes of the model's parameters).
+        Rows of `run`, `forward` (CPU seconds of the base model's forwards over the samples fitted on), `total` (CPU
+        seconds of `prune`), `ratio` (`total / forward`), `stages` (CPU seconds each, by their shares of the wall time),
+        `memory` (largest resident size during `prune` beyond the one before it, bytes), `model` (bytes of the model's
+        parameters).
     """
     context = multiprocessing.get_context("spawn")  # a fresh process: its peak is this run's alone
     rows = []
-    for variant in variants:
+    for run in runs:
+        config = PruneConfig(**{"samples": samples, "held_out": held_out, **fields, **RUNS[run]})
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            rows.append(pool.submit(_row, samples, variant).result())
+            rows.append(pool.submit(_row, run, load or demo, config).result())
     return rows
+
+
+def demo() -> tuple[PreTrainedModel, Any, Any]:
+    """The demo encoder, and text in plenty."""
+    from transformers import AutoModel, AutoTokenizer
+
+    from ..demo import demo_model_folder, docstrings
+
+    folder = demo_model_folder()
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder), docstrings(1000)
+
+
+def language_model(folder: str, text: str) -> Loader:
+    """A causal language model in float32, and a file of text, whose paragraphs are packed into windows."""
+    return partial(_language_model, folder, text)
+
+
+def _language_model(folder: str, text: str) -> tuple[PreTrainedModel, Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with open(text, encoding="utf-8") as file:
+        paragraphs = [line for line in file.read().splitlines() if line.strip()]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder), paragraphs
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """A column for each of the rows, as a rich table."""
-    shown = Table(title="all-MiniLM-L6-v2, seconds a stage", title_justify="left")
+    shown = Table(title="Forwards over the samples a stage", title_justify="left")
     shown.add_column("")
     for row in rows:
-        shown.add_column(row["variant"], justify="right")
-    shown.add_row("forward", *(f"{row['forward']:.2f}" for row in rows), end_section=True)
-    for stage in rows[0]["stages"]:
-        shown.add_row(stage, *(f"{row['stages'][stage]:.2f}" for row in rows))
+        shown.add_column(row["run"], justify="right")
+    shown.add_row("seconds of one", *(f"{row['forward']:.2f}" for row in rows), end_section=True)
+    for stage in dict.fromkeys(stage for row in rows for stage in row["stages"]):
+        shown.add_row(stage, *(f"{row['stages'].get(stage, 0.0) / row['forward']:.2f}" for row in rows))
     shown.add_section()
-    shown.add_row("total", *(f"{row['total']:.2f}" for row in rows))
-    shown.add_row("total / forward", *(f"{row['ratio']:.1f}" for row in rows))
+    shown.add_row("in all", *(f"{row['ratio']:.2f}" for row in rows))
+    shown.add_row("CPU seconds", *(f"{row['total']:.1f}" for row in rows))
     shown.add_row("memory", *(f"{row['memory'] / 2**20:.0f} MiB" for row in rows))
-    shown.caption = f"Memory: beyond the model and the data. The model: {rows[0]['model'] / 2**20:.0f} MiB."
+    shown.caption = (
+        f"A forward is that of the model without its head, in CPU seconds, {rows[0]['threads']} threads. Memory: beyond "
+        f"the model ({rows[0]['model'] / 2**20:.0f} MiB) and the data."
+    )
     shown.caption_justify = "left"
     return shown
 
 
-def _row(samples: int, variant: str) -> dict[str, Any]:
-    folder = demo_model_folder()
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    texts = docstrings(samples + 32)
-    config = PruneConfig(samples=samples, held_out=32, variant=variant)
-    batches = read(model, texts, config, tokenizer).fit
-    call(model, batches[0])
-    start = time.perf_counter()
+def _row(run: str, load: Loader, config: PruneConfig) -> dict[str, Any]:
+    model, processing_class, data = load()
+    batches = read(model, data, config, processing_class).fit
+    call(model.base_model, batches[0])
+    start = time.process_time()
     for batch in batches:
-        call(model, batch)
-    forward = time.perf_counter() - start
+        call(model.base_model, batch)
+    forward = time.process_time() - start
     before = psutil.Process().memory_info().rss
-    start = time.perf_counter()
-    report = prune(model, texts, config, tokenizer)
-    total = time.perf_counter() - start
+    wall, start = time.perf_counter(), time.process_time()
+    report = prune(model, data, config, processing_class)
+    total, wall = time.process_time() - start, time.perf_counter() - wall
     return {
-        "variant": variant,
-        "samples": samples,
+        "run": run,
+        "samples": config.samples,
         "threads": torch.get_num_threads(),
         "forward": forward,
         "total": total,
         "ratio": total / forward,
-        "stages": report.seconds,
+        "stages": {stage: seconds * total / wall for stage, seconds in report.seconds.items()},
         "memory": max(0, report.peak_memory - before),
         "model": sum(p.numel() * p.element_size() for p in model.parameters()),
     }
