@@ -28,6 +28,7 @@ def pipeline(
 
     What other methods take on a language model: recipes/smollm2.py runs FLAP, OSSCAR and others beside it.
     """
+    from ..config import PruneConfig
     from .pipeline import RUNS, bench_pipeline, language_model, table
 
     if (model is None) != (text is None):
@@ -36,7 +37,8 @@ def pipeline(
         raise typer.BadParameter(f"Unknown run {unknown.pop()!r}: choose from {', '.join(map(repr, RUNS))}.")
     load = None if model is None else language_model(model, str(text))
     held_out = held_out or max(1, samples // 4)
-    rows = bench_pipeline(load, run or tuple(RUNS), samples, held_out, max_length=length, keep=keep)
+    config = PruneConfig(samples=samples, held_out=held_out, max_length=length, keep=keep)
+    rows = bench_pipeline(load, config, run or tuple(RUNS))
     _save(rows, out, "pipeline.json")
     console.print(table(rows))
 

@@ -4,6 +4,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,33 +29,27 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
 
 
 def bench_pipeline(
-    load: Loader | None = None,
-    runs: Sequence[str] = tuple(RUNS),
-    samples: int = 128,
-    held_out: int = 32,
-    **fields: Any,
+    load: Loader | None = None, config: PruneConfig | None = None, runs: Sequence[str] = tuple(RUNS)
 ) -> list[dict[str, Any]]:
     """One row per run, each measured in a process of its own.
 
     Args:
         load: The model and the data; the demo encoder and paragraphs of docstrings when left out.
+        config: Of all runs, but for what `RUNS` says of each.
         runs: Names in `RUNS`.
-        samples: To calibrate on.
-        held_out: Further samples.
-        fields: Of `PruneConfig`, for all runs.
 
     Returns:
         Rows of `run`, `forward` (CPU seconds of the base model's forwards over the samples fitted on), `total` (CPU
-        seconds of `prune`), `ratio` (`total / forward`), `stages` (CPU seconds each, by their shares of the wall time),
-        `memory` (largest resident size during `prune` beyond the one before it, bytes), `model` (bytes of the model's
-        parameters).
+        seconds of `prune`), `ratio` (`total / forward`), `stages` (CPU seconds each, by their shares of the wall
+        time), `memory` (largest resident size during `prune` beyond the one before it, bytes), `model` (bytes of the
+        model's parameters).
     """
     context = multiprocessing.get_context("spawn")  # a fresh process: its peak is this run's alone
     rows = []
     for run in runs:
-        config = PruneConfig(**{"samples": samples, "held_out": held_out, **fields, **RUNS[run]})
+        own = replace(config or PruneConfig(samples=128, held_out=32), **RUNS[run])
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            rows.append(pool.submit(_row, run, load or demo, config).result())
+            rows.append(pool.submit(_row, run, load or demo, own).result())
     return rows
 
 
@@ -96,8 +91,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     shown.add_row("CPU seconds", *(f"{row['total']:.1f}" for row in rows))
     shown.add_row("memory", *(f"{row['memory'] / 2**20:.0f} MiB" for row in rows))
     shown.caption = (
-        f"A forward is that of the model without its head, in CPU seconds, {rows[0]['threads']} threads. Memory: beyond "
-        f"the model ({rows[0]['model'] / 2**20:.0f} MiB) and the data."
+        f"A forward is that of the model without its head, in CPU seconds, {rows[0]['threads']} threads. Memory: "
+        f"beyond the model ({rows[0]['model'] / 2**20:.0f} MiB) and the data."
     )
     shown.caption_justify = "left"
     return shown
