@@ -24,7 +24,7 @@ _FIRST_TRIED = (1e-1, 3e-1)
 # Up to this many kept columns cross-fitting is in float64.
 _DOUBLE_BELOW = 256
 # Beyond this many outputs, cross-fitting looks at as many random combinations of them.
-_MOST_OUTPUTS = 128
+_MOST_OUTPUTS = 256
 
 
 def solve_normal_equations(
