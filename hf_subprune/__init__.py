@@ -3,9 +3,9 @@
 A floor imports only from those that are named after it, which `tests/test_house.py` reads here and asserts:
 
 - Run from: `cli`; this `__init__`; `bench`.
-- Joined: `training`, `checkpoint`, `demo`, `sizes`, over `pruning`, the five stages in their order.
+- Joined: `training`, `checkpoint`, `demo`, `sizes`, over `pruning`, the five stages in their order; `serving`.
 - The stages: `solving`, `allocation`, `routing`, `collection`, `evaluation`, `coverage`, `discovery`.
-- Told and stored: `serving`, `report`, `loading`, `storage`.
+- Told and stored: `report`, `loading`, `storage`.
 - Read and cut: `data`, `surgery`.
 - Below: `models`, a torch model in itself; `blocks`; `runs`, what a run keeps; `config`; `solver`, tensors only.
 

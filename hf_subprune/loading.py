@@ -1,8 +1,9 @@
-"""Loading ragged models with plain `from_pretrained`: hf_subprune joins in where transformers lets quantizers join in.
+"""Loading and saving ragged models with plain `from_pretrained` and `save_pretrained`.
 
-Importing this module registers `QUANT_METHOD`; after `import hf_subprune`, the import of Transformers' models does.
-`from_pretrained` then shapes the model that the config builds to the stored widths, before it reads weights, and the
-result is an ordinary model. So does `from_config`, whose weights are random.
+After `import hf_subprune`, the import of Transformers' models imports this module, which joins in at four places of
+Transformers: where a config is read, where a model has been built from it, where weights were loaded, and where a
+model is saved. A model whose config lists widths is shaped to them as soon as it is built, by `from_pretrained`, by
+`from_config` or by its class, before it gets weights; it is an ordinary model then, and takes any quantization.
 
 It is imported in the middle of imports of Transformers: what is imported above, they have finished with; the rest is
 imported when a model is loaded.
@@ -10,222 +11,145 @@ imported when a model is loaded.
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-import transformers
-from packaging.version import Version
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.modeling_utils import PreTrainedModel, load_state_dict
-from transformers.quantizers import HfQuantizer, auto
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
-from .storage.method import QUANT_METHOD
+from .storage.entry import WEIGHTS_ENTRY, listed, readable
 
-if TYPE_CHECKING:
-    from .storage.spec import LayoutSpec
+CARRIED = "subprune_report"
+"""Attribute of a model that was pruned: its report, which is written beside it when it is saved."""
 
-# With a quantizer, Transformers before 5.23 loads tensors of any shape, so that a head of another size is the old one.
-_TAKES_ANY_SHAPE = Version(transformers.__version__) < Version("5.23")
+_PUSHED = ("commit_message", "create_pr", "private", "revision", "token")
+"""Options of `save_pretrained` that belong to a push."""
 
 
-class SubpruneConfig(QuantizationConfigMixin):
-    """The widths of a ragged model, as transformers reads them from config.json.
+def carry(model: PreTrainedModel, report: Any) -> None:
+    """Have a report written beside a model whenever it is saved: by its `accompany(folder)`."""
+    setattr(model, CARRIED, report)
 
-    Users need it only to quantize a ragged model while it loads, which takes two quantizers where `from_pretrained`
-    takes one: `quantization_config=SubpruneConfig(then=BitsAndBytesConfig(...))`. Stock models take any directly.
 
-    Args:
-        then: How to quantize the pruned model.
-        spec: The widths; those of the checkpoint if None.
-        stored: How the weights in the checkpoint already are quantized, if they are.
+@contextmanager
+def carried(model: PreTrainedModel, report: Any) -> Iterator[None]:
+    """As `carry`, for the time being."""
+    before = vars(model).pop(CARRIED, None)
+    carry(model, report)
+    try:
+        yield
+    finally:
+        del vars(model)[CARRIED]
+        if before is not None:
+            carry(model, before)
+
+
+def _from_dict(plain: Callable, cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    """A config from what config.json holds."""
+    return plain(cls, readable(config_dict), **kwargs)
+
+
+def _post_init(plain: Callable, model: PreTrainedModel) -> None:
+    """The end of a model's constructor, and of those of models inside it."""
+    plain(model)
+    entry = listed(model.config)
+    if entry is None:
+        return
+    constructors = _constructors()
+    if any(holder is not model and listed(vars(holder).get("config")) is not None for holder in constructors):
+        return  # the model around it is shaped as a whole
+    from .storage.layout import write_ragged
+    from .storage.spec import LayoutSpec, apply_spec
+
+    try:
+        write_ragged(model, apply_spec(model, LayoutSpec.from_dict(entry)))
+    except ValueError:
+        # A class that adds to another one calls this twice; only the second time everything is there.
+        if sum(holder is model for holder in constructors) < 2:
+            raise
+
+
+def _constructors() -> list[PreTrainedModel]:
+    """Models whose `__init__` is running, the innermost first; one is there once for each of its classes."""
+    found, frame = [], sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        holder = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
+        if isinstance(holder, PreTrainedModel):
+            found.append(holder)
+    return found
+
+
+def _from_pretrained(plain: Callable, cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    """A model with its weights.
+
+    Raises:
+        ValueError: the weights do not have the widths of the config, whatever `ignore_mismatched_sizes` says.
     """
-
-    def __init__(
-        self,
-        then: QuantizationConfigMixin | None = None,
-        *,
-        spec: LayoutSpec | None = None,
-        stored: QuantizationConfigMixin | None = None,
-    ):
-        if then is not None and not isinstance(then, QuantizationConfigMixin):
-            raise TypeError(f"then must be a quantization config such as BitsAndBytesConfig(...), got {then!r}")
-        self.quant_method: Any = QUANT_METHOD
-        self.then = then
-        self.spec = spec
-        self.stored = stored
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Read the entry of a config.json.
-
-        Raises:
-            ValueError: The entry is damaged or of a later format.
-        """
-        from .storage.spec import LayoutSpec
-
-        stored = config_dict.get("then")
-        if stored is not None and (not isinstance(stored, dict) or stored.get("quant_method") == QUANT_METHOD):
+    if isinstance(given := kwargs.get("config"), PreTrainedConfig) and hasattr(given, WEIGHTS_ENTRY):
+        kwargs["config"] = type(given).from_dict(given.to_dict())  # it was read before this module was imported
+    model, info = plain(cls, *args, output_loading_info=True, **kwargs)
+    shapes = (listed(model.config) or {}).get("shapes", {})
+    for name, shape, expected in sorted(info.get("mismatched_keys", ())):
+        if name in shapes:
             raise ValueError(
-                f"`then` of this model's subprune entry is {reprlib.repr(stored)}, not how its weights are quantized: "
-                "restore config.json as it was saved"
+                f"{model.config.name_or_path}: {name} has shape {tuple(shape)}, but the config.json beside it says "
+                f"{tuple(expected)}: they were not saved together. Take both from the same save_pretrained"
             )
-        config = cls(
-            spec=LayoutSpec.from_dict(config_dict),
-            stored=None if stored is None else auto.AutoQuantizationConfig.from_dict(stored),
-        )
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """The entry of config.json."""
-        from .storage.layout import entry
-        from .storage.spec import LayoutSpec
-
-        inner = self.stored or self.then
-        return entry(self.spec or LayoutSpec()) | ({} if inner is None else {"then": inner.to_dict()})
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """What of a config passed to `from_pretrained` is set on the one read from the checkpoint."""
-        return {} if self.then is None else {"then": self.then}
+    return (model, info) if output_loading_info else model
 
 
-class _PrunedFirst(HfQuantizer):
-    """Shapes the skeleton to the pruned widths before the quantizer that it is mixed with, if any, sees it."""
+def _save_pretrained(
+    plain: Callable,
+    model: PreTrainedModel,
+    save_directory: Any,
+    is_main_process: bool = True,
+    *args: Any,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Save a model with all that loading it takes, and with the report that it carries."""
+    report = vars(model).get(CARRIED)
+    ours = listed(model.config) is not None or report is not None
+    plain(model, save_directory, is_main_process, *args, push_to_hub=push_to_hub and not ours, **kwargs)
+    folder = Path(save_directory)
+    if not (ours and is_main_process and (folder / "config.json").is_file()):
+        return
+    if listed(model.config) is not None:
+        from .storage.remote_code import complete
 
-    def __init__(self, config: SubpruneConfig, pre_quantized: bool = True, **kwargs: Any):
-        if config.spec is None or not pre_quantized:
-            raise ValueError(
-                "SubpruneConfig was passed, but this checkpoint has no pruned widths of its own (it is not pruned, or "
-                "it has the stock layout): pass the quantization config inside `then` itself, or none"
-            )
-        if config.stored is not None and config.then is not None:
-            raise ValueError(
-                f"this checkpoint is already quantized ({type(config.stored).__name__}): load it without "
-                f"SubpruneConfig(then={type(config.then).__name__}(...))"
-            )
-        self.spec = config.spec
-        self.model: PreTrainedModel | None = None
-        inner = config.stored or config.then
-        super().__init__(inner or config, pre_quantized=inner is None or config.stored is not None, **kwargs)
-
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
-    ) -> None:
-        from .storage.spec import apply_spec
-
-        self.files, self.model = list(checkpoint_files or ()), model
-        self.applied = apply_spec(model, self.spec)
-        super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
-
-    def update_weight_conversions(self, weight_conversions: list, *model: PreTrainedModel) -> list:
-        """Called once it is known how names in files become names in the model: the time to compare shapes.
-
-        Transformers passes the model from 5.22 on.
-        """
-        conversions = super().update_weight_conversions(weight_conversions, *model)
-        if self.model is not None:
-            self._check_files(self.model, conversions)
-            self.model = None  # saving calls this as well
-        return conversions
-
-    def _check_files(self, model: PreTrainedModel, conversions: list) -> None:
-        """Compare the shapes in the checkpoint with those of the model."""
-        renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-        converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-        built = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        listed = {*self.spec.shapes, *self.applied.shapes}
-        for file in self.files:
-            for key, tensor in load_state_dict(file, map_location="meta").items():
-                name, merged = rename_source_key(key, renamings, converters, model.base_model_prefix, built)
-                compared = _TAKES_ANY_SHAPE or not listed.isdisjoint((key, name))
-                if merged is None and name in built and compared:
-                    self._check_shape(file, key, tuple(tensor.shape), built[name])
-
-    def _check_shape(self, file: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        """Refuse a checkpoint that does not have the widths of its config, whatever `ignore_mismatched_sizes` says."""
-        if shape != expected:
-            raise ValueError(
-                f"{file}: {name} has shape {shape}, but the config.json beside it says {expected}: they were not "
-                "saved together. Take both from the same save_pretrained"
-                + (", or Transformers 5.23 for a new head" if _TAKES_ANY_SHAPE else "")
-            )
+        complete(folder, model)
+    if report is not None:
+        report.accompany(folder)
+    if push_to_hub:
+        options = {name: value for name, value in kwargs.items() if name in _PUSHED}
+        model.push_to_hub(kwargs.get("repo_id", folder.name), **options)
 
 
-class SubpruneQuantizer(_PrunedFirst):
-    """What `from_pretrained` calls for a ragged model. Quantizes nothing unless the config says what to do `then`."""
+def _join_in(holder: type, name: str, replacement: Callable, of_class: bool = False) -> None:
+    """Put a function around a method of Transformers: it is given the method first, then what that is given."""
+    held = vars(holder)[name]
+    method = getattr(held, "__func__", held)
+    plain = getattr(method, "replaced", method)  # after a reload, what is there is what an earlier import put there
 
-    def __new__(cls, config: SubpruneConfig, **kwargs: Any) -> Any:
-        inner = config.stored or config.then
-        if inner is None:
-            return super().__new__(cls)
-        quantizer = type(auto.AutoHfQuantizer.from_config(inner, pre_quantized=config.stored is not None))
-        return type(f"Pruned{quantizer.__name__}", (_PrunedThenQuantized, quantizer), {})(config, **kwargs)
+    @functools.wraps(plain)
+    def joined(*args: Any, **kwargs: Any) -> Any:
+        return replacement(plain, *args, **kwargs)
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        from .models.quantized import remove_marks
-        from .storage.layout import write_ragged
-
-        remove_marks(model)
-        write_ragged(model, self.applied)
-        return model
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-
-class _PrunedThenQuantized(_PrunedFirst):
-    """Mixed with the quantizer that `then` names; the model stays marked as quantized."""
-
-    def _check_shape(self, *args: Any) -> None:
-        if not self.pre_quantized:  # quantized weights are packed into other shapes
-            super()._check_shape(*args)
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        from .storage.layout import write_ragged
-
-        model = super()._process_model_after_weight_loading(model, **kwargs) or model
-        write_ragged(model, self.applied)
-        model.config.quantization_config["then"] = self.quantization_config.to_dict()
-        return model
-
-
-def _from_config(cls: Any, config: Any, **kwargs: Any) -> PreTrainedModel:
-    """What `from_config` calls: the model that a config describes, with random weights, in its pruned widths."""
-    model = _build(cls, config, **kwargs)
-    listed = getattr(config, "quantization_config", None)
-    listed = listed.to_dict() if isinstance(listed, SubpruneConfig) else listed
-    if isinstance(listed, dict) and listed.get("quant_method") == QUANT_METHOD:
-        from .storage.layout import write_ragged
-        from .storage.spec import LayoutSpec, apply_spec
-
-        write_ragged(model, apply_spec(model, LayoutSpec.from_dict(listed)))
-    return model
-
-
-_build = vars(PreTrainedModel)["_from_config"].__func__
-_build = getattr(_build, "replaced", _build)  # after a reload, what is there is what an earlier import put there
-vars(_from_config)["replaced"] = _build
+    vars(joined)["replaced"] = plain
+    setattr(holder, name, classmethod(joined) if of_class else joined)
 
 
 def register() -> None:
-    """Make `from_pretrained` and `from_config` know ragged models.
-
-    Done on import; once more, after a reload, replaces the classes.
-    """
-    # Transformers gives quantizers no part in `from_config`, which would build the unpruned model without a word.
-    PreTrainedModel._from_config = classmethod(_from_config)  # type: ignore[method-assign, assignment]
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
-    auto.AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
-    auto.register_quantization_config(QUANT_METHOD)(SubpruneConfig)
-    auto.register_quantizer(QUANT_METHOD)(SubpruneQuantizer)
-    # Lets `then` of a config that the user passes reach the config that is read from the checkpoint.
-    others = [known for known in auto.LOADING_ATTRIBUTES_CONFIG_TYPES if known.__name__ != SubpruneConfig.__name__]
-    vars(auto)["LOADING_ATTRIBUTES_CONFIG_TYPES"] = (*others, SubpruneConfig)
+    """Make Transformers know ragged models. Done on import; once more, after a reload, replaces the functions."""
+    _join_in(PreTrainedConfig, "from_dict", _from_dict, of_class=True)
+    _join_in(PreTrainedModel, "from_pretrained", _from_pretrained, of_class=True)
+    _join_in(PreTrainedModel, "post_init", _post_init)
+    _join_in(PreTrainedModel, "save_pretrained", _save_pretrained)
 
 
 register()

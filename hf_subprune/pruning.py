@@ -23,6 +23,7 @@ from .data.reading import read
 from .data.trial import check_forward
 from .evaluation.costs import circumstances, measure_latency
 from .evaluation.original import Original
+from .loading import carried, carry
 from .models.forms import apart
 from .models.intact import intact, remembered
 from .models.precision import precise_products
@@ -79,7 +80,9 @@ def prune(
     model, processing_class = taken_out(model, processing_class)
     check_prunable(model, offloaded=True)
     with shown(with_experts(PRUNING, config.units), displays):
-        return intact(model, lambda: _prune(model, data, config, processing_class, evaluation))
+        report = intact(model, lambda: _prune(model, data, config, processing_class, evaluation))
+    carry(model, report)
+    return report
 
 
 def _prune(
@@ -173,7 +176,7 @@ def _prune_sizes(
 
             with precise_products(parameters), shown(SHRINKING, displays):
                 report = batches.run(attempt)
-            with closing(own.undo), handed_over():
+            with closing(own.undo), handed_over(), carried(model, report):
                 yield report
 
 

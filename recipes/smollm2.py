@@ -270,7 +270,7 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
 @torch.no_grad()
 def loads_plainly(model: PreTrainedModel, window: torch.Tensor) -> bool:
     """Whether `from_pretrained` alone, without this package, loads the saved model as it is."""
-    if hasattr(model.config, "quantization_config"):  # widths that only this package reads
+    if hasattr(model.config, "subprune"):  # widths that only this package reads
         return False
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -36,5 +36,9 @@ def assert_unchanged(model, before):
 
 def files(folder):
     """The bytes of every file that does not depend on the clock."""
-    kept = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and "report" not in path.name)
+    kept = (
+        path
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and "report" not in path.name and path.name != "README.md"
+    )
     return {str(p.relative_to(folder)): p.read_bytes() for p in kept if p.suffix != ".png"}

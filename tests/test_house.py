@@ -22,6 +22,7 @@ FLOORS = [
 PUBLIC = {(getattr(hf_subprune, name).__module__, name) for name in hf_subprune.__all__}
 
 REPLACED = "stands in for a forward, which is called with whatever the model around it passes"
+JOINED = "passes on to a method of Transformers whatever that takes"
 READ = "Transformers passes what else stands in the config"
 ANY_KEYWORDS = {
     "cli.options:_expanded.wrapped": "typer passes the options of the signature that it is given",
@@ -29,13 +30,10 @@ ANY_KEYWORDS = {
     "collection.stream:_made": REPLACED,
     "collection.stream:_return": REPLACED,
     "evaluation.costs:_attention_flops": "torch's counter passes the arguments of the operation that it counts",
-    "loading:SubpruneConfig.from_dict": READ,
-    "loading:SubpruneQuantizer.__new__": READ,
-    "loading:SubpruneQuantizer._process_model_after_weight_loading": READ,
-    "loading:_PrunedFirst.__init__": READ,
-    "loading:_from_config": REPLACED,
-    "loading:_PrunedFirst._process_model_before_weight_loading": READ,
-    "loading:_PrunedThenQuantized._process_model_after_weight_loading": READ,
+    "loading:_from_dict": READ,
+    "loading:_from_pretrained": JOINED,
+    "loading:_join_in.joined": JOINED,
+    "loading:_save_pretrained": JOINED,
     "models.experts:StackedExperts.__call__": REPLACED,
     "models.forwards:AdaptedForward.__call__": REPLACED,
     "models.forwards:_bypassing.bypassing": REPLACED,

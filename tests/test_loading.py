@@ -7,7 +7,6 @@ import torch
 import transformers as tf
 from fresh import WIDTHS, ragged, run_fresh
 from hand_pruned import FAMILIES, IMAGES, SIZES, TEXT, TOKENS, outputs
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from same import assert_same_weights
 from torch import nn
@@ -15,8 +14,8 @@ from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_subprune.loading
-from hf_subprune.loading import SubpruneConfig
-from hf_subprune.storage.layout import QUANT_METHOD, choose_layout
+from hf_subprune.storage import spec
+from hf_subprune.storage.layout import choose_layout
 
 
 def the_same_in_a_fresh_process(folder, before=""):
@@ -87,14 +86,19 @@ def test_without_hf_subprune_stock_models_load_and_ragged_ones_say_what_to_insta
         import json, sys, transformers
         {block}
         from transformers import AutoConfig, AutoModel
-        try:
-            AutoModel.from_pretrained(sys.argv[1])
-        except RuntimeError as error:
-            print(json.dumps([str(error), AutoConfig.from_pretrained(sys.argv[1]).quantization_config]))
+        errors = []
+        for ignore in (False, True):
+            try:
+                AutoModel.from_pretrained(sys.argv[1], ignore_mismatched_sizes=ignore)
+            except ValueError as error:
+                errors.append(str(error))
+        print(json.dumps([errors, AutoConfig.from_pretrained(sys.argv[1]).subprune]))
         """
-    (error, entry), log = run_fresh(script, tmp_path / "ragged")
-    assert "ignore_mismatched_sizes" in error
-    assert "Unknown quantization type, got subprune (pip install hf_subprune) - supported" in log and "MISMATCH" in log
+    (errors, entry), log = run_fresh(script, tmp_path / "ragged")
+    assert len(errors) == 2
+    for error in errors:
+        assert "pip install hf_subprune" in error and "trust_remote_code=True" in error
+    assert "delete" not in "".join([*errors, log]) and "MISMATCH" not in log
     assert (entry["library"], entry["install"]) == ("hf_subprune", "pip install hf_subprune")
     assert "Never pass ignore_mismatched_sizes=True" in entry["notice"]
 
@@ -111,7 +115,7 @@ def test_a_loaded_model_is_an_ordinary_model(family, tmp_path):
     assert loaded.half().dtype == torch.float16
     assert loaded.bfloat16().dtype == torch.bfloat16
     loaded = type(model).from_pretrained(tmp_path / "first", config=loaded.config).float().to("cpu")
-    assert loaded.config.quantization_config == model.config.quantization_config
+    assert loaded.config.subprune == model.config.subprune
     loaded.save_pretrained(tmp_path / "second")
     again = type(model).from_pretrained(tmp_path / "second")
     assert_same_weights(again, model)
@@ -294,19 +298,16 @@ def test_weights_of_another_pruning_are_refused_even_when_mismatches_are_to_be_i
     name = min(name for name, weight in weights.items() if weight.shape == (36, 32))
     weights[name] = weights[name][:30].clone()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    message = rf"{name} has shape \(30, 32\), but .* \(36, 32\): they were not saved together"
-    for ignore in (False, True):
-        with pytest.raises(ValueError, match=message):
-            tf.AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=ignore)
+    message = r" has shape \(30, 32\), but .* \(36, 32\): they were not saved together"
+    with pytest.raises(ValueError, match=message):
+        tf.AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        tf.AutoModel.from_pretrained(tmp_path)
 
 
-def test_a_new_head_is_allowed_or_refused(tmp_path):
+def test_a_new_head_is_allowed(tmp_path):
     model = ragged("bert")
     model.save_pretrained(tmp_path)
-    if Version(tf.__version__) < Version("5.23"):
-        with pytest.raises(ValueError, match=r"Transformers 5\.23 for a new head"):
-            tf.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
-        return
     other = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     assert other.classifier.weight.shape == (5, 32)
     assert_same_weights(other.bert, model.bert)
@@ -322,7 +323,7 @@ def edit_config(folder, change):
 
 def test_a_damaged_entry_is_refused(tmp_path):
     ragged("bert").save_pretrained(tmp_path)
-    edit_config(tmp_path, lambda config: config["quantization_config"]["shapes"].popitem())
+    edit_config(tmp_path, lambda config: config["subprune"]["shapes"].popitem())
     with pytest.raises(ValueError, match=r"damaged \(its digest does not match .* restore config.json"):
         tf.AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
 
@@ -332,23 +333,6 @@ def test_a_config_of_other_widths_is_refused(tmp_path):
     edit_config(tmp_path, lambda config: config.update(intermediate_size=38))
     with pytest.raises(ValueError, match=r"shape \(40,\), which does not fit inside the shape \(38,\)"):
         tf.AutoModel.from_pretrained(tmp_path)
-
-
-def test_a_second_quantization_config_names_ours(tmp_path):
-    ragged("bert").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="The model is quantized with SubpruneConfig but you are passing a Doubling"):
-        tf.AutoModel.from_pretrained(tmp_path, quantization_config=Doubling())
-
-
-def test_widths_for_a_checkpoint_that_has_none_are_refused(tmp_path, doubling):
-    FAMILIES["bert"].pruned().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="this checkpoint has no pruned widths of its own"):
-        tf.AutoModel.from_pretrained(tmp_path, quantization_config=SubpruneConfig(then=Doubling()))
-
-
-def test_then_takes_only_quantization_configs():
-    with pytest.raises(TypeError, match="then must be a quantization config such as BitsAndBytesConfig"):
-        SubpruneConfig(then={"load_in_8bit": True})
 
 
 class Doubling(QuantizationConfigMixin):
@@ -381,12 +365,10 @@ def doubling(monkeypatch):
     monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "doubling", DoublingQuantizer)
 
 
-@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_pruned_then_quantized(tmp_path, doubling):
     model = ragged("bert")
     model.save_pretrained(tmp_path / "pruned")
-    then = SubpruneConfig(then=Doubling())
-    quantized = type(model).from_pretrained(tmp_path / "pruned", quantization_config=then)
+    quantized = type(model).from_pretrained(tmp_path / "pruned", quantization_config=Doubling())
     assert quantized.hf_quantizer.widths_seen == 40
     assert quantized.is_quantized and quantized.quantization_method == "doubling"
     assert torch.equal(quantized.classifier.weight, 2 * model.classifier.weight)
@@ -395,22 +377,93 @@ def test_pruned_then_quantized(tmp_path, doubling):
     assert again.is_quantized
     assert_same_weights(again, quantized)
     torch.testing.assert_close(outputs(again, TOKENS), outputs(quantized, TOKENS))
-    with pytest.raises(ValueError, match=r"already quantized \(Doubling\)"):
-        type(model).from_pretrained(tmp_path / "both", quantization_config=then)
 
 
-def test_registration_survives_a_reload_of_the_module():
+def as_first_saved(folder, quantized=None):
+    """Turn a saved model into what version 0.2 saved: widths among the ways to quantize, and no code beside."""
+    old = {"quant_method": "subprune (pip install hf_subprune)", "library": "hf_subprune"}
+
+    def to_old(config):
+        for inner in filter(lambda value: isinstance(value, dict), list(config.values())):
+            to_old(inner)
+        if "subprune" in config:
+            entry = config.pop("subprune")
+            content = {"format": 1, **{name: entry[name] for name in ("shapes", "attributes")}}
+            config["quantization_config"] = {**old, **content, "digest": spec._digest(content)}
+            if quantized is not None:
+                config["quantization_config"]["then"] = quantized
+        for name in ("auto_map", "transformers_weights"):
+            config.pop(name, None)
+
+    edit_config(folder, to_old)
+    (folder / "modeling_subprune.py").unlink()
+
+
+@pytest.mark.parametrize("family", ["bert", "clip", "t5"])
+def test_what_version_0_2_saved_loads_and_is_saved_as_now(family, tmp_path):
+    model = ragged(family, mlp=[40, 36])
+    model.save_pretrained(tmp_path / "old")
+    as_first_saved(tmp_path / "old")
+    loaded = type(model).from_pretrained(tmp_path / "old")
+    assert_same_weights(loaded, model)
+    assert not hasattr(loaded.config, "quantization_config")
+    loaded.save_pretrained(tmp_path / "new")
+    assert "quant_method" not in (tmp_path / "new" / "config.json").read_text()
+    again = type(model).from_pretrained(tmp_path / "new")
+    torch.testing.assert_close(outputs(again, FAMILIES[family].inputs), outputs(model, FAMILIES[family].inputs))
+
+
+def test_what_version_0_2_saved_quantized_loads(tmp_path, doubling):
+    model = ragged("bert")
+    model.save_pretrained(tmp_path)
+    as_first_saved(tmp_path, quantized={"quant_method": "doubling"})
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.is_quantized and loaded.quantization_method == "doubling"
+    assert_same_weights(loaded, model)
+
+
+def test_a_reload_of_the_module_leaves_everything_in_place_once(tmp_path):
     importlib.reload(hf_subprune.loading)
-    assert auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] is hf_subprune.loading.SubpruneQuantizer
-    assert auto.LOADING_ATTRIBUTES_CONFIG_TYPES.count(hf_subprune.loading.SubpruneConfig) == 1
-    names = [known.__name__ for known in auto.LOADING_ATTRIBUTES_CONFIG_TYPES]
-    assert names.count("SubpruneConfig") == 1
-
-
-def test_a_config_builds_a_model_in_its_pruned_widths():
+    importlib.reload(hf_subprune.loading)
+    for held in (tf.PreTrainedModel.post_init, tf.PreTrainedModel.from_pretrained, tf.PreTrainedModel.save_pretrained):
+        assert held.replaced.__module__.startswith("transformers.") and not hasattr(held.replaced, "replaced")
     model = ragged("llama")
-    built = type(model)._from_config(copy.deepcopy(model.config))
-    assert [value.shape for value in built.state_dict().values()] == [v.shape for v in model.state_dict().values()]
-    importlib.reload(hf_subprune.loading)
-    again = tf.AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
-    assert again.num_parameters() == model.num_parameters()
+    model.save_pretrained(tmp_path)
+    assert_same_weights(type(model).from_pretrained(tmp_path), model)
+
+
+def widths(model):
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "clip"])
+def test_a_config_builds_a_model_in_its_pruned_widths(family):
+    model = ragged(family, mlp=[40, 36])
+    for build in (type(model), type(model)._from_config):
+        built = build(copy.deepcopy(model.config))
+        assert widths(built) == widths(model) and built.config.subprune == model.config.subprune
+    inside = tf.AutoModel.from_config(copy.deepcopy(model.config))
+    around = {name.removeprefix(f"{model.base_model_prefix}."): shape for name, shape in widths(model).items()}
+    assert widths(inside).items() <= around.items()
+
+
+def test_a_class_of_ones_own_around_or_over_a_pruned_model_is_built_in_its_widths():
+    model = ragged("llama")
+    config = copy.deepcopy(model.config)
+
+    class Extended(tf.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.extra = nn.Linear(config.hidden_size, 2)
+            self.post_init()
+
+    class Around(tf.PreTrainedModel):
+        config_class = tf.BertConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.inner = tf.LlamaForCausalLM(copy.deepcopy(model.config))
+            self.post_init()
+
+    assert widths(Extended(config)).items() >= widths(model).items()
+    assert widths(Around(tf.BertConfig()).inner) == widths(model)

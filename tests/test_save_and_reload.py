@@ -45,7 +45,7 @@ def test_equal_mlp_widths_load_exactly_as_stock(family, tmp_path):
     report = prune(model, batches, PruneConfig(**SETTINGS, units=("mlp",), layout="stock"))
     assert report.layout == "stock"
     model.save_pretrained(tmp_path)
-    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    assert "subprune" not in (tmp_path / "config.json").read_text()
     assert_same(model, type(model).from_pretrained(tmp_path), batches[0])
 
 

@@ -12,9 +12,12 @@ from .output import give, give_json, running
 
 def export(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Local folder or Hub id of a model, pruned or not.")],
-    to: Annotated[Literal["gguf"], typer.Option(help="gguf, for llama.cpp and what is built on it.")],
+    to: Annotated[
+        Literal["gguf", "vllm", "onnx"],
+        typer.Option(help="gguf, a file for llama.cpp; vllm, a folder for vLLM; onnx, a file with one forward."),
+    ],
     out: Annotated[
-        Path, typer.Option(help="What is written; it must not be there yet.", metavar="FILE", rich_help_panel=RESULT)
+        Path, typer.Option(help="What is written; it must not be there yet.", metavar="NEW", rich_help_panel=RESULT)
     ],
     like: Annotated[
         Path | None,

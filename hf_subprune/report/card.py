@@ -1,6 +1,8 @@
 """The model card of a pruned model: what the Hub reads in its header, what people read below it."""
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +15,13 @@ from transformers.utils import CONFIG_NAME, logging
 from .loading_code import loading_code, processor_class, settings
 from .plain import code, fenced, identifier, inline, is_repo_id, without_local
 from .records import HTML_NAME, PLOT_FOLDER, PLOTS, Record
+from .runtimes import runtime_table
 from .tables import block_table, markdown_table, refusal_table, summary_table
 
 logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
+_SIGNED = "<!-- Written by hf_subprune ({}): a push writes it anew unless something in it was changed. -->"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 _WORDS = re.compile(r"[\w .,:/@+()?=&%~-]{1,300}")
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -33,21 +37,46 @@ UNIT_NAMES = {
 RELATION = "finetune"
 
 
-def write_card(folder: str | Path, report: Record, repo_id: str, card_data: Mapping[str, Any] | None = None) -> Path:
-    """Write `README.md` into a folder that holds the saved model.
+def write_card(
+    folder: str | Path,
+    report: Record,
+    repo_id: str,
+    card_data: Mapping[str, Any] | None = None,
+    *,
+    ask_hub: bool = True,
+) -> Path:
+    """Write `README.md` into a folder that holds the saved model, signed, so that it is known to be nobody's own.
 
     Args:
         folder: With `config.json`; its plots are shown.
         report: From `prune`.
         repo_id: Where the model will be loaded from.
         card_data: Metadata that replaces what is found out.
+        ask_hub: Whether the card of an original model on the Hub is read there.
 
     Returns:
         Path of the card.
     """
     path = Path(folder) / CARD_NAME
-    model_card(report, repo_id, folder=folder, card_data=card_data).save(path)
+    model_card(report, repo_id, folder=folder, card_data=card_data, ask_hub=ask_hub).save(path)
+    text = path.read_text(encoding="utf-8").rstrip("\n") + "\n"
+    path.write_text(f"{text}\n{_SIGNED.format(_digest(text))}\n", encoding="utf-8")
     return path
+
+
+def may_write_card(folder: str | Path) -> bool:
+    """Whether a folder has no card, or one that was written by `write_card` and not changed since."""
+    path = Path(folder) / CARD_NAME
+    if not os.path.lexists(path):
+        return True
+    if path.is_symlink() or not path.is_file():
+        return False
+    text, _, signed = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").rpartition("\n\n")
+    return signed == _SIGNED.format(_digest(f"{text}\n"))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def model_card(
@@ -56,6 +85,7 @@ def model_card(
     *,
     folder: str | Path | None = None,
     card_data: Mapping[str, Any] | None = None,
+    ask_hub: bool = True,
 ) -> ModelCard:
     """The card of a pruned model.
 
@@ -66,9 +96,10 @@ def model_card(
         repo_id: Where the model will be loaded from.
         folder: With the saved model; tells which plots, processor and remote code there are.
         card_data: Metadata that replaces what is found out, e.g. `license`, `base_model`, `datasets`.
+        ask_hub: Whether the card of an original model on the Hub is read there.
     """
     title = repo_id.split("/")[-1]
-    base = base_card_data(report.model)
+    base = base_card_data(report.model) if ask_hub or Path(report.model).is_dir() else {}
     local, report = report.model, without_local(report)
     metadata = _metadata(report, local, base, title, card_data or {})
     guarantees = [b.guarantee for b in report.blocks if b.guarantee is not None and b.units_after < b.units_before]
@@ -91,6 +122,7 @@ def model_card(
         processor=processor,
         architecture=architecture,
         loading=loading_code(report, repo_id, processor),
+        runtimes=runtime_table(report, repo_id),
         auto_class=_auto_class(folder, report.architecture),
         least_guarantee=min(guarantees, default=None),
         block_table=markdown_table(block_table(report)),

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
 from ..blocks import some_of
-from .card import CARD_NAME, write_card
+from .card import CARD_NAME, may_write_card, write_card
 from .html import to_html
 from .loading_code import processor_class
 from .page import to_markdown
@@ -130,7 +130,7 @@ def push_folder(
     one sends only what has not arrived.
 
     Args:
-        folder: With the saved model and `subprune_report.json`. Gets a `README.md` if it has none.
+        folder: With the saved model and `subprune_report.json`. Gets a `README.md` unless it has one of yours.
         repo_id: `"user/name"` or `"organization/name"`; made if need be.
         options: How to push.
         card_data: Metadata of a card that is written; see `card.model_card`.
@@ -144,7 +144,7 @@ def push_folder(
     check_repo_name(repo_id)
     folder = Path(folder).absolute()
     report = _check_folder(folder)
-    if not (folder / CARD_NAME).is_file():
+    if may_write_card(folder):
         write_card(folder, report, repo_id, card_data)
         add_written(folder, CARD_NAME)
     options = options or PushOptions()

@@ -12,8 +12,13 @@ from .records import HTML_NAME, PAGE_NAME, PLOT_FOLDER, REPORT_NAME, Record
 from .tables import block_table, example_table, markdown_table, refusal_table, summary_table
 
 
-def save(record: Record, folder: str | Path) -> Path:
+def save(record: Record, folder: str | Path, *, with_plots: bool = True) -> Path:
     """Write JSON, page and plots into `folder`, made if need be.
+
+    Args:
+        record: What is written.
+        folder: Where to.
+        with_plots: Whether plots are drawn, which takes some seconds.
 
     Returns:
         Path of `subprune_report.json`.
@@ -23,7 +28,7 @@ def save(record: Record, folder: str | Path) -> Path:
     path = folder / REPORT_NAME
     path.write_text(json.dumps(record.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     plots = {}
-    if find_spec("matplotlib"):
+    if with_plots and find_spec("matplotlib"):
         from .plots import save_plots
 
         plots = save_plots(record, folder / PLOT_FOLDER)

@@ -54,6 +54,20 @@ class PruneReport(Record):
         """
         return save(self, folder)
 
+    def accompany(self, folder: str | Path) -> None:
+        """Write report and card beside the model, as `save_pretrained` does with a model that `prune` has pruned.
+
+        Nothing is drawn or asked for on the Hub, and a card of yours that is there stays.
+
+        Args:
+            folder: Holds the saved model.
+        """
+        from .card import may_write_card, write_card
+
+        save(self, folder, with_plots=False)
+        if may_write_card(folder):
+            write_card(folder, self, Path(folder).resolve().name, ask_hub=False)
+
     def to_markdown(self, plots: Mapping[str, str] | None = None) -> str:
         """The report as a page.
 

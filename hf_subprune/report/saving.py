@@ -1,4 +1,4 @@
-"""Write a pruned model, its processor and its report into one folder, whole or not at all."""
+"""Write a pruned model, its processor, its report and its card into one folder, whole or not at all."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,14 +6,11 @@ from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from ..storage.remote_code import write_remote_code
+from .card import CARD_NAME, may_write_card, write_card
 from .page import save
 from .place import Place, claimed
 from .records import Record
-
-logger = logging.get_logger(__name__)
 
 
 def check_output(folder: str | Path) -> None:
@@ -43,7 +40,7 @@ def save_pruned(
 ) -> None:
     """Save beside `folder` and put it in place when it is complete.
 
-    A ragged model gets the code that loads it where hf_subprune is not installed.
+    A card of yours that is there stays.
 
     Args:
         folder: What an earlier result of ours has there is replaced; other files stay.
@@ -67,14 +64,13 @@ def save_to(
     place.discard_staged()
     try:
         model.save_pretrained(staged, **save_options)
-        if report.layout == "ragged":
-            try:
-                write_remote_code(staged, model)
-            except ValueError as error:
-                logger.warning("The model will load with hf_subprune only: %s", error)
         if processing_class is not None:
             processing_class.save_pretrained(staged)
         save(report, staged)
+        if may_write_card(place.folder):
+            write_card(staged, report, place.folder.name, ask_hub=False)
+        else:
+            (staged / CARD_NAME).unlink(missing_ok=True)
     except BaseException:
         place.discard_staged()
         raise

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from pathlib import Path
 
 from ..data.datafiles import load_model
 from .gguf_file import write_gguf
+from .nemotron import write_nemotron
+from .onnx_file import write_onnx
 
-TARGETS = ("gguf",)
+TARGETS = ("gguf", "vllm", "onnx")
 """What `export` writes."""
+
+_PACKAGES: dict[str, tuple[str, ...]] = {"gguf": ("gguf",), "vllm": (), "onnx": ("onnx", "onnxscript")}
 
 
 def export(folder: str | Path, to: str, out: str | Path, *, like: str | Path | None = None) -> Path:
@@ -17,7 +22,8 @@ def export(folder: str | Path, to: str, out: str | Path, *, like: str | Path | N
 
     Args:
         folder: Local folder or Hub id of the model, of either layout.
-        to: `"gguf"`: a file for llama.cpp and what is built on it.
+        to: `"gguf"`: a file for llama.cpp and what is built on it. `"vllm"`: a folder for vLLM, of a ragged model.
+            `"onnx"`: a file with one forward, without a cache, for any runtime of ONNX; weights beyond 2 GB go beside.
         out: What is written; it must not be there yet.
         like: For `"gguf"`: a GGUF file of the original model, whose tokenizer and chat template are taken over.
 
@@ -34,13 +40,21 @@ def export(folder: str | Path, to: str, out: str | Path, *, like: str | Path | N
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} is there already: give another place, or remove it")
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError('Exporting to GGUF takes the package gguf: pip install "hf_subprune[export]"')
+    for package in _PACKAGES[to]:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f'Exporting to {to} takes the package {package}: pip install "hf_subprune[export]"')
+    if like is not None and to != "gguf":
+        raise ValueError(f"like belongs to 'gguf', not to {to!r}")
     model, _ = load_model(str(folder), device="cpu")
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        write_gguf(model, folder, partial, like)
-        partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as partial:
+        written = Path(partial) / out.name
+        if to == "gguf":
+            write_gguf(model, folder, written, like)
+        elif to == "vllm":
+            write_nemotron(model, folder, written)
+        else:
+            write_onnx(model, written)
+        for path in Path(partial).iterdir():
+            path.rename(out.parent / path.name)
     return out

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..storage.entry import listed
 from .gguf_tokens import add_tokenizer, add_tokenizer_of
 from .llama_form import (
     LAYERS,
     LayerWidths,
+    bias_left,
     check_llama,
     check_positions,
     frequency_factors,
@@ -109,7 +110,7 @@ def _planned(model: PreTrainedModel) -> _Plan:
     name = type(model).__name__
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ValueError(f"{name} cannot be exported to GGUF: only causal language models are")
-    entry = getattr(model.config, "quantization_config", None)
+    entry = listed(model.config)
     try:
         if entry is None and own is not None:
             return _own(model, own)
@@ -141,17 +142,11 @@ def _as_deci(model: PreTrainedModel, number: int, widths: LayerWidths) -> LayerW
     Raises:
         ValueError: attention that is gone leaves a bias.
     """
-    layer = model.get_submodule(f"{LAYERS}.{number}")
-    if not widths.heads and _bias_left(layer, "self_attn.o_proj"):
+    if not widths.heads and bias_left(model, number, "self_attn.o_proj"):
         raise ValueError(f"the attention of layer {number} is gone but for a bias, which llama.cpp has no place for")
-    if not widths.neurons and (widths.heads or _bias_left(layer, "mlp.down_proj")):
+    if not widths.neurons and (widths.heads or bias_left(model, number, "mlp.down_proj")):
         return replace(widths, neurons=_ROUNDED)
     return widths
-
-
-def _bias_left(layer: nn.Module, path: str) -> bool:
-    bias = layer.get_submodule(path)._parameters.get("bias")
-    return bias is not None and bool(bias.any())
 
 
 def _add_description(writer: GGUFWriter, model: PreTrainedModel, source: str | Path) -> None:

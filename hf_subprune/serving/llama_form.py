@@ -105,6 +105,12 @@ def layer_widths(model: PreTrainedModel) -> list[LayerWidths]:
     ]
 
 
+def bias_left(model: PreTrainedModel, number: int, path: str) -> bool:
+    """Whether a linear of a layer still adds something where nothing reaches it."""
+    bias = model.get_submodule(f"{LAYERS}.{number}.{path}")._parameters.get("bias")
+    return bias is not None and bool(bias.any())
+
+
 def frequency_factors(model: PreTrainedModel) -> torch.Tensor | None:
     """By what the rotary frequencies are divided: `(head_dim / 2,)` float32; `None` if by nothing."""
     theta = rope_parameters(model.config).get("rope_theta", 10000.0)

@@ -14,17 +14,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..models.offload import device_of, reading
 from ..models.quantized import MARKS, is_unpacked, remove_marks
 from ..models.running import undisturbed
+from .entry import ENTRY
 from .layers import without_idle_layers
-from .method import QUANT_METHOD
 from .skeleton import build_skeleton, describe, nested_configs, read_back, sizes, tensors
 from .spec import LayoutSpec, apply_spec
 from .stock import find_stock_config
 
 NOTICE = (
     "This model was pruned; its layers have widths of their own, listed here. To load it: `pip install hf_subprune`, "
-    "then `import hf_subprune` before `from_pretrained`. Never pass ignore_mismatched_sizes=True without it: that "
-    "replaces the pruned layers by random ones. To quantize it while it loads: "
-    "quantization_config=SubpruneConfig(then=...), from hf_subprune.loading."
+    "then `import hf_subprune` before `from_pretrained`; or, where code lies beside the weights, "
+    "trust_remote_code=True. Never pass ignore_mismatched_sizes=True without either: that replaces the pruned layers "
+    "by random ones."
 )
 
 
@@ -154,11 +154,11 @@ def write_ragged(model: PreTrainedModel, spec: LayoutSpec) -> None:
     Each config inside (text and vision of CLIP) carries the widths of its own part too, because a part that is loaded
     alone reads that config only. Resized buffers become persistent: they cannot be rebuilt from the config.
     """
-    model.config.quantization_config = entry(spec)
+    setattr(model.config, ENTRY, entry(spec))
     parts = {id(config): config for path, config in nested_configs(model.config) if path}
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and id(module.config) in parts and (own := spec.restricted_to(path)):
-            module.config.quantization_config = entry(own)
+            setattr(module.config, ENTRY, entry(own))
     for name in spec.shapes:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -169,7 +169,6 @@ def write_ragged(model: PreTrainedModel, spec: LayoutSpec) -> None:
 def entry(spec: LayoutSpec) -> dict[str, Any]:
     """`spec` as it stands in config.json, with a notice for readers who have no hf_subprune."""
     return {
-        "quant_method": QUANT_METHOD,
         "library": "hf_subprune",
         "install": "pip install hf_subprune",
         "notice": NOTICE,
@@ -281,9 +280,10 @@ def _drop_entries(model: PreTrainedModel) -> None:
     """Forget the widths of an earlier pruning, before they are described anew, and that weights were unpacked."""
     for config in _configs(model):
         for _, part in nested_configs(config):
+            vars(part).pop(ENTRY, None)
             old = vars(part).get("quantization_config")
             method = old.get("quant_method") if isinstance(old, Mapping) else getattr(old, "quant_method", None)
-            if old is not None and method != QUANT_METHOD and not is_unpacked(model, method):
+            if old is not None and not is_unpacked(model, method):
                 raise ValueError(
                     f"{type(model).__name__} is quantized with {getattr(method, 'value', method)!r}: prune the model "
                     "before it is quantized, then quantize the pruned one"

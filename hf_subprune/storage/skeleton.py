@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from ..models.forwards import BYPASSED, CUT_ARGUMENTS, INNER_WIDTH
+from .entry import ENTRY
 from .spec import LayoutSpec, adaptations
 
 Key = tuple[str, str]
@@ -99,7 +100,8 @@ def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig)
     """The model that `from_pretrained` builds from `config` before it reads weights: on meta, weights not yet tied."""
     config = copy.deepcopy(config)
     for _, part in nested_configs(config):
-        vars(part).pop("quantization_config", None)
+        for name in (ENTRY, "quantization_config"):
+            vars(part).pop(name, None)
     with torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_init_weights(), init.no_tie_weights():
         return model_class(config)
 

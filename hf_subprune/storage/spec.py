@@ -18,8 +18,8 @@ from torch import nn
 
 from ..models.forwards import BYPASSED, CUT_ARGUMENTS, INNER_WIDTH, adapted, kept_entries
 
-FORMAT = 1
-"""Version of the stored entry; files of a later version are refused."""
+FORMAT = 2
+"""Version of the stored entry: files of a later one are refused, those of 1 differ in where their entry stands."""
 
 _SECTIONS = ("format", "shapes", "attributes", "arguments", "bypassed")
 """What the digest is of."""

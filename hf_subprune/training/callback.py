@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..allocation.surveying import find
 from ..config import PruneConfig
 from ..data.reading import read_few
+from ..loading import carry
 from ..models.intact import intact
 from ..models.running import Batch, input_device, undisturbed
 from ..models.session import check_prunable, own_forward, session
@@ -200,6 +201,7 @@ class SubpruneCallback(TrainerCallback, ExportableState):
                 self.report = intact(
                     self._gradual.model, self._gradual.finish, written=self._gradual.model.parameters()
                 )
+                carry(self._gradual.model, self.report)
             self.progress = self._gradual = None
             self._log_report(state)
 

@@ -102,7 +102,7 @@ def test_by_default_an_encoder_loses_neurons_only_and_loads_without_the_package(
     (width,) = {block.units_after for block in report.blocks if block.kind == "mlp"}
     assert width < 56
     model.save_pretrained(tmp_path)
-    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    assert "subprune" not in (tmp_path / "config.json").read_text()
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert again.config.intermediate_size == width
     assert_same_weights(again, model)

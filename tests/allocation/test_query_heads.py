@@ -135,7 +135,7 @@ def test_the_units_that_lose_less_are_removed(idle, loss_aware, layout, tmp_path
     assert_same_weights(again, model)
     torch.testing.assert_close(call(again, batches[0]).logits, call(model, batches[0]).logits)
     if layout == "auto":
-        assert "quantization_config" not in (tmp_path / "config.json").read_text()
+        assert "subprune" not in (tmp_path / "config.json").read_text()
         heads = (model.config.num_attention_heads, model.config.num_key_value_heads)
         assert heads == ((3, 3) if idle == "query heads" else (4, 2))
 

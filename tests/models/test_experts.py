@@ -134,7 +134,7 @@ def test_equal_widths_load_with_the_stock_config(family, tmp_path):
     model = tiny_model(family, "main")
     report = prune(model, batches(model), PruneConfig(**QUICK, units=["mlp"], layout="stock", budget="uniform"))
     assert report.layout == "stock" and {block.units_after for block in report.blocks} == {48}
-    assert not hasattr(model.config, "quantization_config")
+    assert not hasattr(model.config, "subprune")
     assert_reloads(model, tmp_path)
 
 

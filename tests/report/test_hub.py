@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from forked import forks
+from fresh import ragged
 from hub_server import READER, WRITER, HubServer
 from huggingface_hub import constants
 from sample_report import make_report
@@ -181,6 +182,15 @@ def test_prune_and_push_in_one_command(hub, tmp_path):
     assert f"{hub.url}/{REPO}/commit/" in done.output.replace("\n", "")
     assert hub.files(REPO)["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
     assert "## Before and after" in hub.files(REPO)["README.md"].decode()
+
+
+def test_save_pretrained_pushes_what_loading_takes(hub, tmp_path):
+    model = ragged("llama")
+    model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id=REPO, commit_message="Saved")
+    files = hub.files(REPO)
+    assert {"config.json", "model.safetensors", "modeling_subprune.py"} <= set(files)
+    assert {"auto_map", "subprune", "transformers_weights"} <= set(json.loads(files["config.json"]))
+    assert "Saved" in hub.repos[REPO].messages.values()
 
 
 # What is refused

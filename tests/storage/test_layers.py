@@ -59,7 +59,7 @@ def test_idle_layers_go_and_the_config_says_how_many_are_left(family, layers, va
     assert all(name in chosen.reason for name in values if name == "num_hidden_layers")
     torch.testing.assert_close(output(model), expected)
     model.save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert "subprune" not in json.loads((tmp_path / "config.json").read_text())
     again = type(model).from_pretrained(tmp_path).eval()
     assert_same_weights(again, model)
     assert [getattr(m, "layer_idx", None) for m in again.modules()] == [

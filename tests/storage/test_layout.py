@@ -9,7 +9,7 @@ from same import assert_same_weights
 from hf_subprune.coverage import tiny_model
 from hf_subprune.discovery.discover import discover
 from hf_subprune.discovery.probe_inputs import probe_inputs
-from hf_subprune.storage.layout import QUANT_METHOD, adopt, choose_layout
+from hf_subprune.storage.layout import adopt, choose_layout
 from hf_subprune.storage.skeleton import describe, nested_configs, sizes
 from hf_subprune.storage.stock import find_stock_config
 from hf_subprune.surgery.edits import shrink
@@ -73,7 +73,7 @@ def test_stock_where_the_config_can_say_it(family, kept, values, tmp_path):
     layout = choose_layout(model, "stock", inputs=FAMILIES[family].inputs)
     assert layout.kind == "stock"
     assert {name: getattr(model.config, name) for name in values} == values
-    assert not hasattr(model.config, "quantization_config")
+    assert not hasattr(model.config, "subprune")
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert_same_weights(again, model)
@@ -127,8 +127,8 @@ def test_ragged_where_it_cannot(family, kept, reason):
     assert config_state(model) == before
     layout = choose_layout(model, "auto", inputs=FAMILIES[family].inputs)
     assert layout.kind == "ragged"
-    entry = model.config.quantization_config
-    assert entry["quant_method"] == QUANT_METHOD and "pip install hf_subprune" in entry["notice"]
+    entry = model.config.subprune
+    assert entry["library"] == "hf_subprune" and "pip install hf_subprune" in entry["notice"]
     layout.undo()
     assert config_state(model) == before
 
@@ -143,14 +143,14 @@ def test_ragged_on_demand():
 def test_a_whole_model_needs_nothing():
     model = FAMILIES["bert"].pruned()
     assert choose_layout(model, "ragged", inputs=TOKENS).kind == "stock"
-    assert not hasattr(model.config, "quantization_config")
+    assert not hasattr(model.config, "subprune")
 
 
 def test_parts_with_their_own_config_carry_their_own_widths():
     model = FAMILIES["clip"].pruned(mlp=[40, 36], heads=[3, 2])
     choose_layout(model, "auto", inputs=FAMILIES["clip"].inputs)
-    assert all(name.startswith("vision_model.") for name in model.config.vision_config.quantization_config["shapes"])
-    assert all(name.startswith("text_model.") for name in model.config.text_config.quantization_config["shapes"])
+    assert all(name.startswith("vision_model.") for name in model.config.vision_config.subprune["shapes"])
+    assert all(name.startswith("text_model.") for name in model.config.text_config.subprune["shapes"])
 
 
 def test_pruning_again_describes_the_new_widths():
@@ -166,9 +166,9 @@ def test_pruning_again_describes_the_new_widths():
     layer.intermediate.dense.out_features = layer.output.dense.in_features = 36
     layout = choose_layout(model, "auto", inputs=TOKENS)
     assert (layout.kind, layout.reason) == ("stock", "intermediate_size=36")
-    assert not hasattr(model.config, "quantization_config")
+    assert not hasattr(model.config, "subprune")
     layout.undo()
-    assert model.config.quantization_config["shapes"]["bert.encoder.layer.0.intermediate.dense.bias"] == [40]
+    assert model.config.subprune["shapes"]["bert.encoder.layer.0.intermediate.dense.bias"] == [40]
 
 
 def test_what_widths_cannot_say_is_refused_and_nothing_changes():

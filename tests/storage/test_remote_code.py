@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from same import assert_same_weights
 
 import hf_subprune.loading  # noqa: F401
-from hf_subprune.storage.layout import QUANT_METHOD, choose_layout
+from hf_subprune.storage.layout import choose_layout
 from hf_subprune.storage.remote_code import auto_classes, write_remote_code
 
 AUTO = {
@@ -77,8 +77,9 @@ def test_same_outputs_without_hf_subprune_and_with_it(saved, plugin, trust, tmp_
         assert config["architectures"] == [names[family]]
         before, after = (load_file(path / family / "model.safetensors") for path in (folder, tmp_path / "again"))
         assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
-        assert config["quantization_config"]["quant_method"] == QUANT_METHOD
-        assert (tmp_path / "again" / family / "modeling_subprune.py").exists() == trust
+        assert config["subprune"]["library"] == "hf_subprune"
+        assert (tmp_path / "again" / family / "modeling_subprune.py").exists()
+        assert "trust_remote_code=True" in config["transformers_weights"]
         if not trust:
             again = getattr(tf, names[family]).from_pretrained(tmp_path / "again" / family)
             expected = torch.load(folder / family / "outputs.pt")
