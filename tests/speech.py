@@ -14,19 +14,20 @@ SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
 
 
 def tiny_whisper(**overrides) -> PreTrainedModel:
-    """Two layers a side, of 50 frames, for the tokens of `make_processor`."""
+    """Two layers a side, of 50 frames, for the tokens of `make_processor` and the times of every frame."""
     start = 256
     tokens = {
         "max_source_positions": 50,
-        "vocab_size": start + 3,
+        "vocab_size": start + 3 + 51,
         "pad_token_id": start,
         "bos_token_id": start,
         "eos_token_id": start,
     }
     model = tiny("whisper", **{**tokens, "decoder_start_token_id": start + 1, **overrides})
-    model.generation_config.update(
-        no_timestamps_token_id=start + 2, is_multilingual=False, return_timestamps=False, forced_decoder_ids=None
-    )
+    told = {"no_timestamps_token_id": start + 2, "is_multilingual": False, "return_timestamps": False}
+    told |= {"_from_model_config": False}  # else it is made anew when the model is saved
+    for name, value in told.items():  # what only Whisper's has, `update` passes over
+        setattr(model.generation_config, name, value)
     return model
 
 

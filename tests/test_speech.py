@@ -92,6 +92,14 @@ def test_one_command_from_a_folder_of_sound_to_a_model_that_loads(folders, capfd
     wave = sounds(1)[0]
     assert isinstance(recognizer({"raw": wave, "sampling_rate": RATE})["text"], str)
 
+    extractor = make_processor().feature_extractor
+    long = extractor(
+        np.concatenate(sounds(8)), sampling_rate=RATE, truncation=False, padding="longest", return_tensors="pt",
+        return_attention_mask=True,
+    )  # fmt: skip
+    heard = small.generate(**long, return_timestamps=True, return_segments=True, max_new_tokens=8)
+    assert long["input_features"].shape[2] > 100 and heard["segments"][0][-1]["start"] >= 1
+
     printed = run(
         "evaluate", folders / "small", "--against", folders / "model", "--data", folders / "spoken", "--task",
         "transcription", "--save", "--quiet",

@@ -2,12 +2,14 @@
 
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 from sample_report import make_block, make_report
 
 from hf_subprune.blocks import Refusal
 from hf_subprune.report.html import to_html
+from hf_subprune.report.page import to_markdown
 from hf_subprune.report.records import HTML_NAME
 
 VOID = {"meta", "br"}
@@ -55,6 +57,17 @@ def test_the_page_says_what_the_report_does_and_loads_nothing():
     assert 'model = BertModel.from_pretrained("DIR")' in text and "AutoTokenizer" in text
     assert "hf-subprune prune somebody/original --keep 0.75" in text
     assert checked.tags.count("svg") == 2 + 2 + 2 + 6  # kept, errors, certificates, curves
+
+
+def test_transcripts_stand_side_by_side_once_for_each_data_set():
+    (accuracy,) = make_report().metrics
+    examples = (("a <b>cat</b>", "a cat", "a cart"),)
+    wer, cer = (replace(accuracy, name=name, dataset="spoken", examples=examples) for name in ("wer", "cer"))
+    text = " ".join(Checked(to_html(make_report(metrics=(accuracy, wer, cer)))).texts)
+    assert text.count("a cart") == text.count("spoken test, side by side") == 1
+    assert "a <b>cat</b>" in text and "sst2 test, side by side" not in text
+    page = to_markdown(make_report(metrics=(accuracy, wer, cer)))
+    assert page.count("| a cart |") == page.count("## spoken test, side by side") == 1
 
 
 def test_names_are_text_and_no_markup():
