@@ -88,6 +88,7 @@ def test_kills_lose_nothing(tmp_path, checkpoint, instants):
         assert server.run(script, checkpoint[0], out) == [0]
     assert files(out) == files(tmp_path / "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "model", "run.py"]
+    print(f"injected: {dict(fired)}")
     assert fired["kill"] == KILLS
 
 
@@ -146,6 +147,7 @@ def test_interrupts_leave_the_model_as_it_was(family, instants):
         with pytest.raises(KeyboardInterrupt):
             traced(stop, lambda model=model: prune(model, batches, CONFIG))
         assert_unchanged(model, before)
+    print(f"injected into {family}: {dict(fired)}")
     assert fired.total() == INTERRUPTS and fired["surgery"]
     assert fired["attachment"] or family == "bert"
 
@@ -206,6 +208,7 @@ def test_damage_is_named_or_does_not_matter(tmp_path, checkpoint, computed, inst
         shutil.rmtree(tmp_path / "try")
         shutil.rmtree(source)
         shutil.copytree(tmp_path / "kept", source)
+    print(f"injected: {dict(fired)}, in {len(kinds)} kinds of files")
     assert set(fired) == set(DAMAGE) and len(kinds) >= 10
 
 
@@ -247,4 +250,5 @@ def test_memory_that_runs_out_is_no_reason_to_leave_a_block_whole(instants):
                 assert [b.name for b in report.blocks] == [b.name for b in expected.blocks]
                 fired["halved"] += 1
         assert mode.fired
+    print(f"injected: {dict(fired)}")
     assert fired.total() == SHORTAGES and fired["halved"]
