@@ -1,7 +1,8 @@
 """Processes that need not import anything, for tests that start many.
 
-Run as a script it imports the package once and forks for every line that it reads: a module or a script is run there
-as the main program, by one process or by several that find each other as those that `accelerate launch` starts do.
+Run as a script it imports the package once, or the modules that it is given, and forks for every line that it reads: a
+module, a script or code is run there as the main program, by one process or by several that find each other as those
+that `accelerate launch` starts do.
 """
 
 import gc
@@ -28,20 +29,33 @@ class Forks:
     def __init__(self, server: subprocess.Popen) -> None:
         self.server = server
 
-    def run(self, *arguments: Any, processes: int = 1, seconds: float | None = None) -> list[int]:
-        """Exit codes of the processes of `python arguments...`, which are killed after `seconds` or if one fails."""
-        order = {"arguments": list(map(str, arguments)), "processes": processes, "seconds": seconds}
+    def run(
+        self, *arguments: Any, processes: int = 1, seconds: float | None = None, output: Sequence[Path] = ()
+    ) -> list[int]:
+        """Exit codes of the processes of `python arguments...`, which are killed after `seconds` or if one fails.
+
+        Standard output and error go to the files in `output`, if they are given.
+        """
+        order = {
+            "arguments": list(map(str, arguments)),
+            "processes": processes,
+            "seconds": seconds,
+            "output": list(map(str, output)),
+        }
         self.server.stdin.write(json.dumps(order) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
 
 @contextmanager
-def forks(**environment: str) -> Iterator[Forks]:
-    """A server, which has imported what the command line needs, with `environment` in addition to this process's."""
+def forks(*imported: str, **environment: str) -> Iterator[Forks]:
+    """A server, which has imported these modules, or what the command line needs.
+
+    It has `environment` in addition to this process's.
+    """
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, str(HERE / "forked.py")]
+    command = [sys.executable, str(HERE / "forked.py"), *imported]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as server:
@@ -49,10 +63,14 @@ def forks(**environment: str) -> Iterator[Forks]:
         server.stdin.close()
 
 
-def _run(arguments: Sequence[str], environment: dict[str, str]) -> None:
+def _run(arguments: Sequence[str], environment: dict[str, str], output: Sequence[str]) -> None:
     os.environ.update(environment)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if arguments[0] == "-m":
+    for descriptor, path in enumerate(output or [os.devnull], start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<code>", "exec"), {"__name__": "__main__"})
+    elif arguments[0] == "-m":
         sys.argv = [*arguments[1:]]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
@@ -60,12 +78,12 @@ def _run(arguments: Sequence[str], environment: dict[str, str]) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def _forked(arguments: Sequence[str], environment: dict[str, str]) -> int:
+def _forked(arguments: Sequence[str], environment: dict[str, str], output: Sequence[str]) -> int:
     process = os.fork()
     if process == 0:
         code = 1
         try:
-            _run(arguments, environment)
+            _run(arguments, environment, output)
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -131,10 +149,10 @@ IMPORTED = (
 """All but the command itself, which is run as the main program."""
 
 if __name__ == "__main__":
-    for module in IMPORTED:
+    for module in sys.argv[1:] or IMPORTED:
         import_module(module)
     gc.freeze()
     for line in sys.stdin:
         order = json.loads(line)
-        several = [_forked(order["arguments"], one) for one in _environments(order["processes"])]
+        several = [_forked(order["arguments"], one, order["output"]) for one in _environments(order["processes"])]
         print(json.dumps(_codes(several, order["seconds"])), flush=True)
