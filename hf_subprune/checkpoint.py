@@ -230,8 +230,8 @@ def check_shards(folder: Path) -> list[Path]:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{index} names no files of weights ({type(error).__name__}: {error}). Put the file back as it was, "
-                "and start again."
+                f"{index} names no files of weights: its 'weight_map', which says in which file each tensor is, is "
+                "missing or damaged. Put the file back as it was, and start again."
             ) from error
     paths = sorted(folder / name for name in names)
     others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
