@@ -9,7 +9,6 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..models.linears import is_linear, matrix_shape
-from ..models.offload import stored
 from .additions import Addition
 
 # Bytes of a consumer's inputs that are held for all batches of a segment; beyond that, it runs again.
@@ -34,7 +33,7 @@ class Ending:
     def of(cls, consumer: Any, addition: Addition | None, segment: str, calls: int, batches: int) -> Ending | None:
         """That of a segment, if its output is the sum that the consumer's goes into; `None` otherwise."""
         ends = addition is not None and addition.path == segment and not addition.is_input
-        plain = is_linear(consumer) and consumer.weight.ndim == 2 and stored(consumer.weight) is None
+        plain = is_linear(consumer) and consumer.weight.ndim == 2
         return cls(consumer, addition, batches) if ends and plain and calls == 1 else None  # type: ignore[arg-type]
 
     def hold(self, index: int, inputs: torch.Tensor, output: torch.Tensor, values: Any) -> None:
