@@ -7,6 +7,7 @@ from typing import Any
 from ..config import PruneConfig
 from .plain import fenced, identifier
 from .records import Record
+from .runtimes import runtimes
 
 
 def loading_code(record: Record, repo_id: str, processor: str | None) -> str:
@@ -28,14 +29,8 @@ def loading_code(record: Record, repo_id: str, processor: str | None) -> str:
 
 
 def serving_code(record: Record, folder: str) -> str:
-    """What serves the model elsewhere, of a language model; empty for others."""
-    if not record.architecture.endswith("ForCausalLM"):
-        return ""
-    lines = [f"hf-subprune export {folder} --to gguf --out pruned.gguf  # for llama.cpp"]
-    if record.layout == "stock":
-        name = identifier(record.architecture)
-        lines.insert(0, f"# What serves {name} takes {folder} in place of the original's name.")
-    return "\n".join(lines)
+    """The command for each program that runs the model, Transformers apart."""
+    return "\n".join(f"{command}  # {program}" for program, _, command in runtimes(record, folder) if command)
 
 
 def processor_class(folder: str | Path | None) -> str | None:

@@ -3,8 +3,6 @@
 import re
 from collections.abc import Iterator
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
 from .records import Record
 
 _NETWORK_OF_LLAMA = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -21,15 +19,16 @@ def runtime_table(report: Record, repo_id: str) -> str:
         report: From `prune`.
         repo_id: Where the model will be loaded from.
     """
-    rows = [(program, how, f"`{command}`" if command else "") for program, how, command in _rows(report, repo_id)]
+    rows = [(program, how, f"`{command}`" if command else "") for program, how, command in runtimes(report, repo_id)]
     return "\n".join(["| | | |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def _rows(report: Record, repo_id: str) -> Iterator[tuple[str, str, str]]:
+def runtimes(report: Record, repo_id: str) -> Iterator[tuple[str, str, str]]:
+    """Of each program its name, whether and in which form it takes the model, and the command; `""` for none."""
     name, ragged = repo_id.split("/")[-1], report.layout == "ragged"
     takes = "with `import hf_subprune`, or `trust_remote_code=True`" if ragged else "as it is"
     yield "Transformers, and what builds on it", f"{takes}; any `quantization_config` on top", ""
-    if report.architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if report.architecture.endswith(("ForCausalLM", "LMHeadModel")):
         yield "llama.cpp", *_llama_cpp(report, repo_id, name)
         yield "vLLM", *_vllm(report, repo_id, name)
     command = f"hf-subprune export {repo_id} --to onnx --out {name}.onnx"
