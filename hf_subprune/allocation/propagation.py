@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -13,7 +13,7 @@ from ..collection.block_moments import FOLDS
 from ..data.batches import Samples, brief, pieces, tokens_in
 from ..evaluation.drift import Drift, drift
 from ..evaluation.outputs import Outputs, model_outputs
-from ..models.running import Batch
+from ..models.running import Batch, forward_replaced, hooked
 from ..solver.curves import LossCurve, Trial
 from ..surgery.edits import shrink
 
@@ -30,6 +30,8 @@ TRIAL_FRACTIONS = (0.35, 0.7)
 _MEASURED_BLOCKS = 12
 _MEASURED_ROWS = 256
 _MEASURED_TOKENS = 2048
+# Samples of what a decoder writes down that they are measured on: an encoder hears, or sees, far more than it writes.
+_MEASURED_SOUNDS = 8
 
 
 class Quality:
@@ -65,7 +67,8 @@ class Propagation:
 
     The metric that weighs errors (`collection.sensitivity`) is a linearisation at the original model; early blocks
     exceed it, since what they do wrong goes through all others. The factors between measured and predicted drift, at
-    two widths, correct a block's whole curve.
+    two widths, correct a block's whole curve. Of an encoder and a decoder, the encoder runs once for all of the
+    decoder's blocks.
 
     Args:
         samples: Of the original; batches of all but the first fold are run, the trials having been fitted on that.
@@ -77,16 +80,20 @@ class Propagation:
         self.evaluation = evaluation
         self.batches: list[Batch] = []
         self._reference: list[Outputs] = []
+        self._encoder: str | None = None
+        self._encoded: list[Any] = []
         if evaluation is not None:
             return
+        self._encoder = _encoder_of(model)
         unseen = [one for index, batch in enumerate(samples.fit) if index % FOLDS for one in _few_tokens(batch)]
         order = sorted(range(len(unseen)), key=lambda i: abs(i - len(unseen) // 2))  # of middling length first
         unseen = [unseen[index] for index in order]
         for batch in unseen:
             self.batches.append(batch)
-            self._reference += model_outputs(model, [batch])
+            with hooked(model, outputs=[] if self._encoder is None else [(self._encoder, self._encoded.append)]):
+                self._reference += model_outputs(model, [batch])
             rows = sum(len(one.rows) for one in self._reference)
-            if rows >= _MEASURED_ROWS or (tokens_in(self.batches) or 0) >= _MEASURED_TOKENS:
+            if rows >= _MEASURED_ROWS or (tokens_in(self.batches) or 0) >= _MEASURED_TOKENS or _is_written_down(batch):
                 break
         self._per_sample = has_row_per_sample(self._reference, self.batches)
 
@@ -97,6 +104,9 @@ class Propagation:
                 bias = getattr(self.model.get_submodule(block.consumer), "bias", None)
                 bias = None if bias is None else bias.detach() + trial.bias_shift.to(bias)
                 undo.callback(shrink(self.model, block, trial.kept, weight=trial.V, bias=bias).undo)
+            if self._encoder is not None and not any(b.consumer.startswith(f"{self._encoder}.") for b in blocks):
+                encoder, encoded = self.model.get_submodule(self._encoder), iter(self._encoded)
+                undo.enter_context(forward_replaced(encoder, lambda *_args, **_kwargs: next(encoded)))
             if self.evaluation is not None:
                 return max(0.0, self.evaluation.original - self.evaluation(self.model))
             return scalar_drift(drift(self.model, self.batches, self._reference), self._per_sample)
@@ -116,9 +126,22 @@ class Propagation:
         return (*losses, (blocks[0].units, 0.0))
 
 
+def _encoder_of(model: PreTrainedModel) -> str | None:
+    """Path of the encoder of a model that has a decoder, too."""
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else None
+    return next((path for path, module in model.named_modules() if path and module is encoder), None)
+
+
+def _is_written_down(batch: Batch) -> bool:
+    """Whether a decoder reads tokens, and an encoder something else."""
+    return "decoder_input_ids" in batch and "input_ids" not in batch
+
+
 def _few_tokens(batch: Batch) -> list[Batch]:
-    """The batch in batches of about as many tokens as are measured on."""
-    tokens = batch["input_ids"].shape[-1] if "input_ids" in batch else 1
+    """The batch in batches of about as many tokens as are measured on, or of so many samples without tokens."""
+    if "input_ids" not in batch:
+        return pieces(batch, _MEASURED_SOUNDS if _is_written_down(batch) else _MEASURED_ROWS)
+    tokens = batch["input_ids"].shape[-1]
     return [brief(one, _MEASURED_ROWS) for one in pieces(batch, max(1, _MEASURED_ROWS // tokens))]
 
 

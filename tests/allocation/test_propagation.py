@@ -1,10 +1,18 @@
 """From the error of a block's output to the drift of the model's."""
 
+from contextlib import contextmanager
+
 import pytest
+import torch
+from batches import ready_batches
 from tiny import tiny
 
-from hf_subprune.allocation.propagation import corrected, fill_in, spread
+from hf_subprune.allocation.propagation import Propagation, corrected, fill_in, spread
+from hf_subprune.config import PruneConfig
+from hf_subprune.data.reading import read
 from hf_subprune.discovery.discover import discover
+from hf_subprune.models.linears import weight_matrix
+from hf_subprune.solver.curves import Trial
 
 POINTS = ((10, 1.0), (20, 0.5), (30, 0.25), (50, 0.1), (60, 0.0))
 
@@ -33,3 +41,49 @@ def test_blocks_that_are_decided_on_together_are_looked_at_together():
     ties = {tie: {block.name for block in blocks if block.tie == tie} for tie in {block.tie for block in blocks}}
     assert spread(blocks, 1) == ties["encoder.block.*.layer.0.SelfAttention"]
     assert spread(blocks, 12) == {block.name for block in blocks}
+
+
+@contextmanager
+def counted(module):
+    """The calls of a module within the context."""
+    calls, run = [], module.forward
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return run(*args, **kwargs)
+
+    module.forward = forward
+    try:
+        yield calls
+    finally:
+        del module.forward
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+def test_trials_of_a_decoder_do_not_run_the_encoder(family):
+    model = tiny(family)
+    samples = read(model, ready_batches(model), PruneConfig(samples=20, held_out=4, batch_size=4))
+    blocks = [block for block in discover(model, samples.probe).blocks if block.kind == "mlp"]
+    trials, first = (
+        Propagation(samples),
+        model.get_encoder().get_submodule("block.0" if family == "t5" else "layers.0"),
+    )
+    for block in blocks:
+        kept = torch.arange(block.units // 2)
+        W = weight_matrix(model.get_submodule(block.consumer))
+        trial = Trial(kept, 0.5 * W[block.columns[kept].flatten()], torch.zeros(W.shape[1]), 1.0)
+        with counted(first) as calls:
+            found = trials.measure([block], [trial])
+        assert (len(calls) > 0) == ("encoder." in block.name), block.name
+        trials._encoder, encoder = None, trials._encoder
+        assert trials.measure([block], [trial]) == pytest.approx(found, rel=1e-4) != 0, block.name
+        trials._encoder = encoder
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "expected"), [("vit", "pixel_values", 8), ("whisper", "input_features", 4)]
+)
+def test_images_are_measured_on_all_unseen_ones_and_sounds_on_a_few(family, name, expected):
+    model = tiny(family)
+    samples = read(model, ready_batches(model), PruneConfig(samples=20, held_out=4, batch_size=4))
+    assert sum(len(batch[name]) for batch in Propagation(samples).batches) == expected
