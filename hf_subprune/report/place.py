@@ -165,7 +165,8 @@ def _made(partial: Path) -> Iterator[None]:
     try:
         partial.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = partial.lstat()
-        if partial.is_symlink() or found.st_uid != os.getuid():
+        mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()  # on Windows, folders of others are closed
+        if partial.is_symlink() or not mine:
             raise ValueError(
                 f"{partial} was not made by you, who run this: nothing is read from there. Remove it, or choose "
                 "another output."
@@ -193,8 +194,11 @@ def _locked(place: Place) -> Iterator[None]:
         yield
     finally:
         holder.unlink(missing_ok=True)
-        (place.partial / "lock").unlink(missing_ok=True)  # while it is held: who comes now makes another
+        with suppress(PermissionError):  # of Windows, which removes no file that is open
+            (place.partial / "lock").unlink(missing_ok=True)  # while it is held: who comes now makes another
         lock.release()
+        if os.name == "nt":
+            (place.partial / "lock").unlink(missing_ok=True)
 
 
 def _try(place: Place) -> None:
@@ -284,5 +288,5 @@ def _drop_empty(folder: Path, names: Iterable[str]) -> None:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+    with path.open("rb+") as file:  # Windows writes nothing down of what is only read
         os.fsync(file.fileno())

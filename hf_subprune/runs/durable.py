@@ -54,11 +54,18 @@ def replacing(path: Path) -> Iterator[Path]:
             f"{path} could not be written: {error}. {_free(path.parent)} are free there. Make room and start the same "
             "command again: what is finished is kept."
         ) from error
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """What a folder lists survives a power cut; Windows opens none, and sees to that itself."""
+    if os.name == "nt":
+        return
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:

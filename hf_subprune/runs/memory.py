@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
@@ -61,6 +62,9 @@ def freed_at_once() -> Iterator[None]:
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, bytes."""
-    import resource  # POSIX only
+    held = psutil.Process().memory_info()
+    if hasattr(held, "peak_wset"):  # on Windows
+        return held.peak_wset
+    import resource  # which Windows has not
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -155,3 +155,10 @@ def test_a_mount_point_is_served(tmp_path):
         assert held(out) == {"a.safetensors": "y"}
     finally:
         subprocess.run(["umount", str(out)], check=True)
+
+
+def test_a_system_without_user_ids_or_open_folders_will_do(tmp_path, monkeypatch):
+    monkeypatch.delattr("os.getuid")
+    with claimed(tmp_path / "out") as place:
+        assert place.partial.is_dir()
+    assert not place.partial.exists()

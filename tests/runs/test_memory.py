@@ -12,7 +12,8 @@ from runs_of import QUICK
 from tiny import tiny
 
 from hf_subprune import PruneConfig, prune
-from hf_subprune.runs.memory import release_memory
+from hf_subprune.runs import memory
+from hf_subprune.runs.memory import peak_memory, release_memory
 
 GLIBC = pytest.mark.skipif(
     sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="the C library is another"
@@ -93,3 +94,18 @@ def test_memory_is_given_back_after_every_block_or_layer(computed, variant):
         assert all(size < 80 for size in held)
     else:  # in a layer whose blocks read one another forwards come between, which would take the memory again
         assert all(size > 100 for size in held[0::2]) and all(size < 80 for size in held[1::2])
+
+
+def test_the_most_that_was_taken_is_in_bytes_on_every_system(monkeypatch):
+    most = peak_memory()
+    assert resident() / 2 < most < psutil.virtual_memory().total
+    monkeypatch.setattr("sys.platform", "darwin")  # where the system counts bytes
+    assert peak_memory() == pytest.approx(most / 1024, rel=0.1)
+
+    class Windows:
+        def memory_info(self):
+            return type("Info", (), {"peak_wset": 5 * 2**20})()
+
+    monkeypatch.setattr(memory.psutil, "Process", Windows)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory() == 5 * 2**20
