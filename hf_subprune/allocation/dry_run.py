@@ -24,7 +24,7 @@ from ..runs.memory import peak_memory
 from ..runs.stages import READING, begin, duration
 from ..runs.workspace import Workspace
 from .foresight import entries, stage_seconds
-from .surveying import find
+from .surveying import find, leave_a_choice
 from .widths import check_target
 
 
@@ -82,7 +82,7 @@ def foresee(model: Any, data: Any, config: PruneConfig, processing_class: Any = 
         probe = send_to_device(samples.probe, input_device(model))
         _, blocks, (target,), (families,), candidates, _ = find(samples, [config], probe, Workspace())
         widths = check_target(blocks, target, config, families)
-        seconds = stage_seconds(samples, candidates, config)
+        seconds = stage_seconds(samples, candidates, config, leave_a_choice([config], [families], candidates))
         memory = _memory(samples, candidates, config)
     gone = sum((block.units - widths[block.name]) * block.parameters_per_unit for block in candidates)
     before, itemsize = model.num_parameters(), model.dtype.itemsize

@@ -32,18 +32,21 @@ _CURVES = 5
 _TIMED = 512
 
 
-def foretell(samples: Samples, candidates: Sequence[Block], config: PruneConfig) -> None:
+def foretell(samples: Samples, candidates: Sequence[Block], config: PruneConfig, curves: bool) -> None:
     """Tell those who are shown the run what its stages are expected to take."""
-    expect(partial(stage_seconds, samples, candidates, config))
+    expect(partial(stage_seconds, samples, candidates, config, curves))
 
 
-def stage_seconds(samples: Samples, candidates: Sequence[Block], config: PruneConfig) -> dict[str, float]:
+def stage_seconds(
+    samples: Samples, candidates: Sequence[Block], config: PruneConfig, curves: bool
+) -> dict[str, float]:
     """Seconds that the stages of a run take, from the survey on.
 
     Args:
         samples: Of which one batch is run.
         candidates: Blocks that may shrink.
         config: Of the run.
+        curves: Whether it makes curves of what blocks lose.
     """
     rows, forward = _one_forward(samples, candidates)
     device = input_device(samples.model)
@@ -58,10 +61,8 @@ def stage_seconds(samples: Samples, candidates: Sequence[Block], config: PruneCo
 
     seconds = {stage: forwards * forward for stage, forwards in _FORWARDS.items()}
     looked_at = _looked_at(candidates)
-    if config.allocation() == "uniform":
-        seconds[LOSSES] = 0.0
-    else:
-        seconds[LOSSES] += moments(looked_at) + solutions(looked_at, _PRODUCTS_A_CURVE)
+    made = moments(looked_at) + solutions(looked_at, _PRODUCTS_A_CURVE)
+    seconds[LOSSES] = seconds[LOSSES] + made if curves else 0.0
     passes = _PASSES[config.streams()]
     seconds[SOLVING] = passes * forward + moments(candidates) + solutions(candidates, _PRODUCTS_A_SOLUTION)
     return seconds

@@ -71,13 +71,9 @@ def take_survey(
     found, blocks, targets, families, candidates, segments = work.once(
         "blocks", lambda: find(samples, configs, probe, work)
     )
-    foretell(samples, candidates, first)
     targets = from_process(0, targets)  # latencies differ from process to process
-    needs_curves = any(
-        config.allocation() != "uniform" and tied.leave_a_choice(candidates)
-        for config, tied in zip(configs, families, strict=True)
-        if candidates
-    )
+    needs_curves = leave_a_choice(configs, families, candidates)
+    foretell(samples, candidates, first, needs_curves)
     needs_metrics = first.loss_aware and bool(candidates) and (needs_curves or first.importance == "greedy")
     needed = _scratch_bytes(samples, candidates, first) if needs_metrics else 0
     work.check_space(needed, "what the run keeps of each layer")
@@ -110,6 +106,15 @@ def take_survey(
         survey = with_losses(survey, quality, work, curves=needs_curves, keep=keep)
     release_memory()
     return survey
+
+
+def leave_a_choice(configs: Sequence[PruneConfig], families: Sequence[Families], candidates: Sequence[Block]) -> bool:
+    """Whether a budget shares out by what blocks lose, and says less than every width."""
+    return any(
+        config.allocation() != "uniform" and tied.leave_a_choice(candidates)
+        for config, tied in zip(configs, families, strict=True)
+        if candidates
+    )
 
 
 def looked_at_again(survey: Survey) -> Survey:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .families import families, numbers, pruned, spread
 from .records import PLOTS, BlockReport, Change, Record
-from .tables import in_words
+from .tables import in_words, with_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +20,8 @@ BEFORE, AFTER, UNSEEN, BOUND = "#c9ced6", "#2f6db5", "#d1495b", "#4a4a4a"
 LINES = (AFTER, UNSEEN, "#3a9d7c", "#e09f3e", "#7b5ea7")
 GUARANTEE = "≥: of the objective that any choice of as many units could reach, those kept reach at least this part"
 MOST_LABELS = 16  # beside one another
+# Drift of the original from itself, by figure.
+_OF_THE_ORIGINAL = {"relative_error": 0.0, "kl": 0.0, "top1_agreement": 1.0, "cosine": 1.0, "embedding_cosine": 1.0}
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -67,17 +69,14 @@ def save_plots(report: Record, folder: str | Path) -> dict[str, Path]:
 
 def plot_cost(report: Record) -> "Figure":
     """Parameters, multiply-accumulates and latency, before and after."""
-    costs: list[tuple[str, Change, float, str]] = [
-        ("Parameters", report.parameters, 1e-6, "M"),
-        ("MACs a sample", report.macs, 1e-9, "G"),
-    ]
+    costs: list[tuple[str, Change, str]] = [("Parameters", report.parameters, ""), ("MACs a sample", report.macs, "")]
     if report.latency is not None:
-        costs.append(("Latency", report.latency, 1e3, "ms"))
+        costs.append(("Latency", report.latency, "s"))
     with _figure(9, 2.5) as figure:
-        for axes, (title, change, scale, unit) in zip(figure.subplots(1, len(costs)), costs, strict=True):
-            values = [change.before * scale, change.after * scale]
+        for axes, (title, change, unit) in zip(figure.subplots(1, len(costs)), costs, strict=True):
+            values = [change.before, change.after]
             bars = axes.barh(["before", "after"], values, color=[BEFORE, AFTER], height=0.62)
-            axes.bar_label(bars, [f"{value:.3g} {unit}" for value in values], padding=4)
+            axes.bar_label(bars, [with_unit(value, unit) for value in values], padding=4)
             axes.set_title(f"{title}: {change.ratio:.0%}")
             axes.set_xlim(0, 1.35 * max(values))
             axes.invert_yaxis()
@@ -199,8 +198,12 @@ def plot_tradeoff(reports: Mapping[str, Sequence[Record]], quality: str | None =
         original = [
             (r.parameters.before / 1e6, m.value.before) for r in everything for m in r.metrics if m.name == name
         ]
+        if name in _OF_THE_ORIGINAL:
+            original = [(everything[0].parameters.before / 1e6, _OF_THE_ORIGINAL[name])]
         if original:
             axes.plot(*original[0], "D", color=BOUND, label="original")
+        if _OF_THE_ORIGINAL.get(name) == 0:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel("parameters of the model, millions")
         axes.set_ylabel(name.replace("_", " "))
         axes.set_title(f"{everything[0].architecture}: size against quality")

@@ -5,13 +5,11 @@ a single process; it runs its share of them. Sums over the batches are added up,
 and all of them install every solution. With one process nothing here does anything.
 """
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, reduce
-from datasets import IterableDataset
-from datasets.distributed import split_dataset_by_node
 
 from ..solver.moments import MomentAccumulator
 
@@ -35,15 +33,7 @@ def is_mine(owner: int) -> bool:
 
 def own_share(batches: int) -> list[int]:
     """Numbers of the batches that this process runs: every so many-th one, as they are sorted by length."""
-    if processes() == 1:
-        return list(range(batches))
-    numbers = IterableDataset.from_generator(_numbers, gen_kwargs={"count": batches})
-    mine = split_dataset_by_node(numbers, rank=state().process_index, world_size=processes())
-    return [row["number"] for row in mine]
-
-
-def _numbers(count: int) -> Any:
-    yield from ({"number": number} for number in range(count))
+    return list(range(batches)[state().process_index :: processes()])
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:

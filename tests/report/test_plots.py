@@ -47,8 +47,11 @@ def test_costs_are_shown_with_units_and_ratios():
         "MACs a sample: 50%",
         "Latency: 75%",
     ]
-    assert [bar.get_width() for bar in parameters.patches] == pytest.approx([2.0, 1.5])
-    assert [bar.get_width() for bar in latency.patches] == pytest.approx([40.0, 30.0])
+    assert [bar.get_width() for bar in parameters.patches] == pytest.approx([2e6, 1.5e6])
+    assert [bar.get_width() for bar in latency.patches] == pytest.approx([0.04, 0.03])
+    assert [text.get_text() for text in latency.texts] == ["40 ms", "30 ms"]
+    slow = plot_cost(make_report(latency=Change(2.02, 0.999))).axes[-1]
+    assert [text.get_text() for text in slow.texts] == ["2.02 s", "999 ms"]
 
 
 def test_blocks_of_one_stack_share_a_panel_by_depth():
@@ -104,7 +107,7 @@ def test_size_against_quality_is_sorted_by_size_with_the_original():
     assert lines(axes, "ours") == [[(1.0, 0.7), (1.5, 0.88)]]
     assert lines(axes, "original") == [[(2.0, 0.9)]]
     (axes,) = plot_tradeoff({"ours": [make_report(), small]}, quality="cosine").axes
-    assert lines(axes, "ours") == [[(1.0, 0.97), (1.5, 0.97)]] and lines(axes, "original") == []
+    assert lines(axes, "ours") == [[(1.0, 0.97), (1.5, 0.97)]] and lines(axes, "original") == [[(2.0, 1.0)]]
 
 
 def test_a_quality_that_some_report_lacks_is_refused():
