@@ -56,7 +56,7 @@ class Foresight:
         """As a rich table."""
         table = Table(title=f"{self.architecture}, not pruned: what a run would do", title_justify="left")
         for name in ("block", "kind", "units", "left"):
-            table.add_column(name, justify="left" if name in ("block", "kind") else "right", overflow="fold")
+            table.add_column(name, justify="left" if name in ("block", "kind") else "right", no_wrap=True)
         for name, kind, units, left in self.blocks:
             table.add_row(name, kind, str(units), str(left))
         table.caption = (

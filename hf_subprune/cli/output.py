@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from ..runs.stages import Bars, Display, Lines, begin, shown
 
@@ -37,7 +39,10 @@ def console() -> Console:
 def give(*parts: Any) -> None:
     """Print a result: tables, or a line that a terminal may wrap."""
     for part in parts:
-        console().print(part, soft_wrap=isinstance(part, str))
+        shown = console()
+        if isinstance(part, Table):  # a name that is longer than a line is left to the terminal to break
+            shown.width = max(shown.width, Measurement.get(shown, shown.options, part).minimum)
+        shown.print(part, soft_wrap=isinstance(part, str))
 
 
 def give_json(values: Mapping[str, Any]) -> None:

@@ -17,6 +17,9 @@ from ..config import TWO_STREAMS, PruneConfig
 from .plain import inline, printable
 from .records import BlockReport, Change, Record, TaskMetric
 
+# Characters of a line of words, at least.
+_LEAST_WORDS = 16
+
 _PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T"}
 
 # Of ways to share out a size, so many are shown.
@@ -69,7 +72,7 @@ def _alternatives(report: Record) -> str:
 def block_table(report: Record) -> Table:
     """One row for each block that lost units, or for all experts of a layer, as a rich table."""
     table = Table(title="Blocks", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("block", overflow="fold")
+    table.add_column("block", no_wrap=True)
     for name in ("kept", "fitted", "held out", "shrink", "optimum"):
         table.add_column(name, justify="right", no_wrap=True)
     pruned = [b for b in report.blocks if b.units_after < b.units_before]
@@ -135,7 +138,7 @@ def found_table(architecture: str, parameters: int, blocks: Sequence[Block]) -> 
     """
     table = Table(title=f"Prunable blocks of {architecture}", title_justify="left")
     for name in ("block", "kind", "units", "parameters"):
-        table.add_column(name, justify="left" if name in ("block", "kind") else "right", overflow="fold")
+        table.add_column(name, justify="left" if name in ("block", "kind") else "right", no_wrap=True)
     rows: dict[str, list[Block]] = {}
     for block in blocks:
         rows.setdefault(block.stack or block.name, []).append(block)
@@ -173,7 +176,8 @@ def refusal_table(refusals: Sequence[Refusal]) -> Table | Text:
         return Text("Nothing was refused.")
     table = Table(title="Left whole", title_justify="left")
     for name in ("block", "kind", "reason", "what you can do"):
-        table.add_column(name, overflow="fold")
+        short = name in ("block", "kind")
+        table.add_column(name, overflow="fold", no_wrap=short, min_width=None if short else _LEAST_WORDS)
     for r in refusals:
         table.add_row(*map(printable, (r.name, r.kind, r.reason, r.advice)))
     return table

@@ -10,12 +10,14 @@ import sys
 
 import pytest
 from command_line import run
-from sample_report import make_report
+from sample_report import make_block, make_report
 from typer.testing import CliRunner
 
 from hf_subprune import PruneReport
+from hf_subprune.blocks import Refusal
 from hf_subprune.cli import app, output
 from hf_subprune.cli.commands import DEMO
+from hf_subprune.report.tables import block_table, refusal_table
 from hf_subprune.runs.stages import LOADING, OPENING, PRUNING, SAVING
 
 # The demo on few paragraphs; it is found when the command imports it, which must not be before its first line.
@@ -149,3 +151,26 @@ def test_the_page_of_a_report_is_opened(tmp_path, monkeypatch):
     (tmp_path / "report.html").unlink()
     refused = CliRunner().invoke(app, ["report", str(tmp_path), "--open"])
     assert isinstance(refused.exception, FileNotFoundError)
+
+
+def test_a_long_name_is_not_broken_in_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "vision_language_model.vision_model.encoder.layers.11.self_attention"
+    refusal = Refusal(name, "mlp", "a " * 99, "b")
+    output.give(block_table(make_report(blocks=(make_block(name),))), refusal_table([refusal]))
+    printed = capsys.readouterr().out
+    assert printed.count(name) == 2 and "a a a" in printed
+
+
+def test_a_dry_run_says_what_a_run_would_do_and_leaves_nothing(folder, texts, tmp_path):
+    words = ["prune", folder, "--data", texts, *SMALL, "--keep", 0.5, "--units", "mlp", "--dry-run"]
+    printed = run(*words, "--quiet")
+    assert "bert.encoder.layer.0.mlp" in printed and "of memory here" in printed
+    foreseen = json.loads(CliRunner().invoke(app, [str(word) for word in [*words, "--json"]]).stdout)
+    run(
+        "prune", folder, "--data", texts, *SMALL, "--keep", 0.5, "--units", "mlp", "--out", tmp_path / "out", "--quiet"
+    )
+    report = PruneReport.load(tmp_path / "out")
+    assert foreseen["parameters"]["before"] == report.parameters.before
+    assert foreseen["parameters"]["after"] == pytest.approx(report.parameters.after, rel=0.01)
+    assert all(seconds >= 0 for seconds in foreseen["seconds"].values()) and foreseen["memory"] > 0
