@@ -41,7 +41,9 @@ def give(*parts: Any) -> None:
     for part in parts:
         shown = console()
         if isinstance(part, Table):  # a name that is longer than a line is left to the terminal to break
-            shown.width = max(shown.width, Measurement.get(shown, shown.options, part).minimum)
+            shown.width = max(
+                shown.width, Measurement.get(shown, shown.options.update_width(_PIPE_WIDTH), part).minimum
+            )
         shown.print(part, soft_wrap=isinstance(part, str))
 
 
