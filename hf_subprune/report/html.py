@@ -8,9 +8,10 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from .families import pruned
-from .loading_code import loading_code, serving_code, settings
+from .loading_code import loading_code, settings
 from .plain import printable
 from .records import HTML_NAME, Change, Record
+from .runtimes import runtimes
 from .svg import certificate_charts, curve_charts, error_charts, kept_charts
 from .tables import calibrated_on, in_words, with_unit
 
@@ -36,7 +37,7 @@ def to_html(record: Record, processor: str | None = None) -> str:
         certificates=_charts(certificate_charts(record)),
         curves=_charts(curve_charts(record)),
         loading=loading_code(record, "DIR", processor),
-        serving=serving_code(record, "DIR"),
+        runtimes=list(runtimes(record, "DIR")),
         made=printable(record.command) or f"report = prune(model, data, PruneConfig({settings(record.config)}))",
         versions=", ".join(f"{name} {version}" for name, version in sorted(record.versions.items())),
         blocks=pruned(record),

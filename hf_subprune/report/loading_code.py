@@ -1,4 +1,4 @@
-"""How a pruned model is loaded and served, as code to copy."""
+"""How a pruned model is loaded, as code to copy."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any
 from ..config import PruneConfig
 from .plain import fenced, identifier
 from .records import Record
-from .runtimes import runtimes
 
 
 def loading_code(record: Record, repo_id: str, processor: str | None) -> str:
@@ -26,11 +25,6 @@ def loading_code(record: Record, repo_id: str, processor: str | None) -> str:
         name = "tokenizer" if processor == "AutoTokenizer" else "processor"
         lines.append(f'{name} = {processor}.from_pretrained("{repo_id}")')
     return "\n".join(lines)
-
-
-def serving_code(record: Record, folder: str) -> str:
-    """The command for each program that runs the model, Transformers apart."""
-    return "\n".join(f"{command}  # {program}" for program, _, command in runtimes(record, folder) if command)
 
 
 def processor_class(folder: str | Path | None) -> str | None:
