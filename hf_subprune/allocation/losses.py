@@ -23,8 +23,9 @@ from .survey import Survey
 
 # Blocks of a family that gets one width whose curves are made, each in the middle of its part of the depth.
 _STANDING_FOR_ALL = 5
-# Rows that curves are made of for each column of the widest block, if there are as many.
+# Rows that curves are made of for each column of the widest block, and at least, if there are as many.
 _ROWS_A_COLUMN = 2
+_FEWEST_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,9 @@ def _enough(survey: Survey, blocks: Sequence[Block]) -> Samples:
     """So many of the samples to fit on that curves of the blocks are not those of fits to noise; none is held out."""
     samples = survey.samples
     columns = max(matrix_shape(survey.model.get_submodule(block.consumer))[0] for block in blocks)
+    rows = max(_FEWEST_ROWS, _ROWS_A_COLUMN * columns)
     for count in range(FOLDS, len(samples.fit), FOLDS):
-        if (tokens_in(samples.fit[:count]) or 0) >= _ROWS_A_COLUMN * columns:
+        if (tokens_in(samples.fit[:count]) or 0) >= rows:
             return replace(samples, fit=samples.fit[:count], held_out=[])
     return replace(samples, held_out=[])
 
