@@ -21,11 +21,11 @@ from ..models.running import call, hooked, input_device
 from ..runs.stages import CHECKING, LOSSES, MEASURING, ORIGINAL, SENSITIVITIES, SHARING, SOLVING, expect
 
 # Forwards over all samples that a stage comes to, whatever else it does.
-_FORWARDS = {ORIGINAL: 0.3, SENSITIVITIES: 1.0, LOSSES: 1.5, SHARING: 0.1, CHECKING: 0.1, MEASURING: 0.5}
+_FORWARDS = {ORIGINAL: 0.3, SENSITIVITIES: 0.5, LOSSES: 2.3, SHARING: 0.02, CHECKING: 0.1, MEASURING: 0.6}
 # Those of solving, by what is observed of which model.
 _PASSES = {"layer": 1.0, "seq": 2.0, "asym": 3.0, "residual": 3.0}
 # Products of two square matrices of a block's columns that its curve takes, and its solution.
-_PRODUCTS_A_CURVE, _PRODUCTS_A_SOLUTION = 4.0, 4.0
+_PRODUCTS_A_CURVE, _PRODUCTS_A_SOLUTION = 4.0, 12.0
 # Blocks of a kind that curves are made of.
 _CURVES = 5
 # Columns of the matrices whose product is timed.
