@@ -22,7 +22,6 @@ def stock():
         pytest.param(lambda: ragged("bert"), id="ragged"),
         pytest.param(lambda: ragged("llama"), id="llama", marks=pytest.mark.slow),
         pytest.param(lambda: ragged("vit"), id="vit", marks=pytest.mark.slow),
-        pytest.param(lambda: ragged("t5", mlp=[40, 36]), id="t5", marks=pytest.mark.slow),
     ],
 )
 def test_onnx_runtime_gives_the_same_outputs(build, tmp_path):
