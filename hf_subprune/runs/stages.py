@@ -28,7 +28,9 @@ SHRINKING = (SHARING, SOLVING, CHECKING, MEASURING)
 PRUNING = (*SURVEYING, *SHRINKING)
 """What `prune` does, in order; some runs pass over some."""
 
-DEMO = (LOADING, EMBEDDING, *PRUNING, *PRUNING, EMBEDDING_PRUNED, SAVING, RELOADING)
+_NEURONS = tuple(stage for stage in PRUNING if stage != LOSSES)  # a size of one kind of units leaves no choice
+_BASELINE = tuple(stage for stage in _NEURONS if stage != SENSITIVITIES)
+DEMO = (LOADING, EMBEDDING, *_NEURONS, *_BASELINE, EMBEDDING_PRUNED, SAVING, RELOADING)
 
 _BETWEEN_LINES = 10.0  # seconds, at most
 _PRIOR = 0.25  # of the whole: what was expected counts as much as that, when stages took more or less

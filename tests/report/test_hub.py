@@ -38,6 +38,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made once, for the endpoint of that time
         monkeypatch.setenv("HF_TOKEN", WRITER)
         monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
         monkeypatch.setenv("TMPDIR", str(tmp_path / "staging"))
