@@ -37,7 +37,8 @@ def pipeline(
         raise typer.BadParameter(f"Unknown run {unknown.pop()!r}: choose from {', '.join(map(repr, RUNS))}.")
     load = None if model is None else language_model(model, str(text))
     held_out = held_out or max(1, samples // 4)
-    config = PruneConfig(samples=samples, held_out=held_out, max_length=length, keep=keep)
+    packing = "auto" if model is None else True
+    config = PruneConfig(samples=samples, held_out=held_out, max_length=length, keep=keep, packing=packing)
     rows = bench_pipeline(load, config, run or tuple(RUNS))
     _save(rows, out, "pipeline.json")
     console.print(table(rows))
