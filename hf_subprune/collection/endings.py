@@ -59,15 +59,15 @@ class Ending:
         reads, _ = matrix_shape(self._consumer)
         return self._held is not None and set(indices) <= self._held.keys() and 0 < columns == reads
 
-    def output(self, index: int, columns: torch.Tensor | None) -> Any:
+    def output(self, index: int, columns: torch.Tensor) -> Any:
         """Of the segment on a batch, which is held no longer.
 
         Args:
             index: Of the batch.
-            columns: `(k,)` int64, those of the consumer's inputs that are left; `None` for all.
+            columns: `(k,)` int64, those of the consumer's inputs that are left.
         """
         inputs, rest, structure = self._held.pop(index)  # type: ignore[union-attr]
         with torch.no_grad():
-            new = self._consumer(inputs if columns is None else inputs[..., columns.to(inputs.device)])
+            new = self._consumer(inputs[..., columns.to(inputs.device)])
         total = rest + self._addition.gain.to(new) * new
         return tree_unflatten([total], structure)

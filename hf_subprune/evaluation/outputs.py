@@ -68,8 +68,8 @@ def cut_to_logits(model: PreTrainedModel, batch: Batch) -> list[Batch]:
 
 def _reference(model: PreTrainedModel, batch: Batch, room: int) -> Outputs:
     """As many evenly spaced rows of a batch's output as `room` bytes hold."""
-    most = room // max(1, _classes(model) * model.dtype.itemsize) if _classes(model) else None
-    places = None if most is None else _places(model, batch, most)
+    classes = _classes(model)
+    places = _places(model, batch, room // (classes * model.dtype.itemsize)) if classes else None
     return _outputs(model, batch, places, None, room)
 
 

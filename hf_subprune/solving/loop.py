@@ -124,7 +124,8 @@ class _Loop:
                 if walk.independent:  # elsewhere forwards come that would take the memory again
                     release_memory()
         with clock("calibration"):
-            walk.finish(segment, {name: edit.kept for name, edit in self.solved.edits.items()})
+            edits = self.solved.edits
+            walk.finish(segment, {b.name: edits[b.name].kept for b in segment.blocks if b.name in edits})
         if not walk.independent:
             release_memory()
 
