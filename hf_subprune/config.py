@@ -178,7 +178,8 @@ class PruneConfig:
             Tokens a text sample is truncated to; fewer where the model or its tokenizer takes fewer.
         packing (`bool` or `"auto"`, default `"auto"`):
             Join plain texts, for causal language models, and cut them into windows of `max_length` tokens, so that
-            none is padding and less of long texts is cut. `"auto"` does so where most texts are longer than that.
+            none is padding and less of long texts is cut. `"auto"` does so where most texts are longer than that, and
+            where shorter ones fill as many windows as samples are asked for.
         batch_size (`int`, default `16`):
             Most samples in one calibration batch; few samples make smaller ones, so that both folds have some.
         importance (`str`, default `"greedy"`):

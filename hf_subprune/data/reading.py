@@ -182,7 +182,7 @@ def _found(
         return Ready(read_ready((item for _, item in items), accepts, wanted))
     rows = Rows(model, accepts, processing_class, longest_text(model, processing_class, config.max_length))
     most = -(-wanted // len(data)) if hasattr(data, "__len__") else 0
-    samples = rows.samples(items, packing=config.packing, most=most, skip=config.skip_unreadable)
+    samples = rows.samples(items, packing=config.packing, wanted=wanted, most=most, skip=config.skip_unreadable)
     read = list(itertools.islice(filter(None, samples), wanted))
     return Encoded(read, _pad_id(model, processing_class), accepts.token_axes - 1)
 

@@ -1,7 +1,7 @@
 """Rows of data one after the other to samples: of several kinds, with values missing, unreadable, or to be packed."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -40,13 +40,20 @@ class Rows:
         self.encoders = Encoders(accepts, processing_class, longest)
 
     def samples(
-        self, items: Iterator[Numbered], *, packing: bool | str = False, most: int = 0, skip: bool = False
+        self,
+        items: Iterator[Numbered],
+        *,
+        packing: bool | str = False,
+        wanted: int = 0,
+        most: int = 0,
+        skip: bool = False,
     ) -> Iterator[Sample | None]:
         """The samples in the order of the rows.
 
         Args:
             items: The data.
             packing: As in `PruneConfig`.
+            wanted: Samples that are asked for, which packing has to give if it is `"auto"` and texts are short.
             most: Windows that one text may have to fill for there to be enough.
             skip: Whether samples that cannot be read are passed over.
 
@@ -66,26 +73,44 @@ class Rows:
         if first.tokenizes:
             check_tokenizer(self.model, self.tokenizer)
         everything = itertools.chain(head, items)
-        if self._packs(packing, head):
-            packer = Packer(self.tokenizer, self.longest, max(most, _WINDOWS_A_TEXT))
-            for number, item in everything:
-                yield from self._read(number, lambda item=item: self._windows(packer, item), skip)
+        if not self._packs(packing):
+            yield from self._each(everything, skip)
+        elif packing is True or self._are_long(head):
+            yield from self._packed(everything, most, skip)
         else:
-            for number, item in everything:
-                yield from self._read(number, lambda item=item: [self._sample(item)], skip)
+            yield from self._packed_where_enough(everything, wanted, most, skip)
 
-    def _packs(self, packing: bool | str, head: list[Numbered]) -> bool:
-        """Whether texts are packed: `"auto"` does so where most of the first ones would be cut otherwise."""
+    def _packs(self, packing: bool | str) -> bool:
         possible = self.accepts.causal and self.encoders.known[0].is_plain
-        if packing == "auto":
-            first = [sample for _, item in head for sample in self._readable(item)] if possible else []
-            return 2 * sum(sample.cut > 0 for sample in first) > len(first)
-        if packing and not possible:
+        if packing is True and not possible:
             raise ValueError(
                 f"packing=True joins plain texts for a causal language model; {self.accepts.architecture} is none, or "
                 "the data is no plain text: leave packing out."
             )
-        return bool(packing)
+        return possible and packing is not False
+
+    def _are_long(self, head: list[Numbered]) -> bool:
+        """Whether most of the first texts would be cut."""
+        first = [sample for _, item in head for sample in self._readable(item)]
+        return 2 * sum(sample.cut > 0 for sample in first) > len(first)
+
+    def _each(self, items: Iterable[Numbered], skip: bool) -> Iterator[Sample | None]:
+        for number, item in items:
+            yield from self._read(number, lambda item=item: [self._sample(item)], skip)
+
+    def _packed(self, items: Iterable[Numbered], most: int, skip: bool) -> Iterator[Sample | None]:
+        packer = Packer(self.tokenizer, self.longest, max(most, _WINDOWS_A_TEXT))
+        for number, item in items:
+            yield from self._read(number, lambda item=item: self._windows(packer, item), skip)
+
+    def _packed_where_enough(
+        self, items: Iterable[Numbered], wanted: int, most: int, skip: bool
+    ) -> Iterator[Sample | None]:
+        """Windows, if the texts fill as many as are wanted; a sample for each text, if there are too few for that."""
+        taken: list[Numbered] = []
+        windows = filter(None, self._packed(_noted(items, taken), most, skip))
+        first = list(itertools.islice(windows, wanted))
+        yield from itertools.chain(first, windows) if len(first) == wanted else self._each(taken, skip)
 
     def _readable(self, item: Any) -> list[Sample]:
         try:
@@ -125,6 +150,12 @@ class Rows:
                     f"{what} Mend it or leave it out; skip_unreadable=True passes over all such samples."
                 ) from error
             logger.warning(f"{what} It is passed over.")
+
+
+def _noted(items: Iterable[Numbered], taken: list[Numbered]) -> Iterator[Numbered]:
+    for item in items:
+        taken.append(item)
+        yield item
 
 
 def _is_whole(item: Any) -> bool:

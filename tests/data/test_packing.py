@@ -54,9 +54,17 @@ def test_long_texts_of_causal_models_are_packed(packing, lengths):
     assert (prepared.description["cut"] > 0.5) == (packing is False)
 
 
-def test_short_texts_and_encoders_are_not_packed_by_themselves():
-    short = read(tiny("llama"), [text[:5] for text in LONG], PruneConfig(**SETTINGS), make_tokenizer())
-    assert {batch["input_ids"].shape[1] for batch in short.fit} == {3}
+def test_short_texts_are_packed_where_they_fill_enough_windows():
+    short = [text[:5] for text in LONG]
+    alone = read(tiny("llama"), short, PruneConfig(**SETTINGS), make_tokenizer())
+    assert {batch["input_ids"].shape[1] for batch in alone.fit} == {3}
+    assert sum(len(batch["input_ids"]) for batch in alone.fit) == 8
+    packed = read(tiny("llama"), short * 2, PruneConfig(**SETTINGS), make_tokenizer())
+    assert {batch["input_ids"].shape[1] for batch in packed.fit} == {8}
+    assert sum(len(batch["input_ids"]) for batch in packed.fit) == 8
+
+
+def test_encoders_are_not_packed():
     encoder = read(make_bert(), LONG, PruneConfig(**SETTINGS), make_tokenizer())
     assert encoder.description["cut"] > 0.5
     with pytest.raises(ValueError, match="packing=True joins plain texts for a causal language model; BertModel"):
