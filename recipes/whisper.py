@@ -10,7 +10,6 @@ the transcripts of the sentences that it is calibrated on, or make its own (`--w
 """
 
 import argparse
-import copy
 import itertools
 import json
 import random
@@ -25,7 +24,7 @@ from rich.console import Console
 from tables import print_table
 from transformers.utils import logging
 
-from hf_subprune import PruneConfig, prune, save_pruned
+from hf_subprune import PruneConfig, prune_sizes, save_pruned
 from hf_subprune.data.datafiles import load_data, load_model
 from hf_subprune.evaluation.tasks import Transcription, Trial
 from hf_subprune.report.tables import example_table
@@ -68,7 +67,7 @@ def speak(folder: Path, texts: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Prune in every way, print a table, and show what the models write down."""
+    """Prune in every way, from one calibration, print a table, and show what the models write down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="openai/whisper-tiny.en", help="folder or Hub id of a Whisper")
     parser.add_argument("--speech", type=Path, help="folder of sound files with metadata.jsonl; flite speaks without")
@@ -91,18 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         data = list(load_data(str(options.speech or scratch)).take(calibration + options.test))
         given = [{"audio": row["audio"]} for row in data] if options.without_text else data
         trial = Trial(Transcription(data[calibration:], processor, dataset="sentences"), original)
-        rows = []
-        for keep, way in itertools.product(options.keep, options.only):
-            model = copy.deepcopy(original)
-            report = prune(model, given[:calibration], PruneConfig(keep=keep, **WAYS[way], **common), processor)
-            metrics = trial.score(model)
+        sizes = list(itertools.product(options.keep, options.only))
+        configs = [PruneConfig(keep=keep, **WAYS[way], **common) for keep, way in sizes]
+        pruned, rows = prune_sizes(original, given[:calibration], configs, processor), []
+        for (keep, way), report in zip(sizes, pruned, strict=True):
+            metrics = trial.score(original)  # which is as small as the report says now
             before, after, change = metrics[0].cells()
             row = {"keep": keep, "way": way, "MACs": report.macs.ratio, "layout": report.layout}
             rows.append({**row, "word errors before": before, "after": after, "change": change})
             if len(rows) == 1:
                 shown = example_table(metrics)
                 if options.save:
-                    save_pruned(options.save, model, processor, report.with_metrics(metrics))
+                    save_pruned(options.save, original, processor, report.with_metrics(metrics))
     print_table("Whisper pruned: word errors, with 95% intervals of the paired bootstrap", rows)
     Console().print(shown)
     return rows

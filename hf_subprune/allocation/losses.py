@@ -68,7 +68,7 @@ def with_losses(
         keep: Whether moments stay in memory.
     """
     stored: dict[str, BlockMoments] | None = {} if keep else None
-    trials = Propagation(survey.samples, evaluation) if curves else None
+    trials = Propagation(survey.samples, survey.plan.segments, evaluation) if curves else None
     looked_at = _looked_at(survey) if curves else set()
     found = work.once("curves", lambda: _pass_over(survey, looked_at, trials, stored, work))
     factors = fill_in([block for block in survey.candidates if block.name in found.curves], found.factors)

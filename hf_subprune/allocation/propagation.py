@@ -1,15 +1,19 @@
 """What errors of blocks do to the model's output, measured by pruning some of them alone."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from ..blocks import Block, groups_of
 from ..collection.block_moments import FOLDS
+from ..collection.segments import Segment
 from ..data.batches import Samples, brief, pieces, tokens_in
 from ..evaluation.drift import Drift, drift
 from ..evaluation.outputs import Outputs, model_outputs
@@ -32,6 +36,8 @@ _MEASURED_ROWS = 256
 _MEASURED_TOKENS = 2048
 # Samples of what a decoder writes down that they are measured on: an encoder hears, or sees, far more than it writes.
 _MEASURED_SOUNDS = 8
+# Bytes of segments' outputs that are kept to be read again; beyond that, what lies before a block runs every time.
+_KNOWN_BYTES = 100 * 2**20
 
 
 class Quality:
@@ -67,31 +73,35 @@ class Propagation:
 
     The metric that weighs errors (`collection.sensitivity`) is a linearisation at the original model; early blocks
     exceed it, since what they do wrong goes through all others. The factors between measured and predicted drift, at
-    two widths, correct a block's whole curve. Of an encoder and a decoder, the encoder runs once for all of the
-    decoder's blocks.
+    two widths, correct a block's whole curve. What lies before a block runs once for all trials: segments before its
+    own, and of an encoder and a decoder, the encoder for the decoder's blocks.
 
     Args:
         samples: Of the original; batches of all but the first fold are run, the trials having been fitted on that.
+        segments: Parts of the model that can be run one at a time, in forward order.
         evaluation: Measured in place of the drift on `samples`.
     """
 
-    def __init__(self, samples: Samples, evaluation: Quality | None = None):
+    def __init__(self, samples: Samples, segments: Sequence[Segment] = (), evaluation: Quality | None = None):
         model = self.model = samples.model
-        self.evaluation = evaluation
+        self.segments, self.evaluation = segments, evaluation
         self.batches: list[Batch] = []
         self._reference: list[Outputs] = []
         self._encoder: str | None = None
-        self._encoded: list[Any] = []
+        self._known: dict[str, list[Any]] = {}  # outputs by module, batch by batch
         if evaluation is not None:
             return
         self._encoder = _encoder_of(model)
+        paths = [segment.path for segment in segments if segment.path]
+        self._known = {path: [] for path in (*paths, *([self._encoder] if self._encoder else []))}
         unseen = [one for index, batch in enumerate(samples.fit) if index % FOLDS for one in _few_tokens(batch)]
         order = sorted(range(len(unseen)), key=lambda i: abs(i - len(unseen) // 2))  # of middling length first
         unseen = [unseen[index] for index in order]
         for batch in unseen:
             self.batches.append(batch)
-            with hooked(model, outputs=[] if self._encoder is None else [(self._encoder, self._encoded.append)]):
+            with hooked(model, outputs=[(path, self._note(path)) for path in self._known]):
                 self._reference += model_outputs(model, [batch])
+            self._let_go_of_too_much()
             rows = sum(len(one.rows) for one in self._reference)
             if rows >= _MEASURED_ROWS or (tokens_in(self.batches) or 0) >= _MEASURED_TOKENS or _is_written_down(batch):
                 break
@@ -104,12 +114,30 @@ class Propagation:
                 bias = getattr(self.model.get_submodule(block.consumer), "bias", None)
                 bias = None if bias is None else bias.detach() + trial.bias_shift.to(bias)
                 undo.callback(shrink(self.model, block, trial.kept, weight=trial.V, bias=bias).undo)
-            if self._encoder is not None and not any(b.consumer.startswith(f"{self._encoder}.") for b in blocks):
-                encoder, encoded = self.model.get_submodule(self._encoder), iter(self._encoded)
-                undo.enter_context(forward_replaced(encoder, lambda *_args, **_kwargs: next(encoded)))
+            for path in self._before(blocks):
+                outputs = iter(self._known[path])
+                again = partial(_next, outputs)
+                undo.enter_context(forward_replaced(self.model.get_submodule(path), again))
             if self.evaluation is not None:
                 return max(0.0, self.evaluation.original - self.evaluation(self.model))
             return scalar_drift(drift(self.model, self.batches, self._reference), self._per_sample)
+
+    def _note(self, path: str) -> Callable[[Any], None]:
+        return lambda output: self._known[path].append(_copied(output)) if path in self._known else None
+
+    def _let_go_of_too_much(self) -> None:
+        """Of the segments, where their outputs take too much memory."""
+        leaves = tree_leaves([outputs for path, outputs in self._known.items() if path != self._encoder])
+        if sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor)) > _KNOWN_BYTES:
+            self._known = {path: outputs for path, outputs in self._known.items() if path == self._encoder}
+
+    def _before(self, blocks: Sequence[Block]) -> list[str]:
+        """Paths of what puts out the same whatever becomes of the blocks, the outermost of it."""
+        holding = [any(block in segment.blocks for block in blocks) for segment in self.segments]
+        before = [s.path for s in self.segments[: holding.index(True)]] if any(holding) else []
+        if self._encoder is not None and not any(b.consumer.startswith(f"{self._encoder}.") for b in blocks):
+            before = [self._encoder, *(path for path in before if not path.startswith(f"{self._encoder}."))]
+        return [path for path in before if path in self._known]
 
     def factors(self, blocks: Sequence[Block], curves: Sequence[LossCurve]) -> Points:
         """Measured over predicted drift, by the width of each trial; without those at which either is zero."""
@@ -124,6 +152,14 @@ class Propagation:
         trials = {width: [curve.trials[width] for curve in curves] for width in sorted(curves[0].trials)}
         losses = ((width, self.measure(blocks, same) / len(blocks)) for width, same in trials.items())
         return (*losses, (blocks[0].units, 0.0))
+
+
+def _copied(output: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, output)
+
+
+def _next(outputs: Iterator[Any], *_args: Any, **_kwargs: Any) -> Any:
+    return _copied(next(outputs))  # what follows may write into it
 
 
 def _encoder_of(model: PreTrainedModel) -> str | None:

@@ -63,14 +63,15 @@ def plan(samples: Samples, blocks: Sequence[Block]) -> Plan:
         for path, inside in sorted(members.items(), key=lambda item: order.index(item[0]))
     ]
     leads = _leads(probe, segments)
+    plain = _plain_forward(probe, segments)
     for retain_all in (False, True):
         found = Plan(tuple(segments), retain_all)
-        if leads and _replays_exactly(probe, replace(found, leads=leads)):
+        if leads and _replays_exactly(probe, replace(found, leads=leads), plain):
             return replace(found, leads=leads)
-        if _replays_exactly(probe, found):
-            alone = {p: at for p, at in leads.items() if _replays_exactly(probe, replace(found, leads={p: at}))}
+        if _replays_exactly(probe, found, plain):
+            alone = {p: at for p, at in leads.items() if _replays_exactly(probe, replace(found, leads={p: at}), plain)}
             together = replace(found, leads=alone)
-            return together if alone and _replays_exactly(probe, together) else found
+            return together if alone and _replays_exactly(probe, together, plain) else found
     whole = Segment("", tuple(reached), tuple(calls[b.consumer] for b in reached))
     return Plan((whole,), False)
 
@@ -169,14 +170,18 @@ def _leads(probe: Samples, segments: Sequence[Segment]) -> dict[str, int]:
     return {path: at for path, at in once.items() if not any(is_inside(path, p) for p in once if p != path)}
 
 
-def _replays_exactly(probe: Samples, plan: Plan) -> bool:
-    """Whether each segment sees, when it is run alone, the inputs that it sees in the plain forward."""
-    plain = _Seen()
-    paths = [segment.path for segment in plan.segments]
-    with _watched(probe, paths, plain):
+def _plain_forward(probe: Samples, segments: Sequence[Segment]) -> _Seen:
+    """What segments see in the plain forward."""
+    seen = _Seen()
+    with _watched(probe, [segment.path for segment in segments], seen):
         call(probe.model, probe.fit[0])
+    return seen
+
+
+def _replays_exactly(probe: Samples, plan: Plan, plain: _Seen) -> bool:
+    """Whether each segment sees, when it is run alone, the inputs that it sees in the plain forward."""
     stream = Stream(probe, plan)
-    for path in paths:
+    for path in (segment.path for segment in plan.segments):
         alone = _Seen()
         with _watched(probe, [path], alone):
             try:

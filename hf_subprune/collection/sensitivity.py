@@ -61,8 +61,9 @@ def output_metrics(
     averaged over those of the consumer; padding counts on neither side.
 
     One forward and one backward a batch and probe, on every fourth sample where this gives twice as many rows as a
-    consumer has outputs, on more or all of them otherwise. No parameter gets a gradient, and the activations of one
-    batch are held at a time. Weights, flags, gradients and the random state of the model stay as they are.
+    consumer has outputs; for consumers that have fewer, on more or all of them. No parameter gets a gradient, and the
+    activations of one batch are held at a time. Weights, flags, gradients and the random state of the model stay as
+    they are.
 
     Args:
         samples: Whose batches to fit on are run, in their model.
@@ -154,7 +155,9 @@ def _run_backwards(
                         if found is not None and found[0].requires_grad:
                             found[0].backward(found[1])
             rows = summed(torch.tensor([total.rows for total in sums], device=input_device(model))).tolist()
-            if all(seen >= _ROWS_AN_OUTPUT * total.m for seen, total in zip(rows, sums, strict=True)):
+            for seen, total in zip(rows, sums, strict=True):
+                total.enough = seen >= _ROWS_AN_OUTPUT * total.m
+            if all(total.enough for total in sums):
                 break
 
 
@@ -206,6 +209,7 @@ class _GradientSum:
     def __init__(self, samples: Samples, blocks: Sequence[Block]):
         consumer: Any = samples.model.get_submodule(blocks[0].consumer)
         self.samples, self.blocks, self.rows, self.consumer = samples, blocks, 0, consumer
+        self.enough = False  # whether further rows are of no use
         self.n, self.m = matrix_shape(consumer)
         self._axis = feature_axis(consumer)
         self.batch: Batch = {}
@@ -216,9 +220,9 @@ class _GradientSum:
         """Keep what of a consumer's input the backward needs, until its output comes."""
 
     def watch(self, consumer: str, output: torch.Tensor) -> torch.Tensor:
-        """The graph starts at the first consumer, gradients are read at every one."""
-        if not torch.is_grad_enabled():
-            return output  # the model itself runs this call, of several, without gradients
+        """The graph starts at the first consumer that lacks rows, gradients are read at every one that does."""
+        if self.enough or not torch.is_grad_enabled():
+            return output  # without gradients the model itself runs this call, of several
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # a leaf could not be written into by what follows
         shape = output.movedim(self._axis, -1).shape

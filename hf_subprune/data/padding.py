@@ -13,6 +13,10 @@ from ..models.linears import taps
 from ..models.running import around
 from ..models.sizes import Sizes
 
+# Of the silent frames of an encoder that always hears as long, one counts for so many spoken ones: as many more would
+# be what the encoder is fitted to, and where none is, what it puts out there drowns the speech.
+_SPOKEN_A_SILENT = 5
+
 
 def token_mask(
     model: PreTrainedModel, consumer: str, batch: Mapping[str, Any], shape: Sequence[int]
@@ -29,7 +33,8 @@ def token_mask(
 
     Returns:
         `(rows,)` bool, one for each row of the input flattened to `(rows, n)`; `None` when every row counts: nothing
-        is padding, or no mask of the batch speaks of such rows (patches of an image).
+        is padding, or no mask of the batch speaks of such rows (patches of an image). Where an encoder always hears
+        as long, consumers have a few rows of the silence, too.
     """
     routed = routed_tokens(around(model, consumer), consumer)
     if routed is not None:
@@ -42,7 +47,9 @@ def token_mask(
     mask = batch.get("decoder_attention_mask" if in_decoder else "attention_mask")
     if not in_decoder and ("input_ids" not in batch or _is_within(model, consumer, model.get_encoder("audio"))):
         frames = spoken_frames(model, batch)
-        mask = mask if frames is None else _strided(frames, shape[:-1])
+        if frames is not None:
+            mask = _strided(frames, shape[:-1])
+            mask = _with_silence(mask) if consumer and mask is not None else mask
     if mask is not None and mask.shape == getattr(batch.get("input_ids"), "shape", None):
         mask = mask.flatten(0, -2)  # choices run as samples
     if mask is None or mask.ndim != 2:
@@ -104,6 +111,15 @@ def _strided(frames: torch.Tensor, rows: Sequence[int]) -> torch.Tensor | None:
     if left or not count or length % count or len(rows) > 2 or (len(rows) == 2 and samples not in rows):
         return None
     return frames[:, :: length // count]
+
+
+def _with_silence(spoken: torch.Tensor) -> torch.Tensor:
+    """Spoken frames, and behind them some silent ones at equal distances: `(samples, frames)` bool."""
+    silent = ~spoken
+    count = silent.sum(1, keepdim=True)
+    some = torch.minimum(spoken.sum(1, keepdim=True) // _SPOKEN_A_SILENT + 1, count)
+    place = silent.cumsum(1)
+    return spoken | silent & (place * some // count.clamp(min=1) > (place - 1) * some // count.clamp(min=1))
 
 
 def _is_within(model: PreTrainedModel, path: str, tower: nn.Module) -> bool:

@@ -5,8 +5,10 @@ original weights: from few rows, plain least squares overfits. In moments `H = B
 
     V = argmin ||A W - B_S V||_F^2 + l ||V - W_S||_F^2 = (H_SS + l I)^-1 (C_S + l W_S),    l = lambda mean(diag H)
 
-with lambda cross-fitted. An intercept makes moments centred, and `mean(A) W - mean(B_S) V` go into the bias. Weights
-are `(inputs, outputs)`. Tensors only.
+with lambda cross-fitted. Where targets come from another model, `C = H W + (C - H W)`: the one part makes up for the
+columns that go, the other mends what was done before this block. Of few rows that is mostly noise, so how much of it
+counts is cross-fitted, too; where none does, the target is `B W`. An intercept makes moments centred, and
+`mean(A) W - mean(B_S) V` go into the bias. Weights are `(inputs, outputs)`. Tensors only.
 """
 
 import math
@@ -25,6 +27,8 @@ _FIRST_TRIED = (1e-1, 3e-1)
 _DOUBLE_BELOW = 256
 # Beyond this many outputs, cross-fitting looks at as many random combinations of them.
 _MOST_OUTPUTS = 256
+# `C - H W` below this part of `H W`, in squares, is rounding: the target is the input times the weight.
+_NOTHING = 1e-8
 
 
 def solve_normal_equations(
@@ -65,7 +69,9 @@ class Reweighted:
     jitter: float
 
 
-def reweight(moments: Moments, W: torch.Tensor, columns: torch.Tensor, shrinkage: float) -> Reweighted:
+def reweight(
+    moments: Moments, W: torch.Tensor, columns: torch.Tensor, shrinkage: float, mending: float = 1.0
+) -> Reweighted:
     """Least squares weights on the kept columns, pulled towards the original ones.
 
     `V = (H_SS + l I)^-1 (C_S + l W_S)` with `l = shrinkage * mean(diag H)`.
@@ -75,24 +81,25 @@ def reweight(moments: Moments, W: torch.Tensor, columns: torch.Tensor, shrinkage
         W: `(n, m)`, the original weight.
         columns: `(k,)` int64, the kept columns, sorted.
         shrinkage: lambda >= 0; infinity keeps the original weights.
+        mending: Part of `C - H W` that counts.
 
     Raises:
         RuntimeError: the moments are not positive semi-definite.
     """
-    kept = restrict(moments, columns)
-    return _reweight(kept, W.to(moments.H)[columns], shrinkage, float(moments.H.diagonal().mean()))
+    kept, W = restrict(moments, columns), W.to(moments.H)
+    if mending != 1:
+        kept = replace(kept, C=torch.lerp(moments.H[columns] @ W, kept.C, mending))
+    return _reweight(kept, W[columns], shrinkage, float(moments.H.diagonal().mean()))
 
 
-def _reweight(
-    kept: Moments, W: torch.Tensor, shrinkage: float, energy: float, dtype: torch.dtype = torch.float64
-) -> Reweighted:
+def _reweight(kept: Moments, W: torch.Tensor, shrinkage: float, energy: float) -> Reweighted:
     """`reweight` for moments and weights of the kept columns; `energy` is the mean over all columns of `diag H`."""
     V, jitter = W, 0.0
     if not math.isinf(shrinkage):
         ridge = shrinkage * energy
         H = kept.H.clone()
         H.diagonal().add_(ridge)
-        V, jitter = solve_normal_equations(H, kept.C + ridge * W, dtype)
+        V, jitter = solve_normal_equations(H, kept.C + ridge * W)
     shift = torch.zeros_like(kept.target_mean)
     if kept.intercept:
         shift = kept.target_mean - kept.input_mean @ V.to(kept.input_mean)
@@ -171,11 +178,13 @@ class CrossFit:
 
     Args:
         shrinkage: The lambda to fit all rows with.
+        mending: Part of `C - H W` that is to count; 1 where that is nothing.
         excess: Relative error on the rows left out, at each lambda of the grid that was tried, above the least one.
         grid: These lambdas, ascending.
     """
 
     shrinkage: float
+    mending: float
     excess: tuple[float, ...]
     grid: tuple[float, ...]
 
@@ -186,7 +195,7 @@ def cross_fit(
     columns: torch.Tensor,
     grid: Sequence[float] = SHRINKAGE_GRID,
 ) -> CrossFit:
-    """Choose the shrinkage that does best on rows not fitted on, from the folds' moments alone.
+    """Choose shrinkage and mending that do best on rows not fitted on, from the folds' moments alone.
 
     The values of `_FIRST_TRIED` are tried, then the neighbours of the best until none is better: the error falls and
     then rises with lambda. Wide problems in float32, and with random combinations in place of very many outputs, since
@@ -204,40 +213,93 @@ def cross_fit(
     if len(folds) < 2 or not grid:
         raise ValueError(f"Cross-fitting takes two or more folds and a grid, got {len(folds)} and {len(grid)}.")
     dtype = torch.float32 if len(columns) > _DOUBLE_BELOW else torch.float64
-    W = W.to(device=folds[0].H.device, dtype=dtype)[columns]
+    W = W.to(device=folds[0].H.device, dtype=dtype)
     kept = [restrict(fold, columns, dtype) for fold in folds]
     if W.shape[1] > _MOST_OUTPUTS:
         signs = torch.randint(2, (W.shape[1], _MOST_OUTPUTS), generator=torch.Generator().manual_seed(0))
         mix = ((2 * signs - 1) / math.sqrt(_MOST_OUTPUTS)).to(W)  # keeps squared errors, in expectation
         kept = [replace(part, C=part.C @ mix, target_mean=part.target_mean @ mix) for part in kept]
         W = W @ mix
-    parts = [_LeftOut(folds, kept, index, W) for index in range(len(folds))]
-    left = {value: sum(part.left(value) for part in parts) for value in grid if value in _FIRST_TRIED}
-    left = left or {value: sum(part.left(value) for part in parts) for value in grid[:1]}
+    parts = [_LeftOut(folds, kept, index, W, columns) for index in range(len(folds))]
+    found: dict[float, tuple[float, float]] = {}
+
+    def try_out(values: Sequence[float]) -> None:
+        found.update((value, _least(torch.stack([part.left(value) for part in parts]).sum(0))) for value in values)
+
+    try_out([value for value in grid if value in _FIRST_TRIED] or grid[:1])
     while True:
-        best = grid.index(min(left, key=left.__getitem__))
-        untried = [value for value in grid[max(best - 1, 0) : best + 2] if value not in left]
+        best = min(found, key=found.__getitem__)
+        place = grid.index(best)
+        untried = [value for value in grid[max(place - 1, 0) : place + 2] if value not in found]
         if not untried:
             break
-        left |= {value: sum(part.left(value) for part in parts) for value in untried}
-    tried = tuple(sorted(left))
-    least, total = left[grid[best]], sum(fold.t for fold in folds)
-    excess = tuple((left[value] - least) / total if total > 0 else 0.0 for value in tried)
-    return CrossFit(_refined(tried, excess, len(folds)), excess, tried)
+        try_out(untried)
+    tried = tuple(sorted(found))
+    (least, mending), total = found[best], sum(fold.t for fold in folds)
+    excess = tuple((found[value][0] - least) / total if total > 0 else 0.0 for value in tried)
+    return CrossFit(_refined(tried, excess, len(folds)), mending, excess, tried)
+
+
+def _least(parabola: torch.Tensor) -> tuple[float, float]:
+    """The least value of `a + b x + c x^2` `(3,)` for x from 0 to 1, and that x; 1 where x makes no difference."""
+    a, b, c = parabola.tolist()
+    x = min(max(-b / (2 * c), 0.0), 1.0) if c > 0 else 1.0
+    return a + b * x + c * x * x, x
 
 
 class _LeftOut:
-    """Fits on all folds but one, scored on that one, on the kept columns."""
+    """Fits on all folds but one, scored on that one.
 
-    def __init__(self, folds: Sequence[Moments], kept: Sequence[Moments], index: int, W: torch.Tensor):
+    Args:
+        folds: All of them.
+        kept: Those, of the kept columns and the outputs that are looked at, in the dtype to compute in.
+        index: Of the one left out.
+        W: `(n, m)`, of these outputs.
+        columns: `(k,)` int64, the kept columns.
+    """
+
+    def __init__(
+        self, folds: Sequence[Moments], kept: Sequence[Moments], index: int, W: torch.Tensor, columns: torch.Tensor
+    ):
         others = [other for other in range(len(folds)) if other != index]
-        self.energy = float(combine([folds[other] for other in others]).H.diagonal().mean())
-        self.rest, self.unseen, self.W = combine([kept[other] for other in others]), kept[index], W
+        H = combine([folds[other] for other in others]).H
+        self.energy, self.W = float(H.diagonal().mean()), W[columns]
+        self.rest, self.unseen = combine([kept[other] for other in others]), kept[index]
+        self.own = H[columns].to(W) @ W
+        mended = self.rest.C - self.own
+        self.mended = mended if float(mended.square().sum()) > _NOTHING * float(self.own.square().sum()) else None
 
-    def left(self, shrinkage: float) -> float:
-        """The squared error on this fold's rows, less that of keeping nothing."""
-        new = _reweight(self.rest, self.W, shrinkage, self.energy, self.W.dtype)
-        return _left(self.unseen, new.V, new.bias_shift)
+    def left(self, shrinkage: float) -> torch.Tensor:
+        """`(3,)` float64: the squared error on this fold's rows, less that of keeping nothing.
+
+        A polynomial of the part of `C - H W` that counts: its coefficients, the constant one first.
+        """
+        V, mending = self._fit(shrinkage)
+        rest, unseen = self.rest, self.unseen
+        product = unseen.H @ V
+        parts = [V * (product - 2 * unseen.C), 2 * mending * (product - unseen.C), mending * (unseen.H @ mending)]
+        found = torch.stack([part.sum(dtype=torch.float64) for part in parts])
+        if rest.intercept:
+            apart = rest.input_mean - unseen.input_mean
+            mismatch, change = unseen.target_mean - rest.target_mean + apart @ V, apart @ mending
+            parts = [mismatch.square(), 2 * mismatch * change, change.square()]
+            found += unseen.rows * torch.stack([part.sum(dtype=torch.float64) for part in parts])
+        return found.cpu()
+
+    def _fit(self, shrinkage: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights `(k, m)` for `B W` as the target, and what all of `C - H W` adds to them."""
+        nothing = torch.zeros_like(self.W)
+        if math.isinf(shrinkage):
+            return self.W, nothing
+        ridge = shrinkage * self.energy
+        H = self.rest.H.clone()
+        H.diagonal().add_(ridge)
+        C = self.own + ridge * self.W
+        if self.mended is None:
+            return solve_normal_equations(H, C, C.dtype)[0], nothing
+        both, _ = solve_normal_equations(H, torch.cat([C, self.mended], 1), C.dtype)
+        V, mending = both.split(C.shape[1], 1)
+        return V, mending
 
 
 def _refined(grid: Sequence[float], errors: Sequence[float], folds: int) -> float:

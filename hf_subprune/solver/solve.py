@@ -89,7 +89,8 @@ def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = 
 
     Greedily, S maximises `F(S) = tr(C_S' H_SS^-1 C_S)`; then `V = (H_SS + l I)^-1 (C_S + l W_S)` with
     `l = lambda * mean(diag H)`, where `H = B'B` `(n, n)` and `C = B'A W` `(n, m)`, centred where the consumer has a
-    bias. Of units that are copies of one another, one kept unit gets all weights in `W` (`redundancy`).
+    bias, and of `C` what cross-fitting lets count (`reweighting`). Of units that are copies of one another, one kept
+    unit gets all weights in `W` (`redundancy`).
 
     Args:
         problem: Of the block.
@@ -117,8 +118,8 @@ def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = 
     shrinkage = math.inf
     if settings.reweight:
         prior = problem.redundancy.folded(problem.W, choice.kept)
-        shrinkage = _shrinkage(problem, prior, columns, settings)
-        new = reweight(total, prior, columns, shrinkage)
+        shrinkage, mending = _strengths(problem, prior, columns, settings)
+        new = reweight(total, prior, columns, shrinkage, mending)
     else:
         new = Reweighted(problem.W.to(total.H)[columns], torch.zeros_like(total.target_mean), 0.0)
     return BlockSolution(
@@ -136,13 +137,16 @@ def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = 
     )
 
 
-def _shrinkage(problem: Problem, prior: torch.Tensor, columns: torch.Tensor, settings: Settings) -> float:
-    """lambda of the fit on the kept columns, which pulls to the prior; infinity where none is kept."""
+def _strengths(
+    problem: Problem, prior: torch.Tensor, columns: torch.Tensor, settings: Settings
+) -> tuple[float, float]:
+    """lambda of the fit on the kept columns, which pulls to the prior (infinity where none is kept), and mending."""
     if len(columns) == 0:
-        return math.inf
+        return math.inf, 1.0
     if settings.shrinkage == "auto" and len(problem.folds) > 1:
-        return cross_fit(problem.folds, prior, columns).shrinkage
-    return settings.fixed_shrinkage
+        found = cross_fit(problem.folds, prior, columns)
+        return found.shrinkage, found.mending
+    return settings.fixed_shrinkage, 1.0
 
 
 def _whole(problem: Problem) -> BlockSolution:

@@ -159,6 +159,39 @@ def test_few_rows_want_more_shrinkage_than_many():
     assert chosen[0] > chosen[1]
 
 
+def paired_moments(B, Y, intercept=True):
+    accumulator = MomentAccumulator(B.shape[1], Y.shape[1], intercept=intercept)
+    accumulator.update(B, Y)
+    return accumulator.moments()
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_of_what_the_target_asks_for_beyond_the_removed_columns_that_counts_which_holds_for_other_rows(intercept):
+    B, W = activations(rows=4000)
+    generator = torch.Generator().manual_seed(1)
+    noise = 30 * torch.randn(len(B), W.shape[1], generator=generator, dtype=B.dtype)
+    change = torch.randn(W.shape, generator=generator, dtype=B.dtype)
+
+    def fitted(Y, rows):
+        return cross_fit([paired_moments(B[i:rows:2], Y[i:rows:2], intercept) for i in range(2)], W, COLUMNS)
+
+    assert fitted(B @ W, 40).mending == 1  # there is nothing to mend
+    assert fitted(B @ (W + change), 4000).mending > 0.95
+    assert fitted(B @ W + noise, 60).mending < 0.1
+    Y = B @ (W + change / 2) + noise
+    some = fitted(Y, 100)
+    folds = [paired_moments(B[i:100:2], Y[i:100:2], intercept) for i in range(2)]
+
+    def left_out(mending):
+        value = some.grid[some.excess.index(0.0)]
+        news = [reweight(rest, W, COLUMNS, value, mending) for rest in folds]
+        pairs = zip(folds, reversed(news), strict=True)
+        return sum(fold.t * relative_error(fold, COLUMNS, new.V, new.bias_shift) for fold, new in pairs)
+
+    assert 0 < some.mending < 1
+    assert all(left_out(some.mending) < left_out(other) for other in (0, 1, some.mending + 0.05, some.mending - 0.05))
+
+
 def test_cross_fitting_needs_two_folds():
     B, W = activations()
     with pytest.raises(ValueError, match="two or more folds"):
