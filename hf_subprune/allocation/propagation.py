@@ -1,9 +1,8 @@
 """What errors of blocks do to the model's output, measured by pruning some of them alone."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
 import numpy as np
@@ -115,12 +114,15 @@ class Propagation:
                 bias = None if bias is None else bias.detach() + trial.bias_shift.to(bias)
                 undo.callback(shrink(self.model, block, trial.kept, weight=trial.V, bias=bias).undo)
             for path in self._before(blocks):
-                outputs = iter(self._known[path])
-                again = partial(_next, outputs)
-                undo.enter_context(forward_replaced(self.model.get_submodule(path), again))
+                undo.enter_context(self._said_again(path))
             if self.evaluation is not None:
                 return max(0.0, self.evaluation.original - self.evaluation(self.model))
             return scalar_drift(drift(self.model, self.batches, self._reference), self._per_sample)
+
+    def _said_again(self, path: str) -> AbstractContextManager[None]:
+        """Within it a module puts out what it has put out before, batch by batch; what follows may write into that."""
+        outputs = iter(self._known[path])
+        return forward_replaced(self.model.get_submodule(path), lambda *_args, **_kwargs: _copied(next(outputs)))
 
     def _note(self, path: str) -> Callable[[Any], None]:
         return lambda output: self._known[path].append(_copied(output)) if path in self._known else None
@@ -156,10 +158,6 @@ class Propagation:
 
 def _copied(output: Any) -> Any:
     return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, output)
-
-
-def _next(outputs: Iterator[Any], *_args: Any, **_kwargs: Any) -> Any:
-    return _copied(next(outputs))  # what follows may write into it
 
 
 def _encoder_of(model: PreTrainedModel) -> str | None:
