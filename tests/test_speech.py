@@ -61,7 +61,7 @@ def test_batches_of_your_own_need_no_mask():
     batches = [{"input_features": given, "decoder_input_ids": ids}]
     samples, known = moments_of(model, batches)
     spoken = [int(frames) for batch in samples.fit for frames in spoken_frames(model, batch)[:, ::2].sum(1)]
-    heard = sum(frames + frames // 5 + 1 for frames in spoken)  # for five spoken frames, a silent one
+    heard = sum(frames + (50 - frames) // 10 for frames in spoken)  # and a tenth of the silence
     for name, moments in known.items():
         assert moments.rows == (heard if name.startswith("model.encoder") else 6 * 5) < 6 * 50, name
 

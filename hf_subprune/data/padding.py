@@ -13,9 +13,10 @@ from ..models.linears import taps
 from ..models.running import around
 from ..models.sizes import Sizes
 
-# Of the silent frames of an encoder that always hears as long, one counts for so many spoken ones: as many more would
-# be what the encoder is fitted to, and where none is, what it puts out there drowns the speech.
-_SPOKEN_A_SILENT = 5
+# Of the silent frames of an encoder that always hears as long, one of so many counts. As many as there are would be
+# what the encoder is fitted to; where none is, what it puts out there drowns the speech: the last frames of Whisper's
+# window, a few dozen, have hundreds of times the energy of all others.
+_SILENT = 10
 
 
 def token_mask(
@@ -114,12 +115,9 @@ def _strided(frames: torch.Tensor, rows: Sequence[int]) -> torch.Tensor | None:
 
 
 def _with_silence(spoken: torch.Tensor) -> torch.Tensor:
-    """Spoken frames, and behind them some silent ones at equal distances: `(samples, frames)` bool."""
+    """Spoken frames, and of the silent ones some at equal distances: `(samples, frames)` bool."""
     silent = ~spoken
-    count = silent.sum(1, keepdim=True)
-    some = torch.minimum(spoken.sum(1, keepdim=True) // _SPOKEN_A_SILENT + 1, count)
-    place = silent.cumsum(1)
-    return spoken | silent & (place * some // count.clamp(min=1) > (place - 1) * some // count.clamp(min=1))
+    return spoken | silent & (silent.cumsum(1) % _SILENT == 0)
 
 
 def _is_within(model: PreTrainedModel, path: str, tower: nn.Module) -> bool:

@@ -7,8 +7,8 @@ original weights: from few rows, plain least squares overfits. In moments `H = B
 
 with lambda cross-fitted. Where targets come from another model, `C = H W + (C - H W)`: the one part makes up for the
 columns that go, the other mends what was done before this block. Of few rows that is mostly noise, so how much of it
-counts is cross-fitted, too; where none does, the target is `B W`. An intercept makes moments centred, and
-`mean(A) W - mean(B_S) V` go into the bias. Weights are `(inputs, outputs)`. Tensors only.
+counts is cross-fitted, too; where none does, the target is `B W`. Of many rows all of it counts. An intercept makes
+moments centred, and `mean(A) W - mean(B_S) V` go into the bias. Weights are `(inputs, outputs)`. Tensors only.
 """
 
 import math
@@ -27,6 +27,8 @@ _FIRST_TRIED = (1e-1, 3e-1)
 _DOUBLE_BELOW = 256
 # Beyond this many outputs, cross-fitting looks at as many random combinations of them.
 _MOST_OUTPUTS = 256
+# Rows for each input below which it is cross-fitted how much of `C - H W` counts.
+_FEW_ROWS = 4
 # `C - H W` below this part of `H W`, in squares, is rounding: the target is the input times the weight.
 _NOTHING = 1e-8
 
@@ -178,7 +180,7 @@ class CrossFit:
 
     Args:
         shrinkage: The lambda to fit all rows with.
-        mending: Part of `C - H W` that is to count; 1 where that is nothing.
+        mending: Part of `C - H W` that is to count; 1 where that is nothing, or rows are many.
         excess: Relative error on the rows left out, at each lambda of the grid that was tried, above the least one.
         grid: These lambdas, ascending.
     """
@@ -265,9 +267,12 @@ class _LeftOut:
         H = combine([folds[other] for other in others]).H
         self.energy, self.W = float(H.diagonal().mean()), W[columns]
         self.rest, self.unseen = combine([kept[other] for other in others]), kept[index]
-        self.own = H[columns].to(W) @ W
-        mended = self.rest.C - self.own
-        self.mended = mended if float(mended.square().sum()) > _NOTHING * float(self.own.square().sum()) else None
+        self.own, self.mended = self.rest.C, None
+        if sum(fold.rows for fold in folds) < _FEW_ROWS * len(H):
+            own = H[columns].to(W) @ W
+            mended = self.rest.C - own
+            if float(mended.square().sum()) > _NOTHING * float(own.square().sum()):
+                self.own, self.mended = own, mended
 
     def left(self, shrinkage: float) -> torch.Tensor:
         """`(3,)` float64: the squared error on this fold's rows, less that of keeping nothing.
@@ -287,7 +292,7 @@ class _LeftOut:
         return found.cpu()
 
     def _fit(self, shrinkage: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights `(k, m)` for `B W` as the target, and what all of `C - H W` adds to them."""
+        """Weights `(k, m)` without what is cross-fitted, and what all of `C - H W` adds to them where it is."""
         nothing = torch.zeros_like(self.W)
         if math.isinf(shrinkage):
             return self.W, nothing
