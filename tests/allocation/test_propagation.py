@@ -7,7 +7,9 @@ import torch
 from batches import ready_batches
 from tiny import tiny
 
+from hf_subprune.allocation import propagation
 from hf_subprune.allocation.propagation import Propagation, corrected, fill_in, spread
+from hf_subprune.collection.planning import plan
 from hf_subprune.config import PruneConfig
 from hf_subprune.data.reading import read
 from hf_subprune.discovery.discover import discover
@@ -78,6 +80,26 @@ def test_trials_of_a_decoder_do_not_run_the_encoder(family):
         trials._encoder, encoder = None, trials._encoder
         assert trials.measure([block], [trial]) == pytest.approx(found, rel=1e-4) != 0, block.name
         trials._encoder = encoder
+
+
+@pytest.mark.parametrize("kept", [10**9, 0])
+@pytest.mark.parametrize("family", ["llama", "whisper"])
+def test_trials_do_not_run_what_lies_before_a_block(monkeypatch, family, kept):
+    monkeypatch.setattr(propagation, "_KNOWN_BYTES", kept)  # without room for it, they do
+    model = tiny(family)
+    samples = read(model, ready_batches(model), PruneConfig(samples=20, held_out=4, batch_size=4))
+    blocks = [block for block in discover(model, samples.probe).blocks if block.kind == "mlp"]
+    trials, plainly = Propagation(samples, plan(samples, blocks).segments), Propagation(samples)
+    layers = model.model.layers if family == "llama" else model.model.encoder.layers
+    for block, runs_before in (blocks[0], True), (blocks[1], kept == 0):
+        units = torch.arange(block.units // 2)
+        W = weight_matrix(model.get_submodule(block.consumer))
+        trial = Trial(units, 0.5 * W[block.columns[units].flatten()], torch.zeros(W.shape[1]), 1.0)
+        with counted(layers[0]) as calls:
+            found = trials.measure([block], [trial])
+        assert (len(calls) > 0) == runs_before, block.name
+        assert found == trials.measure([block], [trial])
+        assert plainly.measure([block], [trial]) == pytest.approx(found, rel=1e-4) != 0, block.name
 
 
 @pytest.mark.parametrize(

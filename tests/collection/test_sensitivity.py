@@ -142,6 +142,18 @@ def test_more_samples_are_looked_at_until_there_are_rows_enough(monkeypatch, wan
     assert len(looked_at.unique(dim=0)) == 2 * rounds
 
 
+def test_of_an_encoder_that_has_rows_enough_no_more_are_looked_at_for_its_decoder(monkeypatch):
+    model = tiny("t5").eval()
+    monkeypatch.setattr(sensitivity, "_ROWS_AN_OUTPUT", 20 / model.config.d_model)
+    batch = {"input_ids": torch.randint(5, 50, (8, 16)), "decoder_input_ids": torch.randint(5, 50, (8, 2))}
+    blocks = [block for block in discover(model, batch).blocks if block.kind == "mlp"]
+    found = output_metrics(Samples.of(model, [batch]), blocks)
+    for block in blocks:
+        _, rows, _ = found.parts[block.name]
+        assert rows == (32 if "encoder" in block.name else 16), block.name  # two samples, and all eight
+        assert found[block.name].norm() > 0
+
+
 def test_padding_counts_for_nothing():
     model = tiny("llama").eval()
     batch = ready_batches(model)[0]
