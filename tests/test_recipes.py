@@ -210,6 +210,16 @@ def test_a_checkpoint_larger_than_memory_is_pruned_and_runs(recipe, tmp_path):
     assert row["finite logits"]
 
 
+@pytest.mark.slow
+def test_the_script_for_gpus_runs_on_a_cpu_too(recipe):
+    arguments = ["--shape", "tiny", "--device", "cpu", "--samples", "8", "--length", "16"]
+    tables = recipe("on_gpu").main(arguments)
+    first, second = tables["models"]
+    assert first["model, GB"] == second["model, GB"]
+    assert all(row["of the original"] < 0.9 for row in tables["models"])
+    assert {row["problem"] for row in tables["solver"]} >= {"synthetic 160x64", "alike 160x64"}
+
+
 # Beside other methods
 
 
