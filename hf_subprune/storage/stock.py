@@ -4,10 +4,13 @@ A structural search with no table of names: a number of the config is a candidat
 pruned size to the full one gives a valid number, and it is taken if the skeleton it builds is nearer to the model.
 """
 
+from __future__ import annotations
+
 import copy
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from transformers import LlamaPreTrainedModel, PreTrainedConfig, PreTrainedModel, logging
 
@@ -58,11 +61,52 @@ def find_stock_config(
         logging.set_verbosity(verbosity)
 
 
+@dataclass(frozen=True)
+class _Start:
+    """A config from which others are tried, equal to every other that says the same.
+
+    Args:
+        model_class: That is built from it.
+        text: The config as JSON.
+        attention: The kernels that it chooses, which JSON leaves out.
+        noted: Path of a module, and name of a value of the module's config: numbers that are looked at as well.
+        config: Read only.
+        spec: That names them.
+    """
+
+    model_class: type[PreTrainedModel]
+    text: str
+    attention: str | None
+    noted: tuple[Key, ...]
+    config: PreTrainedConfig = field(compare=False)
+    spec: LayoutSpec = field(compare=False)
+
+    @classmethod
+    def of(cls, model_class: type[PreTrainedModel], config: PreTrainedConfig, spec: LayoutSpec) -> _Start:
+        noted = ((path, name) for path, values in spec.attributes.items() for name in values if "." in name)
+        text, config = config.to_json_string(use_diff=False), copy.deepcopy(config)
+        return cls(model_class, text, config._attn_implementation, tuple(noted), config, spec)
+
+    def changed(self, changes: Iterable[Change]) -> PreTrainedConfig:
+        config = copy.deepcopy(self.config)
+        parts = dict(nested_configs(config))
+        for path, name, value in changes:
+            setattr(parts[path], name, value)
+        return config
+
+
 @dataclass(frozen=True, eq=False)
 class _Attempt:
-    """A config with some values changed, the sizes that it builds, and why it would not load, if so."""
+    """A config with some values changed.
 
-    config: PreTrainedConfig
+    Args:
+        start: Where they are changed; of an attempt that was read back, what it came to.
+        changes: Of values.
+        sizes: That it builds.
+        refusal: Why it would not build or load; `""` if it does.
+    """
+
+    start: _Start
     changes: tuple[Change, ...]
     sizes: dict[Key, Size]
     refusal: str = ""
@@ -71,10 +115,27 @@ class _Attempt:
         return ", ".join(f"{path}.{name}={value:g}".removeprefix(".") for path, name, value in self.changes)
 
 
+@lru_cache(maxsize=256)
+def _attempt(start: _Start, changes: tuple[Change, ...]) -> _Attempt:
+    """A skeleton is built for its sizes; one search after the other asks for the same of them.
+
+    Configs and constructors refuse values with errors of every type, hence the broad `except`.
+    """
+    try:
+        built = build_skeleton(start.model_class, start.changed(changes))
+        return _Attempt(start, changes, sizes(built, start.spec).every)
+    except Exception as error:
+        return _Attempt(start, changes, {}, _in_words(error))
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(str(error.__cause__ or error).split()).rstrip(".") or type(error).__name__
+
+
 class _Search:
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig, spec: LayoutSpec, wanted: Sizes):
         self.model_class, self.spec, self.pruned, self.wanted = model_class, spec, wanted, wanted.every
-        self.current = _Attempt(config, (), self._built(config))
+        self.current = _attempt(_Start.of(model_class, config, spec), ())
         changed = {(path, name) for path, names in spec.modules.items() for name in names}
         changed |= {(path, name) for path, values in spec.attributes.items() for name in values}
         unchanged = {key for key in self.wanted if self.current.sizes.get(key) == self.wanted[key]}
@@ -84,7 +145,7 @@ class _Search:
         """Sizes by which candidates are compared."""
 
     def run(self) -> StockSearch:
-        name = type(self.current.config).__name__
+        name = type(self.current.start.config).__name__
         if uneven := self._uneven():
             return StockSearch(None, f"{name} says one width for all layers, but {uneven}", "Use layout='ragged'")
         if adapted := self._adapted():
@@ -102,7 +163,7 @@ class _Search:
                 return StockSearch(None, reason, self._advice(refused=bool(nearer)))
             taken.append(str(step))
             self.current = step
-        return StockSearch(self.current.config, ", ".join(taken))
+        return StockSearch(copy.deepcopy(self.current.start.config), ", ".join(taken))
 
     def _advice(self, refused: bool) -> str:
         advice = "Exclude that block, keep a width that the config can say, or use layout='ragged'"
@@ -148,30 +209,20 @@ class _Search:
         return sorted((attempt for attempt in loaded if distances[attempt] < limit), key=distances.__getitem__)
 
     def _attempts(self, proposals: Iterable[tuple[Change, ...]]) -> Iterator[_Attempt]:
-        """Change the current config and build skeletons; proposals from which no model can be built are left out.
-
-        Configs and constructors refuse values with errors of every type, hence the broad `except`.
-        """
-        for changes in proposals:
-            config = copy.deepcopy(self.current.config)
-            parts = dict(nested_configs(config))
-            try:
-                for path, name, value in changes:
-                    setattr(parts[path], name, value)
-                built = self._built(config)
-            except Exception:
-                continue
-            yield _Attempt(config, changes, built)
+        """Change the current config and build skeletons; proposals from which no model can be built are left out."""
+        attempts = (_attempt(self.current.start, changes) for changes in proposals)
+        return (attempt for attempt in attempts if not attempt.refusal)
 
     def _read_back(self, attempt: _Attempt) -> _Attempt:
         """`attempt` as its config loads, or with the refusal of its config."""
         try:
-            config = read_back(attempt.config)
-            built = self._built(config)
+            config = read_back(attempt.start.changed(attempt.changes))
         except Exception as error:
-            refusal = " ".join(str(error.__cause__ or error).split()).rstrip(".")
-            return replace(attempt, refusal=refusal)
-        return replace(attempt, config=config, sizes=built)
+            return replace(attempt, refusal=_in_words(error))
+        loaded = _attempt(_Start.of(self.model_class, config, self.spec), ())
+        if loaded.refusal:
+            return replace(attempt, refusal=loaded.refusal)
+        return replace(loaded, changes=attempt.changes)
 
     def _candidates(self, wrong: set[Key]) -> list[Change]:
         """Config values scaled as the wrong sizes are, and unset ones at the pruned size; those of a wrong size first.
@@ -181,7 +232,7 @@ class _Search:
         pairs = [(self.current.sizes[key], self.wanted[key]) for key in wrong]
         ratios = sorted({ratio for sizes in pairs for ratio in zip(*sizes, strict=True) if ratio[0] != ratio[1]})
         changes: list[Change] = []
-        for path, part in nested_configs(self.current.config):
+        for path, part in nested_configs(self.current.start.config):
             for name, value in vars(part).items():
                 if name.startswith("_") or name.endswith("_id") or name == "head_dim":
                     continue
@@ -192,22 +243,19 @@ class _Search:
                         changes.append((path, name, value * new // old))
                     elif type(value) is float and value >= 1:
                         changes.append((path, name, value * new / old))
-        parts, sizes = dict(nested_configs(self.current.config)), {old for old, _ in ratios}
+        parts, sizes = dict(nested_configs(self.current.start.config)), {old for old, _ in ratios}
         return sorted(dict.fromkeys(changes), key=lambda change: getattr(parts[change[0]], change[1]) not in sizes)
 
     def _head_sizes(self) -> list[Change]:
         """`head_dim` written out where a config leaves it to be `hidden_size / heads`, which fewer heads change."""
         held = [value for (_, name), (value,) in self.pruned.numbers.items() if name == "head_dim"]
         values = sorted({value for value in held if type(value) is int})
-        unset = [path for path, part in nested_configs(self.current.config) if vars(part).get("head_dim") is None]
+        parts = nested_configs(self.current.start.config)
+        unset = [path for path, part in parts if vars(part).get("head_dim") is None]
         return [(path, "head_dim", value) for path in unset for value in values]
 
     def _wrong(self, attempt: _Attempt, keys: set[Key]) -> set[Key]:
         return {key for key in keys if attempt.sizes.get(key) != self.wanted[key]}
-
-    def _built(self, config: PreTrainedConfig) -> dict[Key, Size]:
-        """Sizes that a config builds."""
-        return sizes(build_skeleton(self.model_class, config), self.spec).every
 
     def _adapted(self) -> str:
         """A module whose forward was adapted to the units that it has left; `""` if there is none."""
