@@ -144,35 +144,43 @@ _SHRINKING = ("past_key_values", "cache", "attentions", "router_logits", "aux_lo
 def stateless(model: nn.Module) -> Iterator[None]:
     """On exit, tensors that modules keep between forwards as plain attributes (recurrent states) are as before."""
     states = [
-        (module, {name: value for name, value in vars(module).items() if value is None or type(value) is torch.Tensor})
+        (vars(module), {n: v for n, v in vars(module).items() if v is None or type(v) is torch.Tensor})
         for module in model.modules()
     ]
     try:
         yield
     finally:
-        for module, state in states:
-            vars(module).update(state)
+        for attributes, state in states:
+            attributes.update(state)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module gets its own flag back."""
     training = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(flag for _, flag in training):
+        model.eval()
     try:
         yield
     finally:
         for module, flag in training:
-            module.training = flag
+            if module.training != flag:
+                module.training = flag
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; on exit training flags, buffers, `requires_grad` and the RNG are as before."""
-    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    cached = [(module, name, value) for module in model.modules() for name, value in caches(vars(module))]
+    modules = list(model.modules())
+    buffers = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
+    values = [
+        (buffer, buffer.clone())
+        for _, before in buffers
+        for buffer in before.values()
+        if buffer is not None and buffer.device.type != "meta"
+    ]
+    trainable = [(p, p.requires_grad) for module in modules for p in module._parameters.values() if p is not None]
+    cached = [(module, name, value) for module in modules for name, value in caches(vars(module))]
     with torch.random.fork_rng(), torch.inference_mode(False), stateless(model), evaluating(model):
         try:
             for module, name, _ in cached:
@@ -182,7 +190,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module, name, cache in cached:
                 setattr(module, name, cache)
             for parameter, flag in trainable:
-                parameter.requires_grad_(flag)
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
             for entries, before in buffers:
                 entries.clear()
                 entries.update(before)
