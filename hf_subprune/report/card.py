@@ -5,11 +5,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Template
 from transformers.utils import CONFIG_NAME, logging
 
 from .loading_code import loading_code, processor_class, settings
@@ -106,9 +108,8 @@ def model_card(
     pruned = {b.kind for b in report.blocks if b.units_after < b.units_before}
     base_model = metadata.get("base_model")
     processor, architecture = processor_class(folder), identifier(report.architecture)
-    return ModelCard.from_template(
-        metadata,
-        template_path=str(TEMPLATE),
+    content = _template().render(
+        card_data=metadata.to_yaml(),
         report=report,
         repo_id=repo_id,
         title=title,
@@ -132,6 +133,13 @@ def model_card(
         source=inline(str(report.data.get("source", "calibration data"))),
         versions=inline(", ".join(f"{name} {version}" for name, version in sorted(report.versions.items()))),
     )
+    return ModelCard(content)
+
+
+@cache
+def _template() -> Template:
+    """As `ModelCard.from_template` makes it, which takes as long as to write ten cards."""
+    return Template(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def base_card_data(model: str) -> dict[str, Any]:

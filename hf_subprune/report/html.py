@@ -1,10 +1,11 @@
 """The report as one page of HTML, which loads nothing from elsewhere."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, Template
 from markupsafe import Markup
 
 from .families import pruned
@@ -25,8 +26,7 @@ def to_html(record: Record, processor: str | None = None) -> str:
         record: What is shown.
         processor: Auto class of what was saved beside the model to make its inputs, if anything was.
     """
-    page = Environment(autoescape=True, trim_blocks=True)
-    return page.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    return _template().render(
         record=record,
         calibrated=calibrated_on(record.data),
         costs=_costs(record),
@@ -42,6 +42,11 @@ def to_html(record: Record, processor: str | None = None) -> str:
         versions=", ".join(f"{name} {version}" for name, version in sorted(record.versions.items())),
         blocks=pruned(record),
     )
+
+
+@cache
+def _template() -> Template:
+    return Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def page_of(report: Path) -> Path:
