@@ -4,56 +4,45 @@ One thread: there are as many processes as cores, and threads without a core sta
 whatever the terminal's.
 """
 
-import collections
 import functools
-import gc
 import multiprocessing
 import os
+from importlib import import_module
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("COLUMNS", "120")
 
 import pytest
+from forked import LIBRARIES, MODELS, SERVERS, forks
 
-from hf_subprune import pruning
-from hf_subprune.allocation import choice, survey, targets
-from hf_subprune.collection.stream import Stream
-from hf_subprune.evaluation import costs
-from hf_subprune.report import page
-from hf_subprune.runs.workspace import Workspace
-from hf_subprune.storage import stock
+# The package is imported where it is needed: the process that hands tests out to others needs nothing of it, and some
+# of the servers are forked off before.
 
 
-def pytest_collection_finish():
-    """What has been imported stays, so that collections of garbage need not go through it."""
-    gc.collect()
-    gc.freeze()
+def pytest_configure(config):
+    """Servers are forked off a process that runs tests, before it imports Transformers and before the package."""
+    if not config.getoption("numprocesses", None):
+        for name, modules in {"torch": LIBRARIES, "transformers": MODELS}.items():
+            for module in modules:
+                import_module(module)
+            SERVERS[name] = forks()
+
+
+def pytest_collection_finish(session):
+    """A server with all that tests import; what has been imported stays, garbage is not looked for in it."""
+    if not session.config.getoption("numprocesses", None):
+        SERVERS["hf_subprune"] = forks()
 
 
 @pytest.fixture(autouse=True)
 def timed_briefly(monkeypatch):
     """Latencies that a report mentions are those of the fewest forwards: nothing here asks how exact they are."""
+    from hf_subprune import pruning
+    from hf_subprune.allocation import survey
+    from hf_subprune.evaluation import costs
+
     monkeypatch.setattr(survey, "_REPORTED_SECONDS", 0.0)
     monkeypatch.setattr(pruning, "measure_latency", functools.partial(costs.measure_latency, min_run_time=0.01))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def skeletons_are_built_once():
-    """Those by which a config is searched for: as many as a hundred a model, of which only sizes are read."""
-    build, known = stock.build_skeleton, collections.OrderedDict()
-
-    def built(model_class, config):
-        key = model_class, config._attn_implementation, config.to_json_string(use_diff=False)
-        if key not in known:
-            known[key] = build(model_class, config)
-        known.move_to_end(key)
-        if len(known) > 400:
-            known.popitem(last=False)
-        return known[key]
-
-    stock.build_skeleton = built
-    yield
-    stock.build_skeleton = build
 
 
 @pytest.fixture
@@ -67,12 +56,14 @@ def forkserver():
 @pytest.fixture
 def without_plots(monkeypatch):
     """Reports are saved without plots, which take longer to draw than a tiny model to prune."""
-    monkeypatch.setattr(page, "find_spec", lambda _: None)
+    monkeypatch.setattr("hf_subprune.report.page.find_spec", lambda _: None)
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Seconds of a forward, which depend on nothing but a model's parameters: in place of those measured."""
+    from hf_subprune.allocation import choice, survey, targets
+    from hf_subprune.evaluation.costs import InTurn
 
     def seconds(model, *_):
         return 1e-6 * model.num_parameters()
@@ -81,7 +72,7 @@ def clock(monkeypatch):
         outside = seconds(model)
         with changed():
             inside = seconds(model)
-        return costs.InTurn(outside, inside, (inside / outside, inside / outside))
+        return InTurn(outside, inside, (inside / outside, inside / outside))
 
     monkeypatch.setattr(targets, "measure_latency", seconds)
     for module in (targets, choice, survey):
@@ -138,6 +129,8 @@ class Computed:
 @pytest.fixture
 def computed(monkeypatch):
     """What the runs of a test compute, and where they stop: a `Computed`."""
+    from hf_subprune.runs.workspace import Workspace
+
     found, once, own = Computed(), Workspace.once, Workspace.own
     monkeypatch.setattr(Workspace, "once", lambda work, name, run: once(work, name, found.noted(name, run)))
     monkeypatch.setattr(Workspace, "own", lambda work, of, name, run: own(work, of, name, found.noted(name, run)))
@@ -147,6 +140,8 @@ def computed(monkeypatch):
 @pytest.fixture
 def room_for(monkeypatch):
     """A device whose memory takes a number of samples."""
+    from hf_subprune.collection.stream import Stream
+
     run = Stream.run
 
     def limit(samples):

@@ -1,8 +1,9 @@
 """Processes that need not import anything, for tests that start many.
 
-Run as a script it imports the package once, or the modules that it is given, and forks for every line that it reads: a
-module, a script or code is run there as the main program, by one process or by several that find each other as those
-that `accelerate launch` starts do.
+A server forks for every line that it reads: a module, a script or code is run there as the main program, by one
+process or by several that find each other as those that `accelerate launch` starts do. Servers are forked off a test
+process before it runs a test, with what it has imported by then: `forks`. Those that need an environment of their own
+are processes of their own, for which this is a script: `started`.
 """
 
 import gc
@@ -18,16 +19,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 HERE = Path(__file__).parent
 
+LIBRARIES = ("accelerate", "datasets", "safetensors.torch", "torch.distributed.tensor", "torch._dynamo")
+"""What takes long to import, but for Transformers, which imports most of it itself."""
+
+MODELS = (
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("auto", "bert", "gpt2", "llama", "t5")),
+    "transformers.quantizers.auto",
+)
+"""Models of Transformers, and what it imports to load them."""
+
+SERVERS: dict[str, "Forks"] = {}
+"""Of this test process, by what it had imported when they were forked off: see `conftest.py`."""
+
 
 class Forks:
-    """Starts programs in forks of a server, one after the other."""
+    """Starts programs in forks of a server, one after the other.
 
-    def __init__(self, server: subprocess.Popen) -> None:
-        self.server = server
+    Args:
+        orders: What the server reads.
+        codes: What it answers.
+    """
+
+    def __init__(self, orders: IO[str], codes: IO[str]) -> None:
+        self.orders, self.codes = orders, codes
 
     def run(
         self, *arguments: Any, processes: int = 1, seconds: float | None = None, output: Sequence[Path] = ()
@@ -42,31 +60,58 @@ class Forks:
             "seconds": seconds,
             "output": list(map(str, output)),
         }
-        self.server.stdin.write(json.dumps(order) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
+        self.orders.write(json.dumps(order) + "\n")
+        self.orders.flush()
+        return json.loads(self.codes.readline())
+
+
+def forks() -> Forks:
+    """A server with all that this process has imported; it ends with this process.
+
+    Nothing must have taken gradients before, whose threads a fork does not have.
+    """
+    gc.collect()
+    gc.freeze()
+    (orders, write_orders), (read_codes, codes) = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        try:
+            os.close(write_orders)
+            os.close(read_codes)
+            serve(os.fdopen(orders), os.fdopen(codes, "w"))
+        finally:
+            os._exit(0)
+    os.close(orders)
+    os.close(codes)
+    return Forks(os.fdopen(write_orders, "w"), os.fdopen(read_codes))
 
 
 @contextmanager
-def forks(*imported: str, **environment: str) -> Iterator[Forks]:
-    """A server, which has imported these modules, or what the command line needs.
-
-    It has `environment` in addition to this process's.
-    """
+def started(*imported: str, **environment: str) -> Iterator[Forks]:
+    """A server that has imported these modules, with `environment` in addition to this process's."""
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, str(HERE / "forked.py"), *imported]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as server:
-        yield Forks(server)
+        yield Forks(server.stdin, server.stdout)
         server.stdin.close()
+
+
+def serve(orders: IO[str], codes: IO[str]) -> None:
+    """Run what is asked for, until nobody can ask any more."""
+    for line in orders:
+        order = json.loads(line)
+        several = [_forked(order["arguments"], one, order["output"]) for one in _environments(order["processes"])]
+        print(json.dumps(_codes(several, order["seconds"])), file=codes, flush=True)
 
 
 def _run(arguments: Sequence[str], environment: dict[str, str], output: Sequence[str]) -> None:
     os.environ.update(environment)
     for descriptor, path in enumerate(output or [os.devnull], start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    # Those of pytest, where the server is a fork of a test process.
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
     if arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
         exec(compile(arguments[1], "<code>", "exec"), {"__name__": "__main__"})
@@ -123,36 +168,8 @@ def _environments(processes: int) -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-IMPORTED = (
-    "PIL.BmpImagePlugin",
-    "PIL.GifImagePlugin",
-    "PIL.JpegImagePlugin",
-    "PIL.PpmImagePlugin",
-    "datasets",
-    "hf_subprune.checkpoint",
-    "hf_subprune.data.datafiles",
-    "hf_subprune.report.card",
-    "hf_subprune.report.hub",
-    "hf_subprune.report.plots",
-    "hf_subprune.sizes",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
-    "pydantic.type_adapter",
-    "scipy.io",
-    "threadpoolctl",
-    "torch._subclasses.schema_check_mode",
-    "transformers.models.bert.modeling_bert",
-    "transformers.models.llama.modeling_llama",
-    "transformers.trainer",
-    "typer",
-)
-"""All but the command itself, which is run as the main program."""
-
 if __name__ == "__main__":
-    for module in sys.argv[1:] or IMPORTED:
+    for module in sys.argv[1:]:
         import_module(module)
     gc.freeze()
-    for line in sys.stdin:
-        order = json.loads(line)
-        several = [_forked(order["arguments"], one, order["output"]) for one in _environments(order["processes"])]
-        print(json.dumps(_codes(several, order["seconds"])), flush=True)
+    serve(sys.stdin, sys.stdout)

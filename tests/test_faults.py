@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from batches import ready_batches
-from forked import forks
+from forked import SERVERS
 from runs_of import assert_unchanged, files, snapshot
 from tiny import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,23 +69,23 @@ def test_kills_lose_nothing(tmp_path, checkpoint, instants):
     script, out = tmp_path / "run.py", tmp_path / "b"
     script.write_text(RUN)
     fired = Counter()
-    with forks() as server:
-        start = time.monotonic()
-        assert server.run(script, checkpoint[0], tmp_path / "a") == [0]
-        whole = time.monotonic() - start
-        for _ in range(12 * KILLS):
-            if fired["kill"] == KILLS:
-                break
-            fresh, start = not (tmp_path / ".b.partial").exists(), time.monotonic()
-            (code,) = server.run(script, checkpoint[0], out, seconds=instants.uniform(0, whole))
-            assert code in (0, -signal.SIGKILL)
-            fired["kill"] += code != 0
-            if code == 0:
-                if fresh:  # the first run may have been slowed down by whatever else the machine did
-                    whole = min(whole, time.monotonic() - start)
-                assert files(out) == files(tmp_path / "a")
-                shutil.rmtree(out)
-        assert server.run(script, checkpoint[0], out) == [0]
+    server = SERVERS["hf_subprune"]
+    start = time.monotonic()
+    assert server.run(script, checkpoint[0], tmp_path / "a") == [0]
+    whole = time.monotonic() - start
+    for _ in range(12 * KILLS):
+        if fired["kill"] == KILLS:
+            break
+        fresh, start = not (tmp_path / ".b.partial").exists(), time.monotonic()
+        (code,) = server.run(script, checkpoint[0], out, seconds=instants.uniform(0, whole))
+        assert code in (0, -signal.SIGKILL)
+        fired["kill"] += code != 0
+        if code == 0:
+            if fresh:  # the first run may have been slowed down by whatever else the machine did
+                whole = min(whole, time.monotonic() - start)
+            assert files(out) == files(tmp_path / "a")
+            shutil.rmtree(out)
+    assert server.run(script, checkpoint[0], out) == [0]
     assert files(out) == files(tmp_path / "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "model", "run.py"]
     print(f"injected: {dict(fired)}")

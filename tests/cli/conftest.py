@@ -1,16 +1,21 @@
 """A model and texts on disk, for commands on them."""
 
 import pytest
-from command_line import save_encoder, write_texts
+
+# Imported where it is needed: see the conftest above.
 
 
 @pytest.fixture
 def folder(tmp_path):
+    from command_line import save_encoder
+
     return save_encoder(tmp_path / "model")
 
 
 @pytest.fixture
 def texts(tmp_path):
+    from command_line import write_texts
+
     return write_texts(tmp_path / "texts.txt")
 
 

@@ -7,9 +7,11 @@ import re
 import select
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from command_line import run
+from forked import SERVERS
 from sample_report import make_block, make_report
 from typer.testing import CliRunner
 
@@ -20,13 +22,17 @@ from hf_subprune.cli.commands import DEMO
 from hf_subprune.report.tables import block_table, refusal_table
 from hf_subprune.runs.stages import LOADING, OPENING, PRUNING, SAVING
 
-# The demo on few paragraphs; it is found when the command imports it, which must not be before its first line.
+# The demo on few paragraphs and another encoder, which is the first argument; it is found when the command imports it,
+# which must not be before its first line.
 COMMAND = """
-import functools, sys
+import functools, os, pathlib, sys
+os.environ |= {"COLUMNS": "100", "TERM": "xterm"}
+encoder = pathlib.Path(sys.argv.pop(1))
 from hf_subprune.storage.on_import import when_imported
 
 def fewer():
     demo = sys.modules["hf_subprune.demo"]
+    demo.demo_model_folder = lambda: encoder
     demo.run_demo = functools.partial(demo.run_demo, fitted=16, held_out=4, unseen=16)
 
 when_imported("hf_subprune.demo", fewer)
@@ -49,20 +55,16 @@ def words_of(command, folder, texts, out):
     return [command], DEMO, ("BertModel pruned", "largest difference")
 
 
-def started(words, **streams):
-    env = {**os.environ, "COLUMNS": "100", "TERM": "xterm"}
-    return subprocess.Popen([sys.executable, *words[0], *map(str, words[1])], env=env, **streams)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["prune", "evaluate", "demo"])
 def test_in_a_pipe_every_stage_is_a_line_on_standard_error_and_only_the_result_on_standard_output(
     folder, texts, tmp_path, command
 ):
     words, stages, (first, last) = words_of(command, folder, texts, tmp_path / "out")
-    process = started((["-X", "importtime", "-c", COMMAND], words), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    result, errors = (text.decode() for text in process.communicate(timeout=300))
-    assert process.returncode == 0, errors
+    python = [sys.executable, "-X", "importtime", "-c", COMMAND, folder]
+    done = subprocess.run([*python, *map(str, words)], capture_output=True, text=True, timeout=300)
+    result, errors = done.stdout, done.stderr
+    assert done.returncode == 0, errors
     said = "\n".join(line for line in errors.splitlines() if not line.startswith("import time:"))
     found = LINE.findall(said)
     announced = [name for _, _, name, sign, _ in found if sign == ", "]
@@ -80,10 +82,13 @@ def test_in_a_pipe_every_stage_is_a_line_on_standard_error_and_only_the_result_o
 def test_in_a_terminal_stages_come_in_order_and_the_result_behind_them(folder, texts, tmp_path, command):
     words, stages, (first, last) = words_of(command, folder, texts, tmp_path / "out")
     terminal, end = pty.openpty()
-    process = started((["-c", COMMAND], words), stdin=end, stdout=end, stderr=end)
-    os.close(end)
-    printed = read_to_the_end(terminal)
-    assert process.wait(timeout=60) == 0, printed
+    name = os.ttyname(end)
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(read_to_the_end, terminal)
+        codes = SERVERS["hf_subprune"].run("-c", COMMAND, folder, *words, output=(name, name))
+        os.close(end)
+        printed = reading.result()
+    assert codes == [0], printed
     places = [printed.index(f"[{place}/{1 + len(stages)}] {name}") for place, name in enumerate(stages, 2)]
     assert places == sorted(places)
     assert printed.index(f"[1/{1 + len(stages)}] {output.STARTING}") < places[0]

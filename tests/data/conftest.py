@@ -1,22 +1,28 @@
 """Small models and a tokenizer of the words of `small_texts`, made once a file."""
 
 import pytest
-from small_texts import TEXT_MODEL, make_bert, make_tokenizer
-from transformers import Wav2Vec2Config, Wav2Vec2Model, WhisperConfig
+
+# Imported where it is needed: see the conftest above.
 
 
 @pytest.fixture(scope="module")
 def bert():
+    from small_texts import make_bert
+
     return make_bert()
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
+    from small_texts import make_tokenizer
+
     return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def whisper_config():
+    from transformers import WhisperConfig
+
     return WhisperConfig(
         vocab_size=43,
         d_model=16,
@@ -39,6 +45,9 @@ def whisper_config():
 
 @pytest.fixture(scope="module")
 def wav2vec2():
+    from small_texts import TEXT_MODEL
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
     return Wav2Vec2Model(
         Wav2Vec2Config(
             **TEXT_MODEL, conv_dim=(8, 8), conv_kernel=(10, 3), conv_stride=(5, 2), num_conv_pos_embeddings=4,

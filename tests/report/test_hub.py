@@ -1,17 +1,14 @@
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from forked import forks
+from forked import LIBRARIES, MODELS, started
 from fresh import ragged
 from hub_server import READER, WRITER, HubServer
 from huggingface_hub import constants
@@ -354,23 +351,18 @@ def known_by_environment(hub, home):
 
 @pytest.fixture(scope="module")
 def users(tmp_path_factory):
-    """A Hub, and processes that know it by their environment only; one runs code and gives what it prints."""
-    with HubServer() as hub, forks(**known_by_environment(hub, tmp_path_factory.mktemp("user"))) as server:
+    """A Hub, and what runs code in a process that knows it by its environment only, and gives what it prints."""
+    home, imported = tmp_path_factory.mktemp("user"), (*LIBRARIES, *MODELS, "matplotlib.figure")
+    with HubServer() as hub, started(*imported, **known_by_environment(hub, home)) as server:
 
-        def run(code, folder):
+        def run(code, folder, nothing_downloaded=False):
+            if nothing_downloaded:
+                shutil.rmtree(home)
             (folder / "code.py").write_text(f"import sys\nsys.stdout = open({str(folder / 'printed')!r}, 'w')\n{code}")
             assert server.run(folder / "code.py") == [0]
             return (folder / "printed").read_text()
 
         yield hub, run
-
-
-def run_fresh(code, hub, home):
-    """Python code in a process of its own, which has imported nothing and downloaded nothing."""
-    environment = {**os.environ, **known_by_environment(hub, home)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 PRUNE_AND_PUSH = """
@@ -423,4 +415,6 @@ def test_a_pushed_model_loads_in_a_fresh_process_at_every_revision(tmp_path, use
     # A stock model takes nothing of ours, a ragged one takes the code in the repo.
     assert ("import hf_subprune" in load) == (layout == "ragged")
     alone = next(code for code in others if "trust_remote_code" in code) if layout == "ragged" else load
-    assert float(run_fresh(WITHOUT_US + alone + SHOW, hub, tmp_path)) == pytest.approx(float(last_sum), abs=5e-6)
+    assert float(run(WITHOUT_US + alone + SHOW, tmp_path, nothing_downloaded=True)) == pytest.approx(
+        float(last_sum), abs=5e-6
+    )

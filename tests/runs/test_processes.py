@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from batches import ready_batches
-from forked import forks
+from forked import SERVERS
 from launched import RUNS, pruned
 from launched_checkpoint import VARIANTS, checkpoint_pruned
 from runs_of import files
@@ -38,10 +38,9 @@ def launch(processes, *arguments):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def server():
-    with forks() as started:
-        yield started
+    return SERVERS["hf_subprune"]
 
 
 @pytest.fixture(scope="module")

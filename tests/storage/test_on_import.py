@@ -1,9 +1,8 @@
 import inspect
-import subprocess
 import sys
-import textwrap
 
 import pytest
+from fresh import run_fresh
 
 from hf_subprune.storage.on_import import when_imported
 
@@ -65,10 +64,10 @@ def test_an_import_that_fails_is_waited_for_again(package, tmp_path):
 )
 def test_transformers_knows_ragged_models_whichever_is_imported_first(imports):
     script = f"""
+        import json, sys
+        assert not sys.modules.keys() & {{"hf_subprune", "transformers"}}
         {imports}
         from transformers import PreTrainedConfig, PreTrainedModel
-        print(hasattr(PreTrainedModel.post_init, "replaced"), hasattr(PreTrainedConfig.from_dict, "replaced"))
+        print(json.dumps([hasattr(m, "replaced") for m in (PreTrainedModel.post_init, PreTrainedConfig.from_dict)]))
         """
-    words = [sys.executable, "-c", textwrap.dedent(script)]
-    found = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    assert found.split()[-2:] == ["True", "True"]
+    assert run_fresh(script, imported="torch")[0] == [True, True]
