@@ -9,7 +9,7 @@ FAMILIES = [
     "bert", "roberta", "distilbert", "modernbert", "gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3",
     "gemma2", "phi3", "vit", "clip", "t5", "bart", "whisper",
 ]  # fmt: skip
-QUICK = {"samples": 20, "held_out": 4, "batch_size": 4}
+QUICK = {"samples": 12, "held_out": 4, "batch_size": 4}
 
 
 def snapshot(model):

@@ -14,7 +14,19 @@ import torch
 from batches import ready_batches
 from speech import make_processor, sounds, tiny_whisper, write_sounds
 from tiny import tiny
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, WhisperForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperForConditionalGeneration,
+)
 from typer.testing import CliRunner
 
 from hf_subprune import PruneConfig, prune
@@ -25,11 +37,55 @@ from hf_subprune.demo import docstrings
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
+LANGUAGE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {
+    "causal_lm": lambda vocabulary: LlamaForCausalLM(
+        LlamaConfig(vocab_size=vocabulary, intermediate_size=24, **LANGUAGE | {"num_hidden_layers": 2})
+    ),
+    "moe": lambda vocabulary: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=vocabulary,
+            moe_intermediate_size=32,
+            num_experts=8,
+            num_experts_per_tok=2,
+            head_dim=4,
+            output_router_logits=True,
+            **LANGUAGE,
+        )
+    ),
+    "resnet_digits": lambda: ResNetForImageClassification(
+        ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_labels=10)
+    ),
+    "vit_digits": lambda: ViTForImageClassification(
+        ViTConfig(
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_labels=10,
+        )
+    ),
+}
+"""By recipe, its model made smaller."""
+
+
 @pytest.fixture
 def recipe(monkeypatch):
-    """Import a recipe by its name, with its folder on the path, as when it is run."""
+    """Import a recipe by its name, with its folder on the path, as when it is run; its own model is small."""
     monkeypatch.syspath_prepend(RECIPES)
-    return importlib.import_module
+
+    def smaller(name):
+        module = importlib.import_module(name)
+        if name in SMALL:
+            monkeypatch.setattr(module, "make_model", SMALL[name])
+        if hasattr(module, "docstrings"):
+            monkeypatch.setattr(module, "docstrings", lambda count, offset=0: docstrings(min(count, 200), offset))
+        return module
+
+    return smaller
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from tiny import tiny
 from hf_subprune import PruneConfig, prune
 from hf_subprune.models.running import call, floating_tensors
 
-SETTINGS = {"samples": 20, "held_out": 4, "batch_size": 4, "loss_aware": False}
+SETTINGS = {"samples": 12, "held_out": 4, "batch_size": 4, "loss_aware": False}
 WIDE = {
     "bert": ["intermediate_size"],
     "vit": ["intermediate_size"],
@@ -55,7 +55,7 @@ def test_every_default_result_loads_in_a_fresh_process_with_nothing_but_transfor
         model = tiny(family, **dict.fromkeys(wide, 192))
         batches = ready_batches(model)
         whole = model.num_parameters()
-        report = prune(model, batches, PruneConfig(samples=20, held_out=4, batch_size=4))
+        report = prune(model, batches, PruneConfig(samples=12, held_out=4, batch_size=4))
         assert report.layout == "stock" and model.num_parameters() < whole
         model.save_pretrained(tmp_path / family)
         torch.save([batches[0], call(model.eval(), batches[0])[0]], tmp_path / family / "call.pt")

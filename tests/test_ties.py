@@ -18,7 +18,7 @@ from hf_subprune.models.running import floating_tensors
 from hf_subprune.pruning import prune_sizes
 from hf_subprune.surgery.verification import verify
 
-QUICK = {"samples": 20, "held_out": 4, "batch_size": 4}
+QUICK = {"samples": 12, "held_out": 4, "batch_size": 4}
 
 TIES = {
     "t5": {
@@ -40,7 +40,7 @@ def test_the_heads_of_all_layers_of_a_stack_are_tied(family):
     assert not discovery.refusals
     groups = [group.blocks for group in groups_of(discovery.blocks) if group.blocks[0].kind == "attention"]
     assert {group[0].tie for group in groups} == TIES[family]
-    assert all(len(group) == 3 for group in groups)
+    assert all(len(group) == 2 for group in groups)
     assert all(block.tie is None for block in discovery.blocks if block.kind == "mlp")
 
 
@@ -194,8 +194,8 @@ def test_encoder_and_decoder_may_keep_different_numbers_of_heads(tmp_path):
     again = type(model).from_pretrained(tmp_path).eval()
     assert_same_weights(again, model)
     torch.testing.assert_close(outputs(again), outputs(model))
-    assert model.encoder.block[2].layer[0].SelfAttention.n_heads == 2
-    assert model.decoder.block[2].layer[0].SelfAttention.n_heads == 4
+    assert model.encoder.block[1].layer[0].SelfAttention.n_heads == 2
+    assert model.decoder.block[1].layer[0].SelfAttention.n_heads == 4
 
 
 def test_a_pruned_t5_generates_the_same_with_a_cache_and_without():
@@ -221,8 +221,8 @@ def test_a_size_is_taken_back_exactly(family):
 
 
 @pytest.mark.parametrize(
-    ("stage", "passes"),  # the fourth solution is that of the first block without a tie
-    [("block.choose_together", 0), ("block.solve_problem", 4), ("outcome.verify", 0), ("outcome.drift", 0)],
+    ("stage", "passes"),  # the third solution is that of the first block without a tie
+    [("block.choose_together", 0), ("block.solve_problem", 3), ("outcome.verify", 0), ("outcome.drift", 0)],
 )
 @pytest.mark.parametrize("variant", ["layer", "asym"])
 def test_a_failure_restores_the_model(monkeypatch, stage, passes, variant):

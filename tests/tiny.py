@@ -10,7 +10,7 @@ DECODER = {
     **TEXT,
     "hidden_size": 48,
     "intermediate_size": 56,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
     "head_dim": 8,
@@ -20,14 +20,14 @@ ENCODER = {
     **TEXT,
     "hidden_size": 48,
     "intermediate_size": 56,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
 VISION = {
     "hidden_size": 48,
     "intermediate_size": 56,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "image_size": 16,
     "patch_size": 8,
@@ -66,30 +66,30 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
     "distilbert": (
         "DistilBertForSequenceClassification",
-        {**TEXT, "dim": 48, "hidden_dim": 56, "n_layers": 3, "n_heads": 4, "max_position_embeddings": 64},
+        {**TEXT, "dim": 48, "hidden_dim": 56, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
     ),
-    "gpt2": ("GPT2LMHeadModel", {**TEXT, "n_embd": 48, "n_inner": 56, "n_layer": 3, "n_head": 4, "n_positions": 64}),
+    "gpt2": ("GPT2LMHeadModel", {**TEXT, "n_embd": 48, "n_inner": 56, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "gpt_neo": (
         "GPTNeoForCausalLM",
         {**TEXT, "hidden_size": 48, "intermediate_size": 56, "num_layers": 2, "num_heads": 4, "window_size": 4}
         | {"attention_types": [[["global", "local"], 1]]},
     ),
-    "gptj": ("GPTJForCausalLM", {**TEXT, "n_embd": 48, "n_inner": 56, "n_layer": 3, "n_head": 4, "rotary_dim": 4}),
+    "gptj": ("GPTJForCausalLM", {**TEXT, "n_embd": 48, "n_inner": 56, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
     "gpt_neox": ("GPTNeoXForCausalLM", ENCODER),
     "opt": (
         "OPTForCausalLM",
-        {**TEXT, "hidden_size": 48, "ffn_dim": 56, "num_hidden_layers": 3, "num_attention_heads": 4}
+        {**TEXT, "hidden_size": 48, "ffn_dim": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
         | {"max_position_embeddings": 64, "word_embed_proj_dim": 40},
     ),
-    "bloom": ("BloomForCausalLM", {**TEXT, "hidden_size": 48, "n_layer": 3, "n_head": 4}),
+    "bloom": ("BloomForCausalLM", {**TEXT, "hidden_size": 48, "n_layer": 2, "n_head": 4}),
     "falcon": (
         "FalconForCausalLM",
-        {**TEXT, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_kv_heads": 3}
+        {**TEXT, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_kv_heads": 3}
         | {"new_decoder_architecture": True},
     ),
     "falcon_mqa": (
         "FalconForCausalLM",
-        {**TEXT, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "multi_query": True}
+        {**TEXT, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "multi_query": True}
         | {"new_decoder_architecture": False},
     ),
     "llama": ("LlamaForCausalLM", DECODER),
@@ -122,7 +122,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
     "t5": (
         "T5ForConditionalGeneration",
-        {**TEXT, "d_model": 48, "d_kv": 8, "d_ff": 56, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0},
+        {**TEXT, "d_model": 48, "d_kv": 8, "d_ff": 56, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
     ),
     "bart": ("BartForConditionalGeneration", ENCODER_DECODER),
     "marian": ("MarianMTModel", ENCODER_DECODER),

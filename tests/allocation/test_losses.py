@@ -4,7 +4,7 @@ from tiny import tiny
 
 from hf_subprune import PruneConfig, prune
 
-QUICK = {"samples": 20, "held_out": 4, "batch_size": 4, "layout": "ragged"}
+QUICK = {"samples": 12, "held_out": 4, "batch_size": 4, "layout": "ragged"}
 
 
 def widths(report):

@@ -31,7 +31,7 @@ def test_factors_hold_beyond_the_widths_at_which_they_were_measured():
 
 
 def test_what_was_not_measured_takes_what_the_nearest_block_of_its_kind_has():
-    blocks = discover(tiny("llama")).blocks
+    blocks = discover(tiny("llama", num_hidden_layers=3)).blocks
     first, last = ((10, 2.0),), ((10, 3.0),)
     found = fill_in(blocks, {"model.layers.0.mlp": first, "model.layers.1.mlp": (), "model.layers.2.mlp": last})
     assert [found[f"model.layers.{layer}.mlp"] for layer in range(3)] == [first, first, last]
@@ -64,7 +64,7 @@ def counted(module):
 @pytest.mark.parametrize("family", ["t5", "whisper"])
 def test_trials_of_a_decoder_do_not_run_the_encoder(family):
     model = tiny(family)
-    samples = read(model, ready_batches(model), PruneConfig(samples=20, held_out=4, batch_size=4))
+    samples = read(model, ready_batches(model), PruneConfig(samples=12, held_out=4, batch_size=4))
     blocks = [block for block in discover(model, samples.probe).blocks if block.kind == "mlp"]
     trials, first = (
         Propagation(samples),
@@ -107,5 +107,5 @@ def test_trials_do_not_run_what_lies_before_a_block(monkeypatch, family, kept):
 )
 def test_images_are_measured_on_all_unseen_ones_and_sounds_on_a_few(family, name, expected):
     model = tiny(family)
-    samples = read(model, ready_batches(model), PruneConfig(samples=20, held_out=4, batch_size=4))
+    samples = read(model, ready_batches(model), PruneConfig(samples=12, held_out=4, batch_size=4))
     assert sum(len(batch[name]) for batch in Propagation(samples).batches) == expected

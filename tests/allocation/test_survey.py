@@ -13,7 +13,7 @@ from hf_subprune.models.session import session
 from hf_subprune.pruning import prune_sizes
 from hf_subprune.runs.workspace import Workspace
 
-QUICK = {"samples": 20, "held_out": 4, "batch_size": 4, "layout": "ragged"}
+QUICK = {"samples": 12, "held_out": 4, "batch_size": 4, "layout": "ragged"}
 
 
 def widths(report):

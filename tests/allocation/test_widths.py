@@ -13,7 +13,7 @@ from hf_subprune.allocation.targets import keep_target
 from hf_subprune.allocation.widths import choose_widths
 from hf_subprune.discovery.discover import discover
 
-QUICK = {"samples": 20, "held_out": 4, "batch_size": 4, "layout": "ragged"}
+QUICK = {"samples": 12, "held_out": 4, "batch_size": 4, "layout": "ragged"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hf_subprune.report.tables import render
 def test_the_bench_ranks_allocations_and_leaves_the_model_alone():
     model = tiny("llama")
     before = copy.deepcopy(model.state_dict())
-    config = PruneConfig(samples=20, held_out=4)
+    config = PruneConfig(samples=12, held_out=4)
     rows = bench_budgets(model, ready_batches(model), config, keeps=(0.6,), allocations=6)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [row["budget"] for row in rows] == ["uniform", "equal_loss", "global", *["random"] * 6]

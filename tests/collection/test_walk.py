@@ -19,7 +19,7 @@ from hf_subprune.discovery.discover import discover
 from hf_subprune.models.linears import weight_matrix
 from hf_subprune.surgery.edits import shrink
 
-CONFIG = PruneConfig(samples=20, held_out=4, batch_size=4)
+CONFIG = PruneConfig(samples=12, held_out=4, batch_size=4)
 
 
 def prepared(family, **overrides):

@@ -23,7 +23,7 @@ def test_rows_leave_padding_out_and_count_held_out_batches_last(bert, tokenizer)
 
 def test_pieces_of_a_batch_stay_in_its_fold():
     model = tiny("bert")
-    whole = read(model, ready_batches(model), PruneConfig(**QUICK))
+    whole = read(model, ready_batches(model), PruneConfig(samples=20, held_out=4, batch_size=4))
     cut = whole.in_batches_of(3)
     assert max(len(batch["input_ids"]) for batch in (*cut.fit, *cut.held_out)) == 3
     sizes = [len(batch["input_ids"]) for batch in whole.fit]

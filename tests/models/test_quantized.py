@@ -13,7 +13,7 @@ from hf_subprune.models.quantized import MARKS
 from hf_subprune.models.session import check_prunable
 
 gguf = pytest.importorskip("gguf")
-CONFIG = PruneConfig(keep=0.7, samples=20, held_out=4, batch_size=4)
+CONFIG = PruneConfig(keep=0.7, samples=12, held_out=4, batch_size=4)
 
 
 def write_gguf(model, path):

@@ -15,7 +15,7 @@ from hf_subprune.report.saving import check_output, check_shard_size, save_prune
 
 def pruned(**overrides):
     model = tiny("bert")
-    settings = {"samples": 20, "held_out": 4, "batch_size": 4, "units": ("mlp",), **overrides}
+    settings = {"samples": 12, "held_out": 4, "batch_size": 4, "units": ("mlp",), **overrides}
     return model, prune(model, ready_batches(model), PruneConfig(**settings))
 
 
@@ -111,7 +111,7 @@ def test_a_card_of_ones_own_stays(tmp_path, without_plots):
 
 def test_each_size_is_saved_with_its_own_report_and_the_model_has_none_in_the_end(tmp_path):
     model = tiny("bert")
-    configs = [PruneConfig(keep=keep, samples=20, held_out=4, batch_size=4, units=("mlp",)) for keep in (0.75, 0.5)]
+    configs = [PruneConfig(keep=keep, samples=12, held_out=4, batch_size=4, units=("mlp",)) for keep in (0.75, 0.5)]
     for number, report in enumerate(prune_sizes(model, ready_batches(model), configs)):
         model.save_pretrained(tmp_path / str(number))
         assert PruneReport.load(tmp_path / str(number)) == report

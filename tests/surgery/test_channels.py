@@ -15,7 +15,7 @@ from hf_subprune.models.linears import weight_matrix
 from hf_subprune.models.running import floating_tensors
 from hf_subprune.pruning import prune
 
-CONFIG = {"samples": 20, "held_out": 4, "batch_size": 4, "round_to": 1, "units": ("channels",)}
+CONFIG = {"samples": 12, "held_out": 4, "batch_size": 4, "round_to": 1, "units": ("channels",)}
 
 
 def channels(family):
