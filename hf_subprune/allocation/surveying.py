@@ -14,9 +14,9 @@ from ..blocks import Block, Discovery, choose_blocks, groups_of, removed_blocks,
 from ..collection.block_moments import FOLDS
 from ..collection.planning import plan
 from ..collection.segments import Plan
-from ..collection.sensitivity import Means, activation_gradients, output_metrics
+from ..collection.sensitivity import ROUNDS, Means, activation_gradients, output_metrics
 from ..config import TWO_STREAMS, PruneConfig
-from ..data.batches import Samples
+from ..data.batches import Samples, tokens_in
 from ..data.trial import check_forward
 from ..discovery.discover import discover
 from ..evaluation.continuations import beginnings, continued
@@ -39,6 +39,11 @@ from .targets import Target, resolve
 from .widths import check_target
 
 logger = logging.get_logger(__name__)
+
+# Bytes of activations that a backward holds at most, by a rough estimate; beyond that, segments run once more in it.
+_GRAPH_BYTES = 200 * 2**20
+# What a layer keeps of each token for its backward, in multiples of what its consumers read.
+_KEPT = 4
 
 
 def take_survey(
@@ -256,5 +261,10 @@ def _activation_gradients(survey: Survey) -> Mapping[str, Any]:
 
 
 def _recomputed(survey: Survey) -> list[str]:
-    """Modules that a backward runs once more, so that it need not hold weights that are offloaded."""
-    return [segment.path for segment in survey.plan.segments] if is_offloaded(survey.model) else []
+    """Modules that a backward runs once more, so that it holds neither offloaded weights nor a large graph."""
+    tokens = max(tokens_in([batch]) or 0 for batch in survey.samples.fit) // ROUNDS
+    consumers: list[Any] = [survey.model.get_submodule(block.consumer) for block in survey.candidates]
+    read = sum(matrix_shape(consumer)[0] * consumer.weight.element_size() for consumer in consumers)
+    if not is_offloaded(survey.model) and _KEPT * tokens * read <= _GRAPH_BYTES:
+        return []
+    return [segment.path for segment in survey.plan.segments if segment.path]

@@ -33,7 +33,7 @@ from ..runs.store import Store
 
 # Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output. On a
 # language model of 135 M, half as many samples cost 4% of perplexity, four times as many gained half a percent.
-_ROUNDS = 4
+ROUNDS = 4
 _ROWS_AN_OUTPUT = 2
 # Numbers of an output whose gradient is made at once.
 _NUMBERS_AT_ONCE = 1 << 20
@@ -142,7 +142,7 @@ def _run_backwards(
                 context_fn=lambda: (nullcontext(), fast_products(model.parameters())),
             )
             stack.enter_context(forward_replaced(module, again))
-        for part in range(_ROUNDS):
+        for part in range(ROUNDS):
             for number, batch in steps(SENSITIVITIES, list(_parts(batches, part))):
                 # The same draws, whichever process runs the batch.
                 generator.manual_seed(seed + 2**32 * (part * len(batches) + number))
@@ -169,11 +169,11 @@ def _parts(batches: Sequence[Batch], part: int) -> Iterator[tuple[int, Batch]]:
     own, before = set(own_share(len(batches))), 0
     for number, batch in enumerate(batches):
         count = samples_in(batch) if is_divisible(batch) else 1
-        first = (part - before) % _ROUNDS
+        first = (part - before) % ROUNDS
         before += count
         if number in own and first < count:
             # Forwards take `view`s of what they are given.
-            cut = {name: value[first::_ROUNDS].contiguous() for name, value in batch.items()} if count > 1 else batch
+            cut = {name: value[first::ROUNDS].contiguous() for name, value in batch.items()} if count > 1 else batch
             yield number, cut
 
 

@@ -8,6 +8,7 @@ from tiny import tiny
 from transformers.pytorch_utils import Conv1D
 
 from hf_subprune.collection import sensitivity
+from hf_subprune.collection.planning import plan
 from hf_subprune.collection.sensitivity import activation_gradients, output_metrics
 from hf_subprune.data.batches import Samples
 from hf_subprune.data.padding import token_mask
@@ -228,3 +229,15 @@ def test_activation_gradients_are_those_at_the_consumer_s_input(monkeypatch, fam
             product = (seen[0] * gradient).abs().flatten(0, -2)[kept].detach().double()
             total, rows = total + product.sum(0), rows + len(product)
         torch.testing.assert_close(found[block.name], total / rows, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_layers_that_run_once_more_in_the_backward_change_nothing(name):
+    model = tiny(name)
+    batches = ready_batches(model)
+    samples, blocks = Samples.of(model, batches), discover(model, batches[0]).blocks
+    recomputed = [segment.path for segment in plan(samples, blocks).segments]
+    plain, again = output_metrics(samples, blocks), output_metrics(samples, blocks, recomputed=recomputed)
+    assert recomputed and plain.keys() == again.keys()
+    for block in plain:
+        torch.testing.assert_close(again[block], plain[block], rtol=1e-4, atol=1e-9)
