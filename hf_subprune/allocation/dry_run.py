@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,9 +22,9 @@ from ..models.session import check_prunable, session
 from ..report.records import Change
 from ..report.tables import with_unit
 from ..runs.memory import peak_memory
-from ..runs.stages import READING, begin, duration
+from ..runs.stages import FINDING, READING, begin, duration
 from ..runs.workspace import Workspace
-from .foresight import entries, stage_seconds
+from .foresight import entries, kinds_of, stage_seconds
 from .surveying import find, leave_a_choice
 from .widths import check_target
 
@@ -80,9 +81,12 @@ def foresee(model: Any, data: Any, config: PruneConfig, processing_class: Any = 
         begin(READING)
         samples = read(model, data, config, processing_class)
         probe = send_to_device(samples.probe, input_device(model))
+        start = time.perf_counter()
         _, blocks, (target,), (families,), candidates, _ = find(samples, [config], probe, Workspace())
+        spent = time.perf_counter() - start
         widths = check_target(blocks, target, config, families)
-        seconds = stage_seconds(samples, candidates, config, leave_a_choice([config], [families], candidates))
+        curves = leave_a_choice([config], [families], candidates)
+        seconds = {FINDING: spent, **stage_seconds(samples, kinds_of(candidates), config, curves)}
         memory = _memory(samples, candidates, config)
     gone = sum((block.units - widths[block.name]) * block.parameters_per_unit for block in candidates)
     before, itemsize = model.num_parameters(), model.dtype.itemsize

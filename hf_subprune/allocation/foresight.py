@@ -1,13 +1,15 @@
-"""How long a run takes, foretold from one forward and one product of matrices on this machine.
+"""How long a run takes, foretold from two forwards and one product of matrices on this machine.
 
 What a run does is forwards over its samples, products of what its blocks read (moments) and factorisations of these.
-How many of each a stage comes to is a constant here, so that the figures are right to a factor, not to a second.
+How many of each a stage comes to is a constant here, counted on the demo's encoder and on SmolLM2-135M in CPU seconds
+of one process, so that the figures are right to a factor, not to a second.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,81 +17,123 @@ import torch
 
 from ..blocks import Block
 from ..config import PruneConfig
-from ..data.batches import Samples
-from ..models.linears import matrix_shape
-from ..models.running import call, hooked, input_device
-from ..runs.stages import CHECKING, LOSSES, MEASURING, ORIGINAL, SENSITIVITIES, SHARING, SOLVING, expect
+from ..data.batches import Samples, brief
+from ..models.linears import linear_of, matrix_shape
+from ..models.running import Batch, call, hooked, input_device, on_device
+from ..runs.stages import CHECKING, FINDING, LOSSES, MEASURING, ORIGINAL, SENSITIVITIES, SHARING, SOLVING, expect
 
 # Forwards over all samples that a stage comes to, whatever else it does.
-_FORWARDS = {ORIGINAL: 0.3, SENSITIVITIES: 0.5, LOSSES: 2.3, SHARING: 0.02, CHECKING: 0.1, MEASURING: 0.6}
+_FORWARDS = {ORIGINAL: 0.5, SENSITIVITIES: 1.1, LOSSES: 3.5, SHARING: 0.02, CHECKING: 0.05, MEASURING: 0.6}
+# Forwards of the probe that blocks are found by.
+_TRIALS = 80.0
 # Those of solving, by what is observed of which model.
 _PASSES = {"layer": 1.0, "seq": 2.0, "asym": 3.0, "residual": 3.0}
-# Products of two square matrices of a block's columns that its curve takes, and its solution.
-_PRODUCTS_A_CURVE, _PRODUCTS_A_SOLUTION = 4.0, 12.0
+# Products of two square matrices of a block's columns that its curve takes, a greedy selection, and all else of it.
+_PRODUCTS_A_CURVE, _PRODUCTS_A_SELECTION, _PRODUCTS_BESIDES = 4.0, 4.5, 1.5
 # Blocks of a kind that curves are made of.
 _CURVES = 5
-# Columns of the matrices whose product is timed.
-_TIMED = 512
+# Columns of the matrices whose product is timed, and tokens of the forward that is.
+_TIMED, _TIMED_TOKENS = 512, 512
 
 
-def foretell(samples: Samples, candidates: Sequence[Block], config: PruneConfig, curves: bool) -> None:
-    """Tell those who are shown the run what its stages are expected to take."""
-    expect(partial(stage_seconds, samples, candidates, config, curves))
+def foretell(samples: Samples, candidates: Iterable[Block], config: PruneConfig, curves: bool) -> None:
+    """Tell those who are shown the run what its stages are expected to take, from the survey on."""
+    expect(partial(stage_seconds, samples, kinds_of(candidates), config, curves))
+
+
+def foretell_roughly(samples: Samples, config: PruneConfig) -> None:
+    """Tell them while blocks are not found yet, which are guessed; and how long it takes to find them."""
+
+    def seconds() -> dict[str, float]:
+        curves = config.allocation() != "uniform" and len(config.units) > 1
+        return {
+            FINDING: _TRIALS * _timed_forward(samples.model, samples.probe),
+            **stage_seconds(samples, _guessed(samples.model), config, curves),
+        }
+
+    expect(seconds)
+
+
+def kinds_of(blocks: Iterable[Block]) -> dict[str, str]:
+    """By dotted path of each block's consumer, the kind of its units."""
+    return {block.consumer: block.kind for block in blocks}
+
+
+def _guessed(model: torch.nn.Module) -> dict[str, str]:
+    """Like `kinds_of`, before blocks are found: linears that put out what most do, which is the residual stream."""
+    shapes = {path: matrix_shape(module) for path, module in model.named_modules() if linear_of(module) is not None}
+    ((stream, _),) = Counter(outputs for _, outputs in shapes.values()).most_common(1) or [(0, 0)]
+    return {path: f"of {inputs} inputs" for path, (inputs, outputs) in shapes.items() if outputs == stream}
 
 
 def stage_seconds(
-    samples: Samples, candidates: Sequence[Block], config: PruneConfig, curves: bool
+    samples: Samples, consumers: Mapping[str, str], config: PruneConfig, curves: bool
 ) -> dict[str, float]:
     """Seconds that the stages of a run take, from the survey on.
 
     Args:
-        samples: Of which one batch is run.
-        candidates: Blocks that may shrink.
+        samples: Of which a part of one batch is run.
+        consumers: Of the blocks that may shrink: by dotted path, the kind of their units.
         config: Of the run.
         curves: Whether it makes curves of what blocks lose.
     """
-    rows, forward = _one_forward(samples, candidates)
+    rows, forward = _forwards(samples, consumers)
     device = input_device(samples.model)
-    shapes = {block.name: matrix_shape(samples.model.get_submodule(block.consumer)) for block in candidates}
+    shapes = {path: matrix_shape(samples.model.get_submodule(path)) for path in consumers}
     single, double = (_seconds_a_product(dtype, device) for dtype in (torch.float32, _double(device)))
 
-    def moments(blocks: Sequence[Block]) -> float:
-        return sum(rows[b.consumer] * n * (n + m) * single for b in blocks for n, m in [shapes[b.name]])
+    def moments(some: Iterable[str]) -> float:
+        return sum(rows[path] * n * (n + m) * single for path in some for n, m in [shapes[path]])
 
-    def solutions(blocks: Sequence[Block], products: float) -> float:
-        return sum(products * shapes[b.name][0] ** 3 * double for b in blocks)
+    def solutions(some: Iterable[str], products: float) -> float:
+        return sum(products * shapes[path][0] ** 3 * double for path in some)
 
     seconds = {stage: forwards * forward for stage, forwards in _FORWARDS.items()}
-    looked_at = _looked_at(candidates)
+    if not config.loss_aware:
+        seconds[SENSITIVITIES] = 0.0
+    looked_at = _looked_at(consumers)
     made = moments(looked_at) + solutions(looked_at, _PRODUCTS_A_CURVE)
     seconds[LOSSES] = seconds[LOSSES] + made if curves else 0.0
+    products = _PRODUCTS_A_SELECTION * (config.importance == "greedy") + _PRODUCTS_BESIDES
     passes = _PASSES[config.streams()]
-    seconds[SOLVING] = passes * forward + moments(candidates) + solutions(candidates, _PRODUCTS_A_SOLUTION)
+    seconds[SOLVING] = passes * forward + moments(consumers) + solutions(consumers, products)
     return seconds
 
 
-def _looked_at(candidates: Sequence[Block]) -> list[Block]:
-    kinds: dict[str, list[Block]] = {}
-    for block in candidates:
-        kinds.setdefault(block.kind, []).append(block)
-    return [block for blocks in kinds.values() for block in blocks[:_CURVES]]
+def _looked_at(consumers: Mapping[str, str]) -> list[str]:
+    kinds: dict[str, list[str]] = {}
+    for path, kind in consumers.items():
+        kinds.setdefault(kind, []).append(path)
+    return [path for paths in kinds.values() for path in paths[:_CURVES]]
 
 
-def _one_forward(samples: Samples, candidates: Sequence[Block]) -> tuple[dict[str, int], float]:
-    """Rows that each consumer reads, and seconds, of forwards over all samples: those of one batch, multiplied."""
+def _forwards(samples: Samples, consumers: Iterable[str]) -> tuple[dict[str, int], float]:
+    """Rows that each consumer reads, and seconds, of forwards over all samples: those of a part, multiplied."""
     batches = sorted([*samples.fit, *samples.held_out], key=entries)
-    batch = batches[len(batches) // 2]
+    batch = brief(batches[len(batches) // 2], _TIMED_TOKENS)
     share = sum(map(entries, batches)) / entries(batch)
-    rows: dict[str, int] = dict.fromkeys((block.consumer for block in candidates), 0)
+    rows = dict.fromkeys(consumers, 0)
 
     def counted(path: str, x: torch.Tensor) -> None:
         rows[path] += x.numel() // x.shape[-1] if x.ndim < 4 else x.numel() // x.shape[1]
 
     with hooked(samples.model, inputs=[(path, partial(counted, path)) for path in rows]):
-        start = time.perf_counter()
         call(samples.model, batch)
-        spent = time.perf_counter() - start
+    spent = _timed_forward(samples.model, batch)
     return {path: round(share * count) for path, count in rows.items()}, share * spent
+
+
+def _timed_forward(model: Any, batch: Batch) -> float:
+    """Seconds of a forward that is not the first, which takes longer."""
+    batch = on_device(model, batch)
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        call(model, batch)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def entries(batch: Mapping[str, Any]) -> int:

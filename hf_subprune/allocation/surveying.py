@@ -31,7 +31,7 @@ from ..runs.store import Store
 from ..runs.workspace import Workspace
 from ..storage.layout import choose_layout
 from .families import Families, even_families, narrow_width, prove_stock
-from .foresight import foretell
+from .foresight import foretell, foretell_roughly
 from .losses import with_losses
 from .propagation import Quality
 from .survey import Survey
@@ -144,9 +144,10 @@ def find(
         ValueError: as `take_survey`; the data does not fit the model, or what is pruned could not be saved.
     """
     model = samples.model
-    begin(FINDING)
     with work.clock("discovery"):
         check_forward(samples)
+        foretell_roughly(samples, configs[0])
+        begin(FINDING)
         if not is_offloaded(model):  # else this would read all of it, twice
             with together(inside(model)):  # what could not be saved is refused now rather than after the work
                 choose_layout(model, inputs=probe).undo()
