@@ -102,7 +102,7 @@ def test_a_report_that_figures_cannot_be_added_to_is_refused_at_once(folder, tex
 
 def test_inspect_lists_blocks_and_parameters(folder):
     printed = run("inspect", folder)
-    assert "bert.encoder.layer.2.attention" in printed
+    assert "bert.encoder.layer.1.attention" in printed
     assert f"of {tiny('bert').num_parameters():,} parameters" in printed
 
 

@@ -208,7 +208,7 @@ def test_the_seed_decides_the_draws():
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_activation_gradients_are_those_at_the_consumer_s_input(monkeypatch, family):
-    monkeypatch.setattr(sensitivity, "_ROUNDS", 1)
+    monkeypatch.setattr(sensitivity, "ROUNDS", 1)
     model = tiny(family)
     batches = padded_batches(model)
     blocks = discover(model).blocks
