@@ -34,6 +34,8 @@ _PRODUCTS_A_CURVE, _PRODUCTS_A_SELECTION, _PRODUCTS_BESIDES = 4.0, 4.5, 1.5
 _CURVES = 5
 # Columns of the matrices whose product is timed, and tokens of the forward that is.
 _TIMED, _TIMED_TOKENS = 512, 512
+# Forwards that are timed, of which the first takes longer.
+_TIMES = 2
 
 
 def foretell(samples: Samples, candidates: Iterable[Block], config: PruneConfig, curves: bool) -> None:
@@ -118,16 +120,15 @@ def _forwards(samples: Samples, consumers: Iterable[str]) -> tuple[dict[str, int
         rows[path] += x.numel() // x.shape[-1] if x.ndim < 4 else x.numel() // x.shape[1]
 
     with hooked(samples.model, inputs=[(path, partial(counted, path)) for path in rows]):
-        call(samples.model, batch)
-    spent = _timed_forward(samples.model, batch)
-    return {path: round(share * count) for path, count in rows.items()}, share * spent
+        spent = _timed_forward(samples.model, batch)
+    return {path: round(share * count / _TIMES) for path, count in rows.items()}, share * spent
 
 
 def _timed_forward(model: Any, batch: Batch) -> float:
     """Seconds of a forward that is not the first, which takes longer."""
     batch = on_device(model, batch)
     times = []
-    for _ in range(2):
+    for _ in range(_TIMES):
         start = time.perf_counter()
         call(model, batch)
         if torch.accelerator.is_available():

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ..blocks import Block, groups_of
@@ -16,7 +16,7 @@ from ..collection.segments import Segment
 from ..data.batches import Samples, brief, pieces, tokens_in
 from ..evaluation.drift import Drift, drift
 from ..evaluation.outputs import Outputs, model_outputs
-from ..models.running import Batch, forward_replaced, hooked
+from ..models.running import Batch, copied, forward_replaced, hooked
 from ..solver.curves import LossCurve, Trial
 from ..surgery.edits import shrink
 
@@ -122,10 +122,10 @@ class Propagation:
     def _said_again(self, path: str) -> AbstractContextManager[None]:
         """Within it a module puts out what it has put out before, batch by batch; what follows may write into that."""
         outputs = iter(self._known[path])
-        return forward_replaced(self.model.get_submodule(path), lambda *_args, **_kwargs: _copied(next(outputs)))
+        return forward_replaced(self.model.get_submodule(path), lambda *_args, **_kwargs: copied(next(outputs)))
 
     def _note(self, path: str) -> Callable[[Any], None]:
-        return lambda output: self._known[path].append(_copied(output)) if path in self._known else None
+        return lambda output: self._known[path].append(copied(output)) if path in self._known else None
 
     def _let_go_of_too_much(self) -> None:
         """Of the segments, where their outputs take too much memory."""
@@ -154,10 +154,6 @@ class Propagation:
         trials = {width: [curve.trials[width] for curve in curves] for width in sorted(curves[0].trials)}
         losses = ((width, self.measure(blocks, same) / len(blocks)) for width, same in trials.items())
         return (*losses, (blocks[0].units, 0.0))
-
-
-def _copied(output: Any) -> Any:
-    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, output)
 
 
 def _encoder_of(model: PreTrainedModel) -> str | None:

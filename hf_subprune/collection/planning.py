@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from ..blocks import Block, some_of
 from ..data.batches import Samples
 from ..models.paths import ancestors_of, is_inside
-from ..models.running import call, hooked
+from ..models.running import call, copied, hooked
 from ..runs.memory import is_of_the_machine
 from .segments import Plan, Segment
 from .stream import Stream
@@ -127,7 +127,7 @@ def _watched(probe: Samples, paths: Sequence[str], seen: _Seen) -> AbstractConte
 
     def note_output(path: str) -> Callable[[Any], None]:
         def note(output: Any) -> None:
-            seen.outputs[path] = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, output)
+            seen.outputs[path] = copied(output)
 
         return note
 

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from ..models.linears import feature_axis, input_dim, is_linear
-from ..models.running import floating_tensors, hooked, undisturbed
+from ..models.running import copied, floating_tensors, hooked, undisturbed
 
 OUTPUT = "the model's output"
 """Reader name of what the model returns."""
@@ -82,7 +81,7 @@ def traced(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Trace]:
     """
     # Tensors made in inference mode cannot be part of a graph; clones of them can.
     with torch.inference_mode(False):
-        inputs = tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, dict(inputs))
+        inputs = copied(dict(inputs))
     linears = linears_in(model)
     reads: list[Read] = []
     leaves: list[Source] = []

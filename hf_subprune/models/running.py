@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -152,6 +153,11 @@ def stateless(model: nn.Module) -> Iterator[None]:
     finally:
         for attributes, state in states:
             attributes.update(state)
+
+
+def copied(tree: Any) -> Any:
+    """What a forward takes or gives, with tensors of its own: what follows may write into them."""
+    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, tree)
 
 
 @contextmanager
