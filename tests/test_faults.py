@@ -185,11 +185,12 @@ def test_damage_is_named_or_does_not_matter(tmp_path, checkpoint, computed, inst
     prune_checkpoint(source, batches, config, tmp_path / "a")
     computed.start_anew()
     computed.stop_at_block(1, StoppedError())
-    with pytest.raises(StoppedError):
+    with pytest.raises(StoppedError) as stopped:  # its frames keep the files that a killed process would leave, too
         prune_checkpoint(source, batches, config, tmp_path / "stopped" / "out")
     computed.start_anew()
     left = [path for path in sorted((tmp_path / "stopped").rglob("*")) if path.is_file()]
     kinds = {kind_of(path): path.relative_to(tmp_path) for path in (*left, *source.iterdir())}
+    assert "new/n.safetensors" in kinds, stopped
     shutil.copytree(source, tmp_path / "kept")
     fired, ways = Counter(), list(DAMAGE)
     for number, (kind, path) in enumerate(sorted(kinds.items())):
