@@ -32,9 +32,9 @@ from .families import Families
 from .propagation import Points
 from .targets import Target
 
-# Seconds that latencies are measured in, where they are the target and elsewhere.
+# Seconds that latencies are measured in, where they are the target and elsewhere; there at most that part of the run.
 LATENCY_SECONDS = 4.0
-_REPORTED_SECONDS = 0.3
+_REPORTED_SECONDS, _REPORTED_SHARE = 0.3, 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,12 +170,18 @@ class Survey:
         store = work.store(name) if name else None
         return walk(variant, self.samples, parts, self.owners, beforehand=beforehand, store=store)
 
-    def latency(self, edits: Mapping[str, Edit]) -> InTurn | None:
+    def latency(self, edits: Mapping[str, Edit], spent: float) -> InTurn | None:
         """Seconds of a forward with the edits, as the model is, and inside, where they are taken back, the original's.
 
         `None` where weights are read from elsewhere meanwhile.
+
+        Args:
+            edits: In place in the model.
+            spent: Seconds that the run has taken so far: what is only reported may take a part of that.
         """
         if is_offloaded(self.model):
             return None
-        seconds = LATENCY_SECONDS if "latency" in {config.target() for config in self.configs} else _REPORTED_SECONDS
+        seconds = LATENCY_SECONDS
+        if "latency" not in {config.target() for config in self.configs}:
+            seconds = min(_REPORTED_SECONDS, _REPORTED_SHARE * spent)
         return times_in_turn(self.model, self.original.measured_on, partial(taken_back, edits), seconds)

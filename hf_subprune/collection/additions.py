@@ -1,8 +1,8 @@
 """Where a consumer's output is added to the residual stream."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,12 +33,14 @@ class Addition:
         is_input: Whether it is the module's first input; its output otherwise.
         gain: What each feature of the consumer's output is multiplied by, in the shape that broadcasts to it.
         normed: Whether what reads the sum is first divided by its size, token by token.
+        only_normed: Whether that is so of all that reads it, what is added to it later included (post-norm).
     """
 
     path: str
     is_input: bool
     gain: torch.Tensor
     normed: bool = False
+    only_normed: bool = False
 
     def rest(self, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """What has been added to the consumer's output, in the output's units, in float32; zero where the gain is."""
@@ -61,13 +63,13 @@ def find_additions(samples: Samples, plan: Plan) -> dict[str, Addition]:
     """
     found: dict[str, Addition] = {}
     model, modules = samples.model, modules_by_path(samples.model)
-    normed = _normed_widths(modules.values())
+    norms = {path: module for path, module in modules.items() if _TOKEN_NORM.search(type(module).__name__)}
     inputs: list[Watch] = []
     outputs: list[Watch] = []
     for segment in plan.segments:
         inside = [block for block in segment.blocks if not is_expert(modules, block.consumer)]
         axes = {block.consumer: feature_axis(modules[block.consumer]) for block in inside}
-        watch = _Watch(inside, axes, normed, found)
+        watch = _Watch(inside, axes, norms, found)
         for path, _ in modules[segment.path].named_modules(prefix=segment.path):
             inputs.append((path, watch.at_input(path)))
             outputs.append((path, watch.at_output(path)))
@@ -83,9 +85,8 @@ def first_tensor(values: Any) -> torch.Tensor | None:
     return next((x for x in tree_leaves(values) if isinstance(x, torch.Tensor)), None)
 
 
-def _normed_widths(modules: Iterable[nn.Module]) -> set[int]:
+def _normed_widths(norms: Iterable[nn.Module]) -> set[int]:
     """Widths of the streams that some module divides by their size, as layer and RMS norms of any model do."""
-    norms = (module for module in modules if _TOKEN_NORM.search(type(module).__name__))
     weights = (getattr(module, "weight", None) for module in norms)
     return {len(weight) for weight in weights if isinstance(weight, torch.Tensor) and weight.ndim == 1}
 
@@ -94,10 +95,16 @@ class _Watch:
     """Looks at every tensor in one segment, for those blocks whose consumer has been called."""
 
     def __init__(
-        self, blocks: Sequence[Block], axes: Mapping[str, int], normed: Collection[int], found: dict[str, Addition]
+        self,
+        blocks: Sequence[Block],
+        axes: Mapping[str, int],
+        norms: Mapping[str, nn.Module],
+        found: dict[str, Addition],
     ):
         self.consumers = {block.consumer: block.name for block in blocks}
-        self.axes, self.normed, self.found = axes, normed, found
+        self.axes, self.norms, self.found = axes, norms, found
+        self._normed = _normed_widths(norms.values())
+        self._norm_output: torch.Tensor | None = None
         self._outputs: dict[str, torch.Tensor] = {}
         self._seen: dict[str, set[tuple[str, bool]]] = {}
         self._ambiguous: set[str] = set()
@@ -117,13 +124,18 @@ class _Watch:
                 self._seen.setdefault(path, set())
                 return leaf.clone()  # what follows may write into it
             self._look(path, False, output)
+            if path in self.norms:
+                self._norm_output = first_tensor(output)
             return output
 
         return watched
 
     def cut(self, output: Any) -> Any:
-        """The graph ends with the segment."""
+        """The graph ends with the segment. One that puts out what a norm does passes no sum on as it is."""
         self._outputs.clear()
+        if self._norm_output is not None and first_tensor(output) is self._norm_output:
+            names = set(self.consumers.values()) & set(self.found)
+            self.found.update({name: replace(self.found[name], only_normed=True) for name in names})
         return tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, output)
 
     def _look(self, path: str, is_input: bool, values: Any) -> None:
@@ -136,7 +148,7 @@ class _Watch:
             if value is None or gain is None:
                 continue
             output = self._outputs[consumer].detach()
-            addition = Addition(path, is_input, gain, value.shape[self.axes[consumer]] in self.normed)
+            addition = Addition(path, is_input, gain, value.shape[self.axes[consumer]] in self._normed)
             if addition.rest(value.detach(), output).abs().max() > _NEGLIGIBLE * output.abs().max():
                 self.found[self.consumers[consumer]] = addition
                 del self._outputs[consumer]

@@ -22,6 +22,9 @@ from .additions import Addition, first_tensor
 from .block_moments import FOLDS, BlockMoments, accumulator
 from .endings import Ending
 
+# Of the energy of a sample's median token: beyond it, tokens are outliers.
+_MASSIVE = 10
+
 Hooks = list[tuple[str, Callable[[Any], None]]]
 """Paths of modules, and what to call with the input or output of each."""
 
@@ -54,7 +57,8 @@ class Observer:
     """Feeds the rows that reach one consumer into the accumulators of the batch's fold (variants `layer` and `seq`).
 
     Where the consumer's output is added to a stream that goes through a norm, a row counts as what reads the stream
-    sees it: relative to the energy of its token there.
+    sees it, relative to the energy of its token there: any row where nothing but the norm reads the stream, else those
+    of tokens with massive activations.
 
     Args:
         samples: Whose batches run, and their model.
@@ -155,15 +159,33 @@ class Observer:
         self.add(self._input, weights=self._weights(total))  # type: ignore[arg-type]
 
     def _weights(self, total: torch.Tensor) -> torch.Tensor | None:
-        """`(rows,)` float32, one over the energy of each token where it is divided by that; `None` where it is not."""
-        if not self.addition.normed:  # type: ignore[union-attr]
+        """`(rows,)` float32: how much each token counts; `None` where the sum goes through no norm.
+
+        A norm divides by the energy of a token. Where all of the sum goes through it, a token's error counts so. Where
+        the sum goes on beside the norm, tokens count alike, but for those that hold thousands of times the energy of
+        others (massive activations, Sun et al. 2024), whose errors would count for all: beyond `_MASSIVE` times the
+        median of the sample's tokens, errors count relative to the energy.
+        """
+        addition: Any = self.addition
+        if not addition.normed:
             return None
-        energy = self._output_rows(total).float().square().sum(1)
-        return torch.where(energy > 0, 1 / energy, 0.0)
+        if addition.only_normed:
+            energy = self._output_rows(total).float().square().sum(1)
+            return torch.where(energy > 0, 1 / energy, 0.0)
+        shape = self._positions(total)
+        energy = output_rows(self.consumer, total).float().square().sum(1)
+        mask = self.samples.mask(shape, self._index, self.block.consumer)
+        real = energy if mask is None else energy.masked_fill(~mask.to(energy.device), math.nan)
+        of_samples = real.view(shape[0] if len(shape) > 2 else 1, -1)
+        most = _MASSIVE * of_samples.nanmedian(1, keepdim=True).values.expand_as(of_samples).flatten()
+        return self._real(torch.where((energy > most) & (most > 0), most / energy, 1.0), shape)
 
     def _output_rows(self, output: torch.Tensor) -> torch.Tensor:
-        shape = output.movedim(feature_axis(self.consumer), -1).shape
-        return self._real(output_rows(self.consumer, output), shape)
+        return self._real(output_rows(self.consumer, output), self._positions(output))
+
+    def _positions(self, output: torch.Tensor) -> torch.Size:
+        """The shape of an output of the consumer, features last."""
+        return output.movedim(feature_axis(self.consumer), -1).shape
 
     def _real(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Those rows of a tensor of `shape` that are no padding."""

@@ -6,9 +6,10 @@ original weights: from few rows, plain least squares overfits. In moments `H = B
     V = argmin ||A W - B_S V||_F^2 + l ||V - W_S||_F^2 = (H_SS + l I)^-1 (C_S + l W_S),    l = lambda mean(diag H)
 
 with lambda cross-fitted. Where targets come from another model, `C = H W + (C - H W)`: the one part makes up for the
-columns that go, the other mends what was done before this block. Of few rows that is mostly noise, so how much of it
-counts is cross-fitted, too; where none does, the target is `B W`. Of many rows all of it counts. An intercept makes
-moments centred, and `mean(A) W - mean(B_S) V` go into the bias. Weights are `(inputs, outputs)`. Tensors only.
+columns that go, the other mends what was done before this block. That is mostly noise, which block after block would
+be fitted to the same rows, so how much of it counts is cross-fitted, too; where none does, the target is `B W`. An
+intercept makes moments centred, and `mean(A) W - mean(B_S) V` go into the bias. Weights are `(inputs, outputs)`.
+Tensors only.
 """
 
 import math
@@ -27,8 +28,6 @@ _FIRST_TRIED = (1e-1, 3e-1)
 _DOUBLE_BELOW = 256
 # Beyond this many outputs, cross-fitting looks at as many random combinations of them.
 _MOST_OUTPUTS = 256
-# Rows for each input below which it is cross-fitted how much of `C - H W` counts.
-_FEW_ROWS = 4
 # `C - H W` below this part of `H W`, in squares, is rounding: the target is the input times the weight.
 _NOTHING = 1e-8
 
@@ -180,7 +179,7 @@ class CrossFit:
 
     Args:
         shrinkage: The lambda to fit all rows with.
-        mending: Part of `C - H W` that is to count; 1 where that is nothing, or rows are many.
+        mending: Part of `C - H W` that is to count; 1 where that is nothing.
         excess: Relative error on the rows left out, at each lambda of the grid that was tried, above the least one.
         grid: These lambdas, ascending.
     """
@@ -268,11 +267,10 @@ class _LeftOut:
         self.energy, self.W = float(H.diagonal().mean()), W[columns]
         self.rest, self.unseen = combine([kept[other] for other in others]), kept[index]
         self.own, self.mended = self.rest.C, None
-        if sum(fold.rows for fold in folds) < _FEW_ROWS * len(H):
-            own = H[columns].to(W) @ W
-            mended = self.rest.C - own
-            if float(mended.square().sum()) > _NOTHING * float(own.square().sum()):
-                self.own, self.mended = own, mended
+        own = H[columns].to(W) @ W
+        mended = self.rest.C - own
+        if float(mended.square().sum()) > _NOTHING * float(own.square().sum()):
+            self.own, self.mended = own, mended
 
     def left(self, shrinkage: float) -> torch.Tensor:
         """`(3,)` float64: the squared error on this fold's rows, less that of keeping nothing.

@@ -53,7 +53,7 @@ def outcome(
         verify(survey.model, widths.blocks, kept, survey.probe)
     begin(MEASURING)
     with work.clock("evaluation"):
-        timed = survey.latency(solved.edits)
+        timed = survey.latency(solved.edits, sum(work.clock.seconds.values()))
     work.undo.callback(put_together(survey.model.modules()))
     renewed = 0
     if drifted is None and any(block.kind == "channels" for block in widths.blocks):

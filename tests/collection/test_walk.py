@@ -30,14 +30,29 @@ def prepared(family, **overrides):
 
 
 def shares(model, calibration, addition):
-    """How much each row counts: as the norm behind the addition sees it; one on average."""
-    total = rows(model, calibration, addition.path, output=not addition.is_input)
-    weights = 1 / total.square().sum(1)
+    """How much each row counts, one on average: relative to its token's energy if all of the sum goes through a norm,
+    else where the token holds over ten times the energy of others.
+    """
+
+    def energy_in(some):
+        total = rows(model, replace(calibration, fit=some), addition.path, output=not addition.is_input)
+        return total.square().sum(1)
+
+    if addition.only_normed:
+        weights = 1 / energy_in(calibration.fit)
+    else:
+        samples = [
+            {name: value[index : index + 1] for name, value in batch.items()}
+            for batch in calibration.fit
+            for index in range(len(next(iter(batch.values()))))
+        ]
+        of_samples = [energy_in([sample]) for sample in samples]
+        weights = torch.cat([(10 * energy.median() / energy).clamp(max=1) for energy in of_samples])
     return weights / weights.mean()
 
 
 def check(moments, model, calibration, block, addition, target=None):
-    """The sums of each fold are those of its rows, each relative to the energy of its token in the stream.
+    """The sums of each fold are those of its rows, those of tokens with massive activations relative to their energy.
 
     `target` gives the target outputs of some samples; those of the consumer on its inputs where it is left out.
     """
@@ -106,6 +121,24 @@ def test_layer_collects_the_original_model_s_moments(family):
 
     run(model, calibration, blocks, "layer", inspect)
     assert sorted(found) == sorted(b.name for b in blocks)
+
+
+def test_tokens_with_massive_activations_count_as_the_norm_behind_sees_them():
+    def massive():
+        model, calibration, blocks, segments = prepared("llama")
+        with torch.no_grad():
+            model.get_input_embeddings().weight[::3] *= 1000  # a token in three
+        return model, calibration, blocks, segments
+
+    model, calibration, blocks, segments = massive()
+    original, *_ = massive()
+    places = find_additions(calibration, segments)
+
+    def inspect(block, moments):
+        assert float(shares(original, calibration, places[block.name]).min()) < 0.01
+        check(moments, original, calibration, block, places[block.name])
+
+    run(model, calibration, blocks, "layer", inspect)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "mpnet"])
