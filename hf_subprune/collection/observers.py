@@ -31,15 +31,27 @@ class Targets:
 
     Args:
         store: Of the outputs.
+
+    Attributes:
+        blocks: Names of those whose outputs have come.
+        size: Bytes of outputs that have come.
     """
 
     def __init__(self, store: Store):
-        self.store = store
+        self.store, self.blocks, self.size = store, set[str](), 0
         self._waiting: dict[tuple[str, int], list[Any]] = defaultdict(list)
+
+    def again(self) -> Targets:
+        """The same to be taken once more, of those that are in memory: these here stay."""
+        other = Targets(self.store)
+        other._waiting.update((key, list(waiting)) for key, waiting in self._waiting.items())
+        return other
 
     def put(self, block: str, index: int, target: tuple[torch.Tensor, torch.Tensor | None]) -> None:
         """Keep one call's target of batch `index`."""
         waiting = self._waiting[block, index]
+        self.blocks.add(block)
+        self.size += target[0].numel() * target[0].element_size()
         waiting.append(self.store.keep(f"{block}-{index}-{len(waiting)}", target))
 
     def pop(self, block: str, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
