@@ -6,7 +6,7 @@ for a convolution:
 - `layer`: one forward in all, of the original model.
 - `seq`: of the model as pruned so far, one layer forward a segment and one partial one a block.
 - `asym`: targets from the original model, inputs from the model as pruned so far; two streams. The targets of a
-  segment's blocks are held while it is pruned.
+  segment's blocks are held while it is pruned; where a pass before has kept them all, the original does not run.
 - `residual`: as `asym`, for the sum of the consumer's output and of what the model adds to it (`additions`).
 """
 
