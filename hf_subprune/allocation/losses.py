@@ -7,12 +7,15 @@ from dataclasses import dataclass, field, replace
 
 from ..blocks import Block, Group, groups_of
 from ..collection.block_moments import FOLDS, BlockMoments
+from ..collection.observers import Targets
 from ..collection.planning import plan
-from ..collection.walk import Walk
-from ..data.batches import Samples, tokens_in
+from ..collection.walk import SurveyWalk
+from ..config import TWO_STREAMS
+from ..data.batches import tokens_in
 from ..models.linears import matrix_shape
 from ..runs.processes import from_all, is_mine
 from ..runs.stages import LOSSES, steps
+from ..runs.store import Store
 from ..runs.workspace import Workspace
 from ..solver.curves import LossCurve, loss_curve, losses_of_sets
 from ..solver.problem import Problem
@@ -26,6 +29,8 @@ _STANDING_FOR_ALL = 5
 # Rows that curves are made of for each column of the widest block, and at least, if there are as many.
 _ROWS_A_COLUMN = 2
 _FEWEST_ROWS = 4096
+# Bytes of what blocks put out in the original that are kept until they are solved; beyond that, it runs again then.
+_TARGET_BYTES = 200 * 2**20
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def with_losses(
     curves: bool,
     keep: bool,
 ) -> Survey:
-    """The survey with curves and losses, if budgets need them, and with moments that are kept.
+    """The survey with curves and losses, if budgets need them, and with moments or outputs that are kept.
 
     Args:
         survey: Without them.
@@ -70,7 +75,8 @@ def with_losses(
     stored: dict[str, BlockMoments] | None = {} if keep else None
     trials = Propagation(survey.samples, survey.plan.segments, evaluation) if curves else None
     looked_at = _looked_at(survey) if curves else set()
-    found = work.once("curves", lambda: _pass_over(survey, looked_at, trials, stored, work))
+    passed = _Pass(survey, looked_at, trials, stored, work)
+    found = work.once("curves", passed.run)
     factors = fill_in([block for block in survey.candidates if block.name in found.curves], found.factors)
     losses = {name: corrected(curve.points, factors[name]) for name, curve in found.curves.items()}
     losses |= found.points
@@ -84,6 +90,7 @@ def with_losses(
         losses=_of_nearest(survey, losses),
         query_losses=_of_nearest(survey, queries),
         stored=stored,
+        outputs=passed.targets,
     )
 
 
@@ -115,56 +122,92 @@ def _scaled(block: Block, curve: LossCurve, losses: Points, queries: Points) -> 
     return tuple((width, loss) for (width, _), (_, loss) in zip(queries, scaled, strict=True))
 
 
-def _pass_over(
-    survey: Survey,
-    looked_at: Collection[str],
-    trials: Propagation | None,
-    stored: dict[str, BlockMoments] | None,
-    work: Workspace,
-) -> _Losses:
-    found = _Losses()
-    few = [block for block in survey.candidates if block.name in looked_at]
-    groups = {block.name: group for group in groups_of(few) for block in group.blocks}
-    waiting: dict[str, list[tuple[Problem, int]]] = {}
-    everywhere = trials is not None and trials.evaluation is not None
-    measured = set(groups) if everywhere else measured_blocks(few)
-    samples = survey.samples if stored is not None or everywhere else _enough(survey, few)
-    parts = survey.plan if len(few) == len(survey.candidates) or stored is not None else plan(samples, few)
-    walk = Walk(samples, parts, survey.owners)
-    for segment in steps(LOSSES, walk.left):
-        with work.clock("calibration"):
-            walk.start(segment)
-        for block in segment.blocks:
-            with work.clock("calibration"):
-                moments = walk.moments([block])[block.name]
-            if not is_mine(survey.owners[block.name]):
-                continue
-            if stored is not None:
-                stored[block.name] = moments
-            if trials is None or block.name not in groups:
-                continue
-            group = groups[block.name]
-            together = waiting.setdefault(group.blocks[0].name, [])
-            together.append((survey.problem(block, moments, last=stored is None), moments.rows))
-            del moments
-            if len(together) == len(group.blocks):
-                found.update(_look_at(survey, group, together, trials if block.name in measured else None, work))
-                del waiting[group.blocks[0].name]
-            del together
-    for theirs in from_all(found):
-        found.update(theirs)
-    return found
+class _Pass:
+    """The pass over the original model.
 
+    Args:
+        survey: Without losses.
+        looked_at: Names of the blocks whose curves are made.
+        trials: To prune some of them alone; `None` where no curve is made.
+        stored: Gets the moments of all candidates, if they are to be kept.
+        work: Its clock runs.
 
-def _enough(survey: Survey, blocks: Sequence[Block]) -> Samples:
-    """So many of the samples to fit on that curves of the blocks are not those of fits to noise; none is held out."""
-    samples = survey.samples
-    columns = max(matrix_shape(survey.model.get_submodule(block.consumer))[0] for block in blocks)
-    rows = max(_FEWEST_ROWS, _ROWS_A_COLUMN * columns)
-    for count in range(FOLDS, len(samples.fit), FOLDS):
-        if (tokens_in(samples.fit[:count]) or 0) >= rows:
-            return replace(samples, fit=samples.fit[:count], held_out=[])
-    return replace(samples, held_out=[])
+    Attributes:
+        targets: What the candidates put out, where they will be asked for it and it could be kept.
+    """
+
+    def __init__(
+        self,
+        survey: Survey,
+        looked_at: Collection[str],
+        trials: Propagation | None,
+        stored: dict[str, BlockMoments] | None,
+        work: Workspace,
+    ) -> None:
+        self.survey, self.trials, self.stored, self.work = survey, trials, stored, work
+        self.targets: Targets | None = None
+        self._few = [block for block in survey.candidates if block.name in looked_at]
+        self._groups = {block.name: group for group in groups_of(self._few) for block in group.blocks}
+        self._everywhere = trials is not None and trials.evaluation is not None
+        self._measured = set(self._groups) if self._everywhere else measured_blocks(self._few)
+        self._waiting: dict[str, list[tuple[Problem, int]]] = {}
+
+    def run(self) -> _Losses:
+        """What is found, in every process."""
+        found, walk = _Losses(), self._walk()
+        for segment in steps(LOSSES, walk.left):
+            with self.work.clock("calibration"):
+                walk.start(segment)
+            for block in segment.blocks:
+                if self.stored is None and block.name not in self._groups:
+                    continue
+                with self.work.clock("calibration"):
+                    moments = walk.moments([block])[block.name]
+                if not is_mine(self.survey.owners[block.name]):
+                    continue
+                if self.stored is not None:
+                    self.stored[block.name] = moments
+                if self.trials is not None and block.name in self._groups:
+                    found.update(self._with_group(block, moments))
+                del moments
+        self.targets = walk.targets
+        for theirs in from_all(found):
+            found.update(theirs)
+        return found
+
+    def _walk(self) -> SurveyWalk:
+        survey, variant = self.survey, self.survey.configs[0].streams()
+        kept = self.stored is None and variant in TWO_STREAMS and self.work.holds(_TARGET_BYTES)
+        whole = self.stored is not None or kept or len(self._few) == len(survey.candidates)
+        return SurveyWalk(
+            survey.samples,
+            survey.plan if whole else plan(survey.samples, self._few),
+            survey.owners,
+            looked_at=[block.name for block in (self._few if self.stored is None else survey.candidates)],
+            fitted=None if self.stored is not None or self._everywhere else self._enough(),
+            targets=Targets(Store()) if kept else None,
+            variant=variant,
+            most=_TARGET_BYTES,
+        )
+
+    def _enough(self) -> int:
+        """Of how many of the batches to fit on curves are not those of fits to noise."""
+        fit = self.survey.samples.fit
+        consumers = (self.survey.model.get_submodule(block.consumer) for block in self._few)
+        columns = max(matrix_shape(consumer)[0] for consumer in consumers)
+        rows = max(_FEWEST_ROWS, _ROWS_A_COLUMN * columns)
+        counts = range(FOLDS, len(fit), FOLDS)
+        return next((count for count in counts if (tokens_in(fit[:count]) or 0) >= rows), len(fit))
+
+    def _with_group(self, block: Block, moments: BlockMoments) -> _Losses:
+        """What is found of a block, and of those that it is tied to, once the last of them is there."""
+        group = self._groups[block.name]
+        together = self._waiting.setdefault(group.blocks[0].name, [])
+        together.append((self.survey.problem(block, moments, last=self.stored is None), moments.rows))
+        if len(together) < len(group.blocks):
+            return _Losses()
+        del self._waiting[group.blocks[0].name]
+        return _look_at(self.survey, group, together, self.trials if block.name in self._measured else None, self.work)
 
 
 def _look_at(

@@ -16,7 +16,7 @@ from ..collection.segments import Segment
 from ..data.batches import Samples, brief, pieces, tokens_in
 from ..evaluation.drift import Drift, drift
 from ..evaluation.outputs import Outputs, model_outputs
-from ..models.running import Batch, copied, forward_replaced, hooked
+from ..models.running import Batch, copied, encoder_of, forward_replaced, hooked
 from ..solver.curves import LossCurve, Trial
 from ..surgery.edits import shrink
 
@@ -90,7 +90,7 @@ class Propagation:
         self._known: dict[str, list[Any]] = {}  # outputs by module, batch by batch
         if evaluation is not None:
             return
-        self._encoder = _encoder_of(model)
+        self._encoder = encoder_of(model)
         paths = [segment.path for segment in segments if segment.path]
         self._known = {path: [] for path in (*paths, *([self._encoder] if self._encoder else []))}
         unseen = [one for index, batch in enumerate(samples.fit) if index % FOLDS for one in _few_tokens(batch)]
@@ -154,12 +154,6 @@ class Propagation:
         trials = {width: [curve.trials[width] for curve in curves] for width in sorted(curves[0].trials)}
         losses = ((width, self.measure(blocks, same) / len(blocks)) for width, same in trials.items())
         return (*losses, (blocks[0].units, 0.0))
-
-
-def _encoder_of(model: PreTrainedModel) -> str | None:
-    """Path of the encoder of a model that has a decoder, too."""
-    encoder = model.get_encoder() if model.config.is_encoder_decoder else None
-    return next((path for path, module in model.named_modules() if path and module is encoder), None)
 
 
 def _is_written_down(batch: Batch) -> bool:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..blocks import Block, Discovery
 from ..collection.block_moments import BlockMoments
+from ..collection.observers import Targets
 from ..collection.planning import plan
 from ..collection.segments import Plan
 from ..collection.walk import StoredWalk, Walk, walk
@@ -62,6 +63,7 @@ class Survey:
         losses: By block name, `(width, predicted drift)` points, of its curve or of that of the nearest block.
         query_losses: The same of query heads, for the blocks that could lose these instead.
         stored: By block name, the moments of the original model; `None` where they are collected again for each size.
+        outputs: What the candidates' consumers put out on all batches; `None` where they run again for each size.
         present: By block name, `(k,)` int64, sorted: the units that are left of a block that is masked in part.
     """
 
@@ -84,6 +86,7 @@ class Survey:
     losses: Mapping[str, Points] = field(default_factory=dict)
     query_losses: Mapping[str, Points] = field(default_factory=dict)
     stored: Mapping[str, BlockMoments] | None = None
+    outputs: Targets | None = None
     present: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -167,8 +170,18 @@ class Survey:
         if self.stored is not None:
             return StoredWalk(self.stored, blocks)
         parts = self.plan if list(blocks) == list(self.candidates) else plan(self.samples, blocks)
-        store = work.store(name) if name else None
-        return walk(variant, self.samples, parts, self.owners, beforehand=beforehand, store=store)
+        known = self.outputs
+        if known is not None and not known.blocks >= {block.name for block in blocks}:
+            known = None
+        return walk(
+            variant,
+            self.samples,
+            parts,
+            self.owners,
+            beforehand=beforehand,
+            store=work.store(name) if name else None,
+            targets=None if known is None else known.again(),
+        )
 
     def latency(self, edits: Mapping[str, Edit], spent: float) -> InTurn | None:
         """Seconds of a forward with the edits, as the model is, and inside, where they are taken back, the original's.

@@ -150,7 +150,7 @@ def find(
         begin(FINDING)
         if not is_offloaded(model):  # else this would read all of it, twice
             with together(inside(model)):  # what could not be saved is refused now rather than after the work
-                choose_layout(model, inputs=probe).undo()
+                choose_layout(model, inputs=send_to_device(samples.short_probe, input_device(model))).undo()
         found = discover(model, probe)
         blocks = choose_blocks(found.blocks, found.refusals, configs[0])
     with work.clock("targets"):

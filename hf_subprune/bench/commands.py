@@ -15,8 +15,8 @@ Out = Annotated[Path | None, typer.Option(help="Folder for the rows as JSON, and
 
 @bench_app.command()
 def pipeline(
-    model: Annotated[str | None, typer.Option(help="A causal language model; the demo encoder when left out.")] = None,
-    text: Annotated[Path | None, typer.Option(help="With --model: a file of text to calibrate on.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id; the demo encoder when left out.")] = None,
+    data: Annotated[str | None, typer.Option(help="With --model: as for `prune`.")] = None,
     samples: Annotated[int, typer.Option(help="Samples to calibrate on.", min=4)] = 128,
     held_out: Annotated[int | None, typer.Option(help="Further ones; a quarter as many when left out.", min=1)] = None,
     length: Annotated[int, typer.Option(help="Tokens of a sample, at most.", min=1)] = 512,
@@ -29,16 +29,15 @@ def pipeline(
     What other methods take on a language model: recipes/smollm2.py runs FLAP, OSSCAR and others beside it.
     """
     from ..config import PruneConfig
-    from .pipeline import RUNS, bench_pipeline, language_model, table
+    from .pipeline import RUNS, bench_pipeline, loaded, table
 
-    if (model is None) != (text is None):
-        raise typer.BadParameter("--model and --text come together.")
+    if (model is None) != (data is None):
+        raise typer.BadParameter("--model and --data come together.")
     if unknown := set(run or ()) - RUNS.keys():
         raise typer.BadParameter(f"Unknown run {unknown.pop()!r}: choose from {', '.join(map(repr, RUNS))}.")
-    load = None if model is None else language_model(model, str(text))
+    load = None if model is None or data is None else loaded(model, data)
     held_out = held_out or max(1, samples // 4)
-    packing = "auto" if model is None else True
-    config = PruneConfig(samples=samples, held_out=held_out, max_length=length, keep=keep, packing=packing)
+    config = PruneConfig(samples=samples, held_out=held_out, max_length=length, keep=keep)
     rows = bench_pipeline(load, config, run or tuple(RUNS))
     _save(rows, out, "pipeline.json")
     console.print(table(rows))

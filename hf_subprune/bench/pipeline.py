@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from ..config import VARIANTS, PruneConfig
+from ..data.datafiles import load_data, load_model
 from ..data.reading import read
 from ..models.running import call
 from ..pruning import prune
@@ -63,18 +64,13 @@ def demo() -> tuple[PreTrainedModel, Any, Any]:
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder), docstrings(1000)
 
 
-def language_model(folder: str, text: str) -> Loader:
-    """A causal language model in float32, and a file of text, whose paragraphs are packed into windows."""
-    return partial(_language_model, folder, text)
+def loaded(folder: str, data: str) -> Loader:
+    """A model of one's own in float32, and its data: both as for `prune`."""
+    return partial(_loaded, folder, data)
 
 
-def _language_model(folder: str, text: str) -> tuple[PreTrainedModel, Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with open(text, encoding="utf-8") as file:
-        paragraphs = [line for line in file.read().splitlines() if line.strip()]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder), paragraphs
+def _loaded(folder: str, data: str) -> tuple[PreTrainedModel, Any, Any]:
+    return *load_model(folder, torch.float32), list(load_data(data))
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

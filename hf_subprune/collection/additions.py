@@ -58,7 +58,7 @@ def find_additions(samples: Samples, plan: Plan) -> dict[str, Addition]:
     Pegasus-X, or they are experts, which see some of the tokens.
 
     Args:
-        samples: Their probe is run, in their model, in eval mode.
+        samples: Their short probe is run, in their model, in eval mode.
         plan: The segments; the addition lies in the block's segment.
     """
     found: dict[str, Addition] = {}
@@ -76,7 +76,7 @@ def find_additions(samples: Samples, plan: Plan) -> dict[str, Addition]:
         outputs.append((segment.path, watch.cut))  # the layer's output is looked at, then cut off
     with undisturbed(model), torch.enable_grad(), hooked(model, inputs=inputs, outputs=outputs):
         model.requires_grad_(False)
-        model(**placed(model, samples.probe))
+        model(**placed(model, samples.short_probe))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,15 +35,27 @@ class Targets:
 
     Args:
         store: Of the outputs.
+
+    Attributes:
+        blocks: Names of those whose outputs have come.
+        size: Bytes of outputs that have come.
     """
 
     def __init__(self, store: Store):
-        self.store = store
+        self.store, self.blocks, self.size = store, set[str](), 0
         self._waiting: dict[tuple[str, int], list[Any]] = defaultdict(list)
+
+    def again(self) -> Targets:
+        """The same to be taken once more, of those that are in memory: these here stay."""
+        other = Targets(self.store)
+        other._waiting.update((key, list(waiting)) for key, waiting in self._waiting.items())
+        return other
 
     def put(self, block: str, index: int, target: tuple[torch.Tensor, torch.Tensor | None]) -> None:
         """Keep one call's target of batch `index`."""
         waiting = self._waiting[block, index]
+        self.blocks.add(block)
+        self.size += target[0].numel() * target[0].element_size()
         waiting.append(self.store.keep(f"{block}-{index}-{len(waiting)}", target))
 
     def pop(self, block: str, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -248,7 +261,9 @@ class PairedObserver(Observer):
 
     def add_target(self, output: torch.Tensor) -> None:
         """What one call of the consumer puts out in the original model."""
-        rows = self._output_rows(output)
+        self._put(self._output_rows(output))
+
+    def _put(self, rows: torch.Tensor) -> None:
         rows = rows.clone() if self._bias is None else rows - self._bias.detach()  # what follows may write into them
         self._targets.put(self.block.name, self._index, (rows, self._tokens()))
 
@@ -258,14 +273,14 @@ class PairedObserver(Observer):
         Args:
             inputs: Of the consumer.
             weights: Of its real tokens.
-            rest: In the shape of its output, what else the sum holds that the targets are of.
+            rest: `(rows, m)` at its real tokens, what else the sum holds that the targets are of.
         """
         targets, sent = send_to_device(self._targets.pop(self.block.name, self._index), inputs.device)
         if sent is None:
             mask, positions = self._mask_of(inputs), output_positions(self.consumer, inputs.shape)
             self._check_paired(len(targets), math.prod(positions) if mask is None else int(mask.sum()))
         if rest is not None:
-            targets = targets - self._output_rows(rest)
+            targets = targets - rest
         into = self._fold()
         done = 0
         for rows in self._real_inputs(inputs):
@@ -306,11 +321,14 @@ class ResidualObserver(PairedObserver):
     def _add_target_at_sum(self, values: Any) -> None:
         output, self._output = self._output, None
         if output is not None:
-            self.add_target(output + self.addition.rest(first_tensor(values), output))  # type: ignore[arg-type]
+            self._put(self._output_rows(output) + self._rest(first_tensor(values), output))  # type: ignore[arg-type]
 
     def _add_held(self, total: torch.Tensor, output: torch.Tensor) -> None:
-        rest = self.addition.rest(total, output)
-        self.add(self._input, self._weights(total), rest)  # type: ignore[arg-type]
+        self.add(self._input, self._weights(total), self._rest(total, output))  # type: ignore[arg-type]
+
+    def _rest(self, total: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        of_rows = replace(self.addition, gain=self.addition.gain.flatten())
+        return of_rows.rest(self._output_rows(total), self._output_rows(output))
 
 
 def _culprits(inputs: torch.Tensor) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ..blocks import Block, some_of
 from ..data.batches import Samples
 from ..models.paths import ancestors_of, is_inside
-from ..models.running import call, copied, hooked
+from ..models.running import call, hooked
 from ..runs.memory import is_of_the_machine
 from .segments import Plan, Segment
 from .stream import Stream
@@ -29,7 +29,7 @@ def plan(samples: Samples, blocks: Sequence[Block]) -> Plan:
     Raises:
         ValueError: the forward does not call the consumers of some blocks; the message names these.
     """
-    probe = Samples.of(samples.model, [samples.probe])
+    probe = Samples.of(samples.model, [samples.short_probe])
     modules = dict(samples.model.named_modules())
     calls: dict[str, int] = {}
     paths = {path for block in blocks for module in _modules(block) for path in ancestors_of(module)}
@@ -62,8 +62,7 @@ def plan(samples: Samples, blocks: Sequence[Block]) -> Plan:
         Segment(path, tuple(inside), tuple(calls[b.consumer] for b in inside))
         for path, inside in sorted(members.items(), key=lambda item: order.index(item[0]))
     ]
-    leads = _leads(probe, segments)
-    plain = _plain_forward(probe, segments)
+    plain, leads = _plain_forward(probe, segments)
     for retain_all in (False, True):
         found = Plan(tuple(segments), retain_all)
         if leads and _replays_exactly(probe, replace(found, leads=leads), plain):
@@ -112,87 +111,80 @@ def _container(path: str, modules: Mapping[str, nn.Module]) -> bool:
     return any(isinstance(modules[above], _CONTAINERS) for above in ancestors_of(path)[:-1])
 
 
-@dataclass
-class _Seen:
-    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    outputs: dict[str, Any] = field(default_factory=dict)
+_Inputs = dict[str, list[torch.Tensor]]
+"""By path of a segment, the tensors among what it was called with."""
 
 
-def _watched(probe: Samples, paths: Sequence[str], seen: _Seen) -> AbstractContextManager[None]:
-    def note_inputs(path: str) -> Callable[[Any, Any], None]:
-        def note(args: Any, kwargs: Any) -> None:
-            seen.inputs[path] = [x.clone() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+def _plain_forward(probe: Samples, segments: Sequence[Segment]) -> tuple[_Inputs, dict[str, int]]:
+    """What segments see in the plain forward, and leads, with the position of the segment called next.
 
-        return note
-
-    def note_output(path: str) -> Callable[[Any], None]:
-        def note(output: Any) -> None:
-            seen.outputs[path] = copied(output)
-
-        return note
-
-    return hooked(
-        probe.model,
-        arguments=[(path, note_inputs(path)) for path in paths],
-        outputs=[(path, note_output(path)) for path in paths],
-    )
-
-
-def _leads(probe: Samples, segments: Sequence[Segment]) -> dict[str, int]:
-    """Modules with weights, called once and outside of all segments, and the position of the segment called next."""
+    Leads are modules with weights, called once and outside of all segments, whose output no further segment is given.
+    """
+    model, seen = probe.model, _Inputs()
     paths = {segment.path for segment in segments}
     above = {ancestor for path in paths for ancestor in ancestors_of(path)[:-1]}
-    begun: set[str] = set()
-    ended: dict[str, list[int | None]] = {}
+    ended: dict[str, list[tuple[int, Any]]] = {}
+    late: set[str] = set()
 
-    def begin(path: str) -> Callable[[Any], None]:
-        return lambda _: begun.add(path)
+    def begin(path: str) -> Callable[[Any, Any], None]:
+        def begun(args: Any, kwargs: Any) -> None:
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            known = {id(x) for x in given}
+            for lead, calls in ended.items():
+                if any(at < len(seen) and known & set(map(id, tree_leaves(output))) for at, output in calls):
+                    late.add(lead)
+            seen[path] = [x.clone() for x in given]
+
+        return begun
 
     def end(path: str) -> Callable[[Any], None]:
-        def note(output: Any) -> None:
-            leaves = [leaf for leaf in tree_leaves(output) if leaf is not None]
-            plain = all(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves)
-            ended.setdefault(path, []).append(len(begun) if plain and len(begun) < len(segments) else None)
-
-        return note
+        return lambda output: ended.setdefault(path, []).append((len(seen), output))
 
     outside = [
         path
-        for path, module in probe.model.named_modules()
+        for path, module in model.named_modules()
         if path not in above | paths
         and not any(is_inside(path, segment) for segment in paths)
         and next(module.parameters(), None) is not None
     ]
-    begins, ends = [(path, begin(path)) for path in paths], [(path, end(path)) for path in outside]
-    with hooked(probe.model, inputs=begins, outputs=ends):
-        call(probe.model, probe.fit[0])
-    once = {path: at[0] for path, at in ended.items() if len(at) == 1 and at[0] is not None}
-    return {path: at for path, at in once.items() if not any(is_inside(path, p) for p in once if p != path)}
+    with hooked(model, arguments=[(p, begin(p)) for p in paths], outputs=[(p, end(p)) for p in outside]):
+        call(model, probe.fit[0])
+    once = {
+        path: calls[0][0]
+        for path, calls in ended.items()
+        if len(calls) == 1 and calls[0][0] < len(segments) and _is_plain(calls[0][1])
+    }
+    outermost = {path: at for path, at in once.items() if not any(is_inside(path, p) for p in once if p != path)}
+    return seen, {path: at for path, at in outermost.items() if path not in late}
 
 
-def _plain_forward(probe: Samples, segments: Sequence[Segment]) -> _Seen:
-    """What segments see in the plain forward."""
-    seen = _Seen()
-    with _watched(probe, [segment.path for segment in segments], seen):
-        call(probe.model, probe.fit[0])
-    return seen
+def _is_plain(output: Any) -> bool:
+    leaves = [leaf for leaf in tree_leaves(output) if leaf is not None]
+    return all(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves)
 
 
-def _replays_exactly(probe: Samples, plan: Plan, plain: _Seen) -> bool:
+def _noted(model: nn.Module, path: str, seen: _Inputs) -> AbstractContextManager[None]:
+    def note(args: Any, kwargs: Any) -> None:
+        seen[path] = [x.clone() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+
+    return hooked(model, arguments=[(path, note)])
+
+
+def _replays_exactly(probe: Samples, plan: Plan, plain: _Inputs) -> bool:
     """Whether each segment sees, when it is run alone, the inputs that it sees in the plain forward."""
     stream = Stream(probe, plan)
     for path in (segment.path for segment in plan.segments):
-        alone = _Seen()
-        with _watched(probe, [path], alone):
+        alone = _Inputs()
+        with _noted(probe.model, path, alone):
             try:
                 stream.run(0)
             except Exception as error:  # of whatever type: what stands in for an output was read after all
                 if is_of_the_machine(error):
                     raise
                 return False
-        if path not in alone.inputs or len(alone.inputs[path]) != len(plain.inputs[path]):
+        if path not in alone or len(alone[path]) != len(plain[path]):
             return False
-        if not all(torch.equal(x, y) for x, y in zip(alone.inputs[path], plain.inputs[path], strict=True)):
+        if not all(torch.equal(x, y) for x, y in zip(alone[path], plain[path], strict=True)):
             return False
         stream.step()
     return True

@@ -6,15 +6,14 @@ for a convolution:
 - `layer`: one forward in all, of the original model.
 - `seq`: of the model as pruned so far, one layer forward a segment and one partial one a block.
 - `asym`: targets from the original model, inputs from the model as pruned so far; two streams. The targets of a
-  segment's blocks are held while it is pruned.
+  segment's blocks are held while it is pruned; where a pass before has kept them all, the original does not run.
 - `residual`: as `asym`, for the sum of the consumer's output and of what the model adds to it (`additions`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import torch
@@ -131,10 +130,11 @@ class Walk:
         observers: Sequence[Observer],
         hooks: Sequence[tuple[Hooks, Hooks]],
         stop_at: str | None = None,
+        indices: Sequence[int] | None = None,
     ) -> None:
-        """Run the stream's segment on this process's batches, under the eyes of observers."""
-        inputs, outputs = (list(chain(*some)) for some in zip(*hooks, strict=True))
-        for index in self._shares:
+        """Run the stream's segment on this process's batches, or on some of them, under the eyes of observers."""
+        inputs, outputs = ([hook for some in hooks for hook in some[side]] for side in range(2))
+        for index in self._shares if indices is None else indices:
             for observer in observers:
                 observer.start(index)
             stream.run(index, inputs=inputs, outputs=outputs, stop_at=stop_at)
@@ -149,6 +149,72 @@ class Walk:
         self.store.commit(self.current.position, {name: stream.kept for name, stream in self.streams.items()})
 
 
+class SurveyWalk(Walk):
+    """One pass over the original model before it is known what its blocks lose.
+
+    Args:
+        samples, plan, owners: As of `Walk`.
+        looked_at: Names of the blocks whose moments are collected.
+        fitted: Of how many of the batches to fit on, if not of all batches, held-out ones among them.
+        targets: Where what all blocks put out on all batches is kept, if it is.
+        variant: Of the walk that will ask for it: `"asym"` or `"residual"`.
+        most: Bytes that it may come to. It is let go of as soon as it is foreseen to be more.
+
+    Attributes:
+        targets: As long as they are kept.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        plan: Plan,
+        owners: Mapping[str, int],
+        *,
+        looked_at: Collection[str],
+        fitted: int | None,
+        targets: Targets | None = None,
+        variant: str = "residual",
+        most: int = 0,
+    ) -> None:
+        super().__init__(samples, plan, owners)
+        self.targets, self._looked_at, self._variant, self._most = targets, looked_at, variant, most
+        self._few = [index for index in self._shares if fitted is None or index < fitted]
+        self._others = [index for index in self._shares if index not in self._few]
+
+    def start(self, segment: Segment) -> None:
+        self._watch(segment)
+        observers = list(self._observers.values())
+        noting = [] if self.targets is None else [self._noting(*of) for of in self._calls(segment)]
+        hooks = [observer.hooks() for observer in observers]
+        to_note = [observer.target_hooks() for observer in noting]
+        with loaded(self.samples.model.get_submodule(segment.path)):
+            self._run(self.current, [*observers, *noting], [*hooks, *to_note], indices=self._few)
+            if noting:
+                self._run(self.current, noting, to_note, indices=self._others)
+        self.current.step()
+        if self.targets is not None and self._foreseen() > self._most:
+            self.targets = None
+
+    def _calls(self, segment: Segment) -> Iterable[tuple[Block, int]]:
+        return zip(segment.blocks, segment.calls, strict=True)
+
+    def _watch(self, segment: Segment) -> None:
+        few = [(block, calls) for block, calls in self._calls(segment) if block.name in self._looked_at]
+        self._observers = {block.name: self._observer(block, calls) for block, calls in few}
+
+    def _noting(self, block: Block, calls: int) -> PairedObserver:
+        addition = self._additions.get(block.name) if self._variant == "residual" else None
+        if addition is None:
+            return PairedObserver(self.samples, block, calls, targets=self.targets)  # type: ignore[arg-type]
+        return ResidualObserver(self.samples, block, calls, addition, targets=self.targets)  # type: ignore[arg-type]
+
+    def _foreseen(self) -> float:
+        """Bytes of the targets of all blocks, if those to come have as many as those that came."""
+        blocks = sum(len(segment.blocks) for segment in self.plan.segments)
+        come = sum(len(segment.blocks) for segment in self.plan.segments[: self.current.position])
+        return self.targets.size * blocks / come  # type: ignore[union-attr]
+
+
 class SequentialWalk(Walk):
     """Each block is observed in the model as pruned so far (variant `seq`)."""
 
@@ -158,8 +224,8 @@ class SequentialWalk(Walk):
         self._watch(segment)
         self._ending: Ending | None = None
         if segment is not self.plan.segments[-1]:
-            last, batches = self._observers[segment.blocks[-1].name], len(self._shares)
-            self._ending = last.ending = Ending.of(last.consumer, last.addition, segment.path, last.calls, batches)
+            last = self._observers[segment.blocks[-1].name]
+            self._ending = last.ending = Ending.of(last.consumer, last.addition, segment.path, last.calls)
 
     def moments(self, blocks: Iterable[Block]) -> dict[str, BlockMoments]:
         observers = [self._observers[block.name] for block in blocks]
@@ -172,11 +238,13 @@ class SequentialWalk(Walk):
             last = segment.blocks[-1]
             units = (kept or {}).get(last.name)
             columns = None if units is None else kept_columns(last, units)
-            if self._ending is not None and columns is not None and self._ending.complete(self._shares, len(columns)):
-                for index in self._shares:
+            again = []
+            for index in self._shares:
+                if self._ending is None or columns is None or not self._ending.knows(index, len(columns)):
+                    again.append(index)
+                else:
                     self.current.put(index, self._ending.output(index, columns))
-            else:
-                self._run(self.current, [], [([], [])])
+            self._run(self.current, [], [], indices=again)
         self._ending = None
         self.current.step()
         self._commit()
@@ -188,6 +256,7 @@ class PairedWalk(SequentialWalk):
     Args:
         samples, plan, owners, store: As of `Walk`.
         beforehand: Edits of blocks outside of the plan, which are taken back for the original.
+        targets: All of them, where they are known: the original does not run again.
     """
 
     def __init__(
@@ -198,14 +267,18 @@ class PairedWalk(SequentialWalk):
         store: Store | None = None,
         *,
         beforehand: Mapping[str, Edit],
+        targets: Targets | None = None,
     ) -> None:
         super().__init__(samples, plan, owners, store)
-        self.original = self.streams["original"] = self._stream("original")
-        self._beforehand = dict(beforehand)
+        self._beforehand, self._known = dict(beforehand), targets
+        if targets is None:
+            self.original = self.streams["original"] = self._stream("original")
 
     def start(self, segment: Segment) -> None:
-        self._targets = Targets(self.store.part("targets"))
+        self._targets = self._known or Targets(self.store.part("targets"))
         super().start(segment)
+        if self._known is not None:
+            return
         observers: list[Any] = list(self._observers.values())
         # None of the segment's blocks is shrunk yet: one pass gives the targets of all.
         with taken_back(self._beforehand), loaded(self.samples.model.get_submodule(segment.path)):
@@ -261,6 +334,7 @@ def walk(
     *,
     beforehand: Mapping[str, Edit],
     store: Store | None = None,
+    targets: Targets | None = None,
 ) -> Walk:
     """The walk of a variant: `"layer"`, `"seq"`, `"asym"` or `"residual"`; arguments are those of `PairedWalk`."""
     if variant == "layer":
@@ -268,4 +342,4 @@ def walk(
     if variant == "seq":
         return SequentialWalk(samples, plan, owners, store)
     kind = PairedWalk if variant == "asym" else ResidualWalk
-    return kind(samples, plan, owners, store, beforehand=beforehand)
+    return kind(samples, plan, owners, store, beforehand=beforehand, targets=targets)

@@ -14,7 +14,7 @@ from ..models.running import Batch
 from ..runs.memory import ran_out_of_memory
 from ..runs.processes import own_share
 from .padding import spoken_frames, token_mask
-from .probe import is_divisible, probe_of, samples_in
+from .probe import MOST_TOKENS, is_divisible, probe_of, samples_in
 
 logger = logging.get_logger(__name__)
 
@@ -55,6 +55,11 @@ class Samples:
     def probe(self) -> Batch:
         """Two samples, for what is found out on few of them: see `probe_of`."""
         return probe_of(self.model, self.fit)
+
+    @property
+    def short_probe(self) -> Batch:
+        """The probe of texts, one of its samples of all else: for what one sample shows as well as two."""
+        return brief(self.probe, 2 * MOST_TOKENS)
 
     def in_batches_of(self, size: int) -> "Samples":
         """The same samples, batches cut into ones of at most `size` samples; the folds stay as they are, or nearly.

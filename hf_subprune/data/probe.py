@@ -13,7 +13,7 @@ from .features import most_positions, text_config
 
 # Tokens of a text that are enough to see what depends on what, and the fewest: among one or two, attention has little
 # or no choice, and distances do not differ.
-_TOKENS = 32
+MOST_TOKENS = 32
 _FEWEST_TOKENS = 8
 # Values of a sample that is no text: a second of sound, a small image.
 _VALUES = 16_000
@@ -95,7 +95,7 @@ class _Side:
         some = {k: v.flatten(0, real.ndim - 2) for k, v in self.given.items() if v.shape[: real.ndim] == shape}
         if fewest and len(some) == len(self.given):  # nothing else speaks of single tokens, such as those of an image
             places = [row.nonzero().flatten() for row in real.flatten(0, -2)]
-            length = min(fewest, _TOKENS) - 1
+            length = min(fewest, MOST_TOKENS) - 1
             kept = torch.stack([torch.cat([place[:length], place[-1:]]) for place in places])
             some = {name: value[torch.arange(len(kept))[:, None], kept] for name, value in some.items()}
         lacking = _FEWEST_TOKENS - int(self.distinct.min())
@@ -126,7 +126,7 @@ def _sides(batch: Batch) -> list[_Side]:
 def _extent(batch: Batch) -> int:
     """How much there is of the second longest sample, up to what is enough."""
     if _sides(batch):
-        return min(_TOKENS, int(_lengths(batch).sort(descending=True).values[:2][-1]))
+        return min(MOST_TOKENS, int(_lengths(batch).sort(descending=True).values[:2][-1]))
     values = [value.numel() for value in batch.values() if isinstance(value, torch.Tensor)]
     return min(_VALUES, max(values, default=0) // samples_in(batch))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from ..models.forms import all_running, apart
 from ..models.intact import intact
 from ..models.offload import device_of
 from ..models.paths import Modules, layer_of
-from ..models.running import first_line, hooked, inside, undisturbed
+from ..models.running import copied, encoder_of, first_line, forward_replaced, hooked, inside, undisturbed
 from ..runs.memory import is_of_the_machine
 from ..surgery.verification import EquivalenceError, verify
 from .arguments import Call
@@ -127,11 +129,21 @@ def called(model: nn.Module, inputs: Mapping[str, Any]) -> set[str]:
 
 
 def _trials(model: nn.Module, modules: Modules, inputs: Mapping[str, Any]) -> Trials:
+    encoder = encoder_of(model)
+    encoded = cache(partial(_encoded, model, inputs, encoder or ""))
+
     def failure(
         blocks: Sequence[Block], kept: Mapping[str, torch.Tensor], to_consumer: bool = False
     ) -> EquivalenceError | None:
+        prove = partial(verify, model, blocks, kept, inputs, to_consumer=to_consumer)
+        if encoder is not None and not any(_meet(path, encoder) for path in _touched(blocks)) and encoded():
+            # It says the same whatever becomes of the decoder: it need not run, unless something seems to be wrong.
+            again = forward_replaced(model.get_submodule(encoder), lambda *_args, **_kwargs: copied(encoded()[0]))
+            with again, suppress(EquivalenceError):
+                prove()
+                return None
         try:
-            verify(model, blocks, kept, inputs, to_consumer=to_consumer)
+            prove()
         except EquivalenceError as error:
             return error
         return None
@@ -144,6 +156,27 @@ def _trials(model: nn.Module, modules: Modules, inputs: Mapping[str, Any]) -> Tr
         return found
 
     return Trials(modules, failure, calls)
+
+
+def _encoded(model: nn.Module, inputs: Mapping[str, Any], encoder: str) -> list[Any]:
+    """What the encoder puts out in the only call of it; empty where there are several."""
+    found: list[Any] = []
+    with undisturbed(model), torch.no_grad(), hooked(model, outputs=[(encoder, found.append)]):
+        model(**inputs)
+    return found if len(found) == 1 else []
+
+
+def _touched(blocks: Sequence[Block]) -> Iterator[str]:
+    """Dotted paths of modules that are not the same without units of the blocks."""
+    for block in blocks:
+        yield block.consumer
+        yield from (piece.tensor.rpartition(".")[0] for piece in block.slices)
+        yield from (attribute.module for attribute in block.attributes)
+        yield from (argument.module for argument in block.arguments)
+
+
+def _meet(path: str, other: str) -> bool:
+    return f"{path}.".startswith(f"{other}.") or not path or f"{other}.".startswith(f"{path}.")
 
 
 def _named(modules: Modules, blocks: list[Block]) -> list[Block]:

@@ -39,6 +39,13 @@ def around(model: nn.Module, path: str) -> dict[str, nn.Module]:
     return {outer: model.get_submodule(outer) for outer in ancestors_of(path)[:-1]}
 
 
+def encoder_of(model: nn.Module) -> str | None:
+    """Dotted path of the encoder of a model that has a decoder, too."""
+    both = isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
+    encoder = model.get_encoder() if both else None  # type: ignore[operator]
+    return next((path for path, module in model.named_modules() if path and module is encoder), None)
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Where a model's inputs go: to its first parameter."""
     return next((device_of(parameter) for parameter in model.parameters()), torch.device("cpu"))

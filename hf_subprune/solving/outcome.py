@@ -17,7 +17,7 @@ from ..evaluation.costs import InTurn, circumstances, count
 from ..evaluation.drift import Drift, drift
 from ..evaluation.original import Original
 from ..models.forms import put_together
-from ..models.running import input_device
+from ..models.running import Batch, input_device
 from ..report.records import BlockReport, Change
 from ..report.report import PruneReport
 from ..runs.memory import peak_memory
@@ -50,7 +50,7 @@ def outcome(
     kept = {name: torch.tensor(report.kept_units, dtype=torch.long) for name, report in solved.reports.items()}
     begin(CHECKING)
     with work.clock("verification"), taken_back(solved.edits):
-        verify(survey.model, widths.blocks, kept, survey.probe)
+        verify(survey.model, widths.blocks, kept, _short_probe(survey.samples))
     begin(MEASURING)
     with work.clock("evaluation"):
         timed = survey.latency(solved.edits, sum(work.clock.seconds.values()))
@@ -93,7 +93,7 @@ def of_the_whole(
     """
     model = samples.model
     with work.clock("layout"):
-        layout = choose_layout(model, config.layout, inputs=send_to_device(samples.probe, input_device(model)))
+        layout = choose_layout(model, config.layout, inputs=_short_probe(samples))
         work.undo.callback(layout.undo)
     with work.clock("evaluation"):
         after = count(model, original.measured_on)
@@ -122,3 +122,7 @@ def of_the_whole(
         peak_memory=peak_memory(),
         versions={name: version(name) for name in ("hf_subprune", "torch", "transformers")},
     )
+
+
+def _short_probe(samples: Samples) -> Batch:
+    return send_to_device(samples.short_probe, input_device(samples.model))

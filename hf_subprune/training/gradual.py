@@ -76,7 +76,7 @@ class GradualPruning:
             survey = take_survey(self.samples, [self.config], None, Workspace())
             self.blocks, self.targets = survey.blocks, whole_heads(survey, self.config)
         # Training makes moments out of date, and what was predicted of the model before it.
-        self._survey = replace(survey, stored=None, curves={}, losses={}, query_losses={})
+        self._survey = replace(survey, stored=None, outputs=None, curves={}, losses={}, query_losses={})
 
     @property
     def kept_fraction(self) -> float:

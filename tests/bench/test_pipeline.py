@@ -18,14 +18,14 @@ def language_model(tmp_path):
     tokenizer = make_tokenizer()
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **TEXT_MODEL)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("\n\n".join(TEXTS * 6), encoding="utf-8")
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS * 6), encoding="utf-8")
     return str(tmp_path / "model"), str(tmp_path / "text.txt")
 
 
 @pytest.mark.parametrize("name", ["default", "neurons, layer"])
 def test_stages_add_up_to_the_run(language_model, name):
     config = PruneConfig(**{"keep": 0.5, "samples": 6, "held_out": 2, "max_length": 8, **pipeline.RUNS[name]})
-    row = json.loads(json.dumps(pipeline._row(name, pipeline.language_model(*language_model), config)))
+    row = json.loads(json.dumps(pipeline._row(name, pipeline.loaded(*language_model), config)))
     assert row["run"] == name and row["forward"] > 0 and row["model"] > 0
     assert row["ratio"] == pytest.approx(row["total"] / row["forward"])
     assert 0 < sum(row["stages"].values()) <= row["total"]
@@ -36,9 +36,9 @@ def test_stages_add_up_to_the_run(language_model, name):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [((), "come together"), (("--text", "text.txt", "--run", "quick"), "Unknown run 'quick'")],
+    [((), "come together"), (("--data", "text.txt", "--run", "quick"), "Unknown run 'quick'")],
 )
-def test_a_model_comes_with_text_and_runs_have_names(words, message):
+def test_a_model_comes_with_data_and_runs_have_names(words, message):
     result = CliRunner().invoke(app, ["bench", "pipeline", "--model", "folder", *words], env={"COLUMNS": "160"})
     assert result.exit_code == 2
     assert message in result.output

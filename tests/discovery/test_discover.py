@@ -4,6 +4,7 @@ from hand_made import Layers, Mlp, Normalized, X
 from tiny import FAMILIES, tiny
 from torch import nn
 
+from hf_subprune.discovery import discover as discovering
 from hf_subprune.discovery.discover import discover
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.discovery.ties import by_choice
@@ -276,3 +277,16 @@ def test_cost_is_linear_in_layers():
 
     few, many = seconds(4), seconds(16)
     assert many < 8 * few
+
+
+def test_the_encoder_does_not_run_for_every_trial_of_a_decoder(monkeypatch):
+    def found():
+        model, calls = tiny("bart"), []
+        inputs = probe_inputs(model)
+        model.model.encoder.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+        return [block.name for block in discover(model, inputs).blocks], len(calls)
+
+    names, calls = found()
+    monkeypatch.setattr(discovering, "encoder_of", lambda model: None)
+    expected, more = found()
+    assert names == expected and calls < more
