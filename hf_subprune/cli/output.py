@@ -115,5 +115,7 @@ def reported(run: Callable[[], object]) -> None:
 
         from ..report.plain import printable
 
-        Console(stderr=True).print(Text.assemble(("Error:", "red"), " " + printable(str(error), keep="\n")))
+        errors = Console(stderr=True)
+        message = Text.assemble(("Error:", "red"), " " + printable(str(error), keep="\n"))
+        errors.print(message, soft_wrap=not errors.is_terminal)  # in a pipe, no name is broken
         raise SystemExit(1) from error
