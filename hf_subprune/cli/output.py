@@ -77,7 +77,8 @@ def _display() -> Display:
 
 
 def _write(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{line}\n")  # at once, where others write there too
+    sys.stderr.flush()
 
 
 def silence_libraries() -> None:
