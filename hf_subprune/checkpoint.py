@@ -23,7 +23,7 @@ from .allocation.surveying import take_survey
 from .blocks import some_of
 from .config import PruneConfig
 from .data.batches import FittingBatches, Samples
-from .data.datafiles import load_processing_class
+from .data.datafiles import load_processing_class, missing_named
 from .data.reading import read
 from .models.session import check_prunable, session
 from .pruning import prune_to
@@ -274,7 +274,8 @@ def _local(name_or_path: str | Path) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    return Path(snapshot_download(str(name_or_path), allow_patterns=patterns))
+    with missing_named(str(name_or_path)):
+        return Path(snapshot_download(str(name_or_path), allow_patterns=patterns))
 
 
 def _load(source: Path, dtype: Any, device: Any, folder: Path) -> PreTrainedModel:

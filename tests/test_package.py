@@ -38,6 +38,13 @@ def test_types_and_the_template_of_the_card_are_shipped():
     assert package.joinpath("report", "card_template.md").is_file()
 
 
+@pytest.mark.parametrize("page", ["README.md", "recipes/README.md", "model_cards/README.md"])
+def test_links_to_files_lead_to_files(page):
+    page = Path(__file__).parents[1] / page
+    links = re.findall(r"\]\((?!\w+:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert links and [link for link in links if not (page.parent / link).exists()] == []
+
+
 LIGHT = "hf_subprune", "hf_subprune.cli", "hf_subprune.cli.commands"
 
 

@@ -23,11 +23,11 @@ from ..models.running import Batch, call, hooked, input_device, on_device
 from ..runs.stages import CHECKING, FINDING, LOSSES, MEASURING, ORIGINAL, SENSITIVITIES, SHARING, SOLVING, expect
 
 # Forwards over all samples that a stage comes to, whatever else it does.
-_FORWARDS = {ORIGINAL: 0.5, SENSITIVITIES: 1.1, LOSSES: 3.5, SHARING: 0.02, CHECKING: 0.05, MEASURING: 0.6}
+_FORWARDS = {ORIGINAL: 0.3, SENSITIVITIES: 0.6, LOSSES: 1.2, SHARING: 0.03, CHECKING: 0.03, MEASURING: 0.35}
 # Forwards of the probe that blocks are found by.
-_TRIALS = 80.0
+_TRIALS = 45.0
 # Those of solving, by what is observed of which model.
-_PASSES = {"layer": 1.0, "seq": 2.0, "asym": 3.0, "residual": 3.0}
+_PASSES = {"layer": 1.0, "seq": 2.0, "asym": 2.0, "residual": 2.0}
 # Products of two square matrices of a block's columns that its curve takes, a greedy selection, and all else of it.
 _PRODUCTS_A_CURVE, _PRODUCTS_A_SELECTION, _PRODUCTS_BESIDES = 4.0, 4.5, 1.5
 # Blocks of a kind that curves are made of.

@@ -77,7 +77,8 @@ def _display() -> Display:
 
 
 def _write(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{line}\n")  # at once, where others write there too
+    sys.stderr.flush()
 
 
 def silence_libraries() -> None:
@@ -115,5 +116,7 @@ def reported(run: Callable[[], object]) -> None:
 
         from ..report.plain import printable
 
-        Console(stderr=True).print(Text.assemble(("Error:", "red"), " " + printable(str(error), keep="\n")))
+        errors = Console(stderr=True)
+        message = Text.assemble(("Error:", "red"), " " + printable(str(error), keep="\n"))
+        errors.print(message, soft_wrap=not errors.is_terminal)  # in a pipe, no name is broken
         raise SystemExit(1) from error

@@ -1,25 +1,33 @@
 """The command line's MODEL and DATA: a name or a path to what the Python interface takes."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from datasets import IterableDataset, interleave_datasets, load_dataset
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, logging
 
+from ..runs.memory import is_of_the_machine
 from ..runs.processes import state
 from .images import is_picture
 from .sounds import SOUND_KINDS, is_file, is_stored, undecoded
 from .texts import COMPLETIONS, PAIRS
 
+logger = logging.get_logger(__name__)
+
 # The reader of `datasets` for each kind of file.
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _WEIGHTED = re.compile(r"(.+)=(\d*\.?\d+)")
 _WHERE = ("revision", "subfolder", "token", "trust_remote_code")
+_PROCESSING = (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, "tokenizer.json", "tokenizer_config.json")
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -184,16 +192,64 @@ def load_model(
 
     Raises:
         OSError: there is no such model.
+        ValueError: there is no such device; the weights are damaged, or others than its config describes.
     """
     options = dict(options or {})
     where = {name: options[name] for name in _WHERE if name in options}
-    config = AutoConfig.from_pretrained(name_or_path, **where)
+    if device is not None:
+        _check_device(device)
+    config = _config_of(name_or_path, where)
     own = getattr(transformers, (config.architectures or [""])[0], AutoModel)
     loader = auto_class or _class_of_remote_code(config, options) or own
-    model = loader.from_pretrained(name_or_path, dtype=dtype, **options)
+    try:
+        model = loader.from_pretrained(name_or_path, dtype=dtype, **options)
+    except (SafetensorError, UnpicklingError, EOFError, KeyError, RuntimeError) as error:
+        if is_of_the_machine(error):
+            raise
+        raise ValueError(
+            f"The weights of {name_or_path} are damaged, or not those that its {CONFIG_NAME} describes: {error}"
+        ) from error
     if "device_map" not in options:
         model = model.to(device or state().device)  # of several processes, each has its own
     return model.eval(), load_processing_class(name_or_path, where)
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Refuse a device that is not here before anything is read."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _config_of(name_or_path: str, where: Mapping[str, Any]) -> Any:
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / where.get("subfolder", "") / CONFIG_NAME).is_file():
+        adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
+        merge = " It holds an adapter: merge it into its model, and save that." if adapter else ""
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, as `save_pretrained` writes it.{merge}")
+    with missing_named(name_or_path):
+        return AutoConfig.from_pretrained(name_or_path, **where)
+
+
+@contextmanager
+def missing_named(name_or_path: str) -> Iterator[None]:
+    """What is no folder here is taken to be on the Hub, whose errors do not say that it is none.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    path = Path(name_or_path)
+    try:
+        yield
+    except (OSError, HFValidationError) as error:
+        if path.exists():
+            raise
+        if path.is_absolute() or name_or_path.startswith((".", "~")):
+            raise FileNotFoundError(f"No folder {path}.") from error
+        raise FileNotFoundError(
+            f"{name_or_path!r} is no folder here, and no model on the Hub could be opened by that name: {error}"
+        ) from error
 
 
 def _class_of_remote_code(config: Any, options: Mapping[str, Any]) -> Any:
@@ -212,7 +268,9 @@ def load_processing_class(name_or_path: str, where: Mapping[str, Any] | None = N
     """
     try:
         processing_class = AutoProcessor.from_pretrained(name_or_path, **(where or {}))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if any((Path(name_or_path) / name).is_file() for name in _PROCESSING):
+            logger.warning(f"What makes inputs of data for {name_or_path} is there and cannot be loaded: {error}")
         return None
     # Where no tokenizer was saved, transformers makes one that knows its special tokens and nothing else.
     tokenizer = getattr(processing_class, "tokenizer", processing_class)

@@ -27,8 +27,10 @@ def runtimes(report: Record, repo_id: str) -> Iterator[tuple[str, str, str]]:
     """Of each program its name, whether and in which form it takes the model, and the command; `""` for none."""
     name, ragged = repo_id.split("/")[-1], report.layout == "ragged"
     takes = "with `import hf_subprune`, or `trust_remote_code=True`" if ragged else "as it is"
-    yield "Transformers, and what builds on it", f"{takes}; any `quantization_config` on top", ""
-    if report.architecture.endswith(("ForCausalLM", "LMHeadModel")):
+    generates = report.architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    serve = f"transformers serve {repo_id}{' --trust-remote-code' if ragged else ''}" if generates else ""
+    yield "Transformers, and what builds on it", f"{takes}; any `quantization_config` on top", serve
+    if generates:
         yield "llama.cpp", *_llama_cpp(report, repo_id, name)
         yield "vLLM", *_vllm(report, repo_id, name)
     command = f"hf-subprune export {repo_id} --to onnx --out {name}.onnx"

@@ -73,7 +73,7 @@ def block_table(report: Record) -> Table:
     """One row for each block that lost units, or for all experts of a layer, as a rich table."""
     table = Table(title="Blocks", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("block", no_wrap=True)
-    for name in ("kept", "fitted", "held out", "shrink", "optimum"):
+    for name in ("kept", "fitted", "held-out", "shrink", "optimum"):
         table.add_column(name, justify="right", no_wrap=True)
     pruned = [b for b in report.blocks if b.units_after < b.units_before]
     groups: dict[str, list[BlockReport]] = {}
@@ -92,7 +92,7 @@ def block_table(report: Record) -> Table:
         )
     whole = len(report.blocks) - len(pruned)
     table.caption = (
-        "kept: units after and before. fitted, held out: relative squared error of what the units' consumer "
+        "kept: units after and before. fitted, held-out: relative squared error of what the units' consumer "
         "computes, on the rows fitted on and on others. shrink: pull towards the original weights. optimum: the "
         "units kept capture at least this part of what any choice of as many could."
     )
@@ -108,8 +108,9 @@ def block_table(report: Record) -> Table:
 
 
 def render(*parts: Any, width: int = 120) -> str:
-    """Rich renderables as plain text."""
-    console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None, markup=False)
+    """Rich renderables as plain text, in a notebook too, where a console would show them instead."""
+    plain: dict[str, Any] = {"force_terminal": False, "force_jupyter": False, "color_system": None, "markup": False}
+    console = Console(file=io.StringIO(), width=width, **plain)
     console.print(Group(*parts))
     return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
 

@@ -32,7 +32,7 @@ _NEURONS = tuple(stage for stage in PRUNING if stage != LOSSES)  # a size of one
 _BASELINE = tuple(stage for stage in _NEURONS if stage != SENSITIVITIES)
 DEMO = (LOADING, EMBEDDING, *_NEURONS, *_BASELINE, EMBEDDING_PRUNED, SAVING, RELOADING)
 
-_BETWEEN_LINES = 10.0  # seconds, at most
+_BETWEEN_LINES = 8.0  # seconds; ten, which is too long, where a machine is too busy to keep to it
 _PRIOR = 0.25  # of the whole: what was expected counts as much as that, when stages took more or less
 
 
@@ -117,10 +117,11 @@ class Display(Protocol):
 
 
 class Lines:
-    """A line for each stage when it starts, and one every ten seconds that no other came.
+    """A line for each stage when it starts, and one every eight seconds that no other came.
 
     Args:
         write: Takes a line.
+        between: Seconds from one line to the next, at most.
     """
 
     def __init__(self, write: Callable[[str], object], between: float = _BETWEEN_LINES) -> None:

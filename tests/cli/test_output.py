@@ -167,6 +167,15 @@ def test_a_long_name_is_not_broken_in_a_narrow_terminal(capsys, monkeypatch):
     assert printed.count(name) == 2 and "a a a" in printed
 
 
+def test_an_error_is_one_line_in_a_pipe_however_long_it_is(capsys):
+    def fail():
+        raise ValueError("a/folder/with/a/long/name " * 9)
+
+    with pytest.raises(SystemExit):
+        output.reported(fail)
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_a_dry_run_says_what_a_run_would_do_and_leaves_nothing(folder, texts, tmp_path):
     words = ["prune", folder, "--data", texts, *SMALL, "--keep", 0.5, "--units", "mlp", "--dry-run"]
     printed = run(*words, "--quiet")

@@ -151,9 +151,57 @@ def test_image_processors_load_with_their_model(tmp_path):
     assert processing_class.size["height"] == 16
 
 
-def test_a_missing_model_is_named(tmp_path):
-    with pytest.raises(OSError, match=r"nothing"):
-        load_model(str(tmp_path / "nothing"))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nothing", "No folder nothing."),
+        ("/no/where", "No folder /no/where."),
+        ("nothing", "'nothing' is no folder here, and no model on the Hub could be opened by that name"),
+    ],
+)
+def test_a_missing_model_is_named(name, message):
+    with pytest.raises(FileNotFoundError) as refused:
+        load_model(name)
+    assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("device", ["cudda", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_read(device):
+    with pytest.raises(ValueError, match=f"The device '{device}' cannot be used here: "):
+        load_model("nothing", device=device)
+
+
+def test_a_folder_without_a_model_is_refused_with_what_it_holds(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no config.json, as `save_pretrained` writes it.$"):
+        load_model(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="It holds an adapter: merge it"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "widths"])
+def test_damaged_weights_are_refused_in_a_line(tmp_path, damage):
+    BertModel(BertConfig(vocab_size=20, **SIZES)).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif damage == "text":
+        weights.unlink()
+        (tmp_path / "pytorch_model.bin").write_text("hello")
+    else:
+        BertConfig(vocab_size=20, **{**SIZES, "intermediate_size": 32}).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^The weights of .* are damaged, or not those that its config.json describes: "
+    ):
+        load_model(str(tmp_path), device="cpu")
+
+
+def test_a_damaged_tokenizer_is_told_of(tmp_path, caplog):
+    BertModel(BertConfig(vocab_size=20, **SIZES)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert load_model(str(tmp_path), device="cpu")[1] is None
+    assert f"What makes inputs of data for {tmp_path} is there and cannot be loaded: " in caplog.text
 
 
 def test_the_demo_model_loads_with_its_tokenizer():

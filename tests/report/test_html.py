@@ -56,6 +56,7 @@ def test_the_page_says_what_the_report_does_and_loads_nothing():
         assert part in text
     assert 'model = BertModel.from_pretrained("DIR")' in text and "AutoTokenizer" in text
     assert "hf-subprune prune somebody/original --keep 0.75" in text
+    assert '<span class="option">--keep</span>' in page  # a narrow page does not break it behind its first hyphen
     assert checked.tags.count("svg") == 2 + 2 + 2 + 6  # kept, errors, certificates, curves
 
 

@@ -29,6 +29,7 @@ def test_a_language_model_has_the_command_for_each_runtime_that_takes_it(archite
     for name, command in (("llama.cpp", gguf), ("vLLM", vllm)):
         assert command in found[name][1] and bool(found[name][1].strip()) == bool(command)
     assert ("trust_remote_code=True" in found["Transformers"][0]) == (layout == "ragged")
+    assert f"`transformers serve me/small{' --trust-remote-code' * (layout == 'ragged')}`" in found["Transformers"][1]
 
 
 def test_query_heads_that_differ_by_layer_are_not_for_vllm():

@@ -39,6 +39,12 @@ def test_a_terminal_sees_every_block():
     assert ">=" not in str(make_report(blocks=(make_block(guarantee=None),)))
 
 
+def test_in_a_notebook_a_report_is_text_all_the_same(monkeypatch):
+    printed = str(make_report())
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(make_report()) == printed
+
+
 def test_what_was_measured_on_is_said_in_words():
     on = {"batch_size": 4, "length": 16, "device": "cpu", "threads": 1}
     assert in_words(on) == "batch 4, length 16, cpu, 1 thread"
