@@ -103,12 +103,20 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 HALVES = (torch.float16, torch.bfloat16)
 
 
-class ConvolutionsInFloat32(TorchFunctionMode):
-    """Convolutions compare the dtypes of what they are given before they become operations of the other mode."""
+class WideConvolutions(TorchFunctionMode):
+    """Convolutions compare the dtypes of what they are given before they become operations of the other mode.
+
+    Args:
+        dtype: As of `Wide`.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in _CONVOLUTIONS:
-            args, kwargs = _widened(args), {name: _widened(value) for name, value in (kwargs or {}).items()}
+            args, kwargs = _widened(args, self.dtype), _widened(kwargs or {}, self.dtype)
         return func(*args, **(kwargs or {}))
 
 
@@ -118,16 +126,27 @@ _CONVOLUTIONS = (
 )
 
 
-class InFloat32(TorchDispatchMode):
-    """Every operation on half precision tensors is carried out in float32, and nothing is stored in less."""
+class Wide(TorchDispatchMode):
+    """Every operation on floating tensors of a narrower dtype is carried out in this one, and nothing stored in less.
+
+    Args:
+        dtype: float32 or float64.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return func(*_widened(args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
+        return func(*_widened(args, self.dtype), **_widened(kwargs or {}, self.dtype))
 
 
-def _widened(value: Any) -> Any:
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    narrow = HALVES if dtype == torch.float32 else (*HALVES, torch.float32)
     if isinstance(value, torch.Tensor):
-        return value.float() if value.dtype in HALVES else value
+        return value.to(dtype) if value.dtype in narrow else value
+    if isinstance(value, dict):
+        return {name: _widened(one, dtype) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_widened, value))
-    return torch.float32 if isinstance(value, torch.dtype) and value in HALVES else value
+        return type(value)(_widened(one, dtype) for one in value)
+    return dtype if isinstance(value, torch.dtype) and value in narrow else value

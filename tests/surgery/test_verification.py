@@ -32,6 +32,19 @@ def test_right_blocks_pass_and_the_model_is_unchanged(family):
         assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "bart", "vit", "wav2vec2"])
+def test_rounding_is_told_from_a_difference_in_float64(family, dtype):
+    sizes = {"intermediate_size": 3072} if family == "llama" else {}  # sums so long are made in another order
+    model = tiny(family, **sizes).to(dtype)
+    inputs, blocks = probe_inputs(model), discover(model).blocks
+    assert verify(model, blocks, evens(blocks), inputs, tolerance=1e-10) < 1e-10
+    with torch.no_grad():  # a wrong block that makes next to no difference
+        model.get_parameter(wrong(blocks[0]).slices[0].tensor).mul_(1e-6)
+    with pytest.raises(EquivalenceError, match="differs from the masked original's"):
+        verify(model, [wrong(blocks[0]), *blocks[1:]], evens(blocks), inputs, tolerance=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bart", "vit", "wav2vec2"])
 def test_a_wrong_map_is_named_in_any_precision(family, dtype):
