@@ -193,6 +193,7 @@ class Bars:
         self._task = self._bars.add_task(
             f"[{run.place}/{len(run.stages)}] {run.name}", total=run.total or None, took=0.0
         )
+        self._bars.refresh()  # with the time left, however short the stage is
 
     def advanced(self) -> None:
         self._bars.update(self._task, completed=self._run.done, total=self._run.total)
