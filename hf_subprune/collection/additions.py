@@ -1,7 +1,7 @@
 """Where a consumer's output is added to the residual stream."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -64,12 +64,13 @@ def find_additions(samples: Samples, plan: Plan) -> dict[str, Addition]:
     found: dict[str, Addition] = {}
     model, modules = samples.model, modules_by_path(samples.model)
     norms = {path: module for path, module in modules.items() if _TOKEN_NORM.search(type(module).__name__)}
+    normed = _normed_widths(norms.values())
     inputs: list[Watch] = []
     outputs: list[Watch] = []
     for segment in plan.segments:
         inside = [block for block in segment.blocks if not is_expert(modules, block.consumer)]
         axes = {block.consumer: feature_axis(modules[block.consumer]) for block in inside}
-        watch = _Watch(inside, axes, norms, found)
+        watch = _Watch(inside, axes, norms.keys(), normed, found)
         for path, _ in modules[segment.path].named_modules(prefix=segment.path):
             inputs.append((path, watch.at_input(path)))
             outputs.append((path, watch.at_output(path)))
@@ -98,12 +99,12 @@ class _Watch:
         self,
         blocks: Sequence[Block],
         axes: Mapping[str, int],
-        norms: Mapping[str, nn.Module],
+        norms: Collection[str],
+        normed: Collection[int],
         found: dict[str, Addition],
     ):
         self.consumers = {block.consumer: block.name for block in blocks}
-        self.axes, self.norms, self.found = axes, norms, found
-        self._normed = _normed_widths(norms.values())
+        self.axes, self.norms, self.normed, self.found = axes, norms, normed, found
         self._norm_output: torch.Tensor | None = None
         self._outputs: dict[str, torch.Tensor] = {}
         self._seen: dict[str, set[tuple[str, bool]]] = {}
@@ -148,7 +149,7 @@ class _Watch:
             if value is None or gain is None:
                 continue
             output = self._outputs[consumer].detach()
-            addition = Addition(path, is_input, gain, value.shape[self.axes[consumer]] in self._normed)
+            addition = Addition(path, is_input, gain, value.shape[self.axes[consumer]] in self.normed)
             if addition.rest(value.detach(), output).abs().max() > _NEGLIGIBLE * output.abs().max():
                 self.found[self.consumers[consumer]] = addition
                 del self._outputs[consumer]

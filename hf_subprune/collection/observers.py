@@ -191,7 +191,8 @@ class Observer:
         real = energy if mask is None else energy.masked_fill(~mask.to(energy.device), math.nan)
         of_samples = real.view(shape[0] if len(shape) > 2 else 1, -1)
         most = _MASSIVE * of_samples.nanmedian(1, keepdim=True).values.expand_as(of_samples).flatten()
-        return self._real(torch.where((energy > most) & (most > 0), most / energy, 1.0), shape)
+        weights = torch.where((energy > most) & (most > 0), most / energy, 1.0)
+        return weights if mask is None else weights[mask.to(weights.device)]
 
     def _output_rows(self, output: torch.Tensor) -> torch.Tensor:
         return self._real(output_rows(self.consumer, output), self._positions(output))

@@ -128,7 +128,7 @@ def _plain_forward(probe: Samples, segments: Sequence[Segment]) -> tuple[_Inputs
 
     def begin(path: str) -> Callable[[Any, Any], None]:
         def begun(args: Any, kwargs: Any) -> None:
-            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            given = _tensors_in(args, kwargs)
             known = {id(x) for x in given}
             for lead, calls in ended.items():
                 if any(at < len(seen) and known & set(map(id, tree_leaves(output))) for at, output in calls):
@@ -158,6 +158,10 @@ def _plain_forward(probe: Samples, segments: Sequence[Segment]) -> tuple[_Inputs
     return seen, {path: at for path, at in outermost.items() if path not in late}
 
 
+def _tensors_in(*values: Any) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+
+
 def _is_plain(output: Any) -> bool:
     leaves = [leaf for leaf in tree_leaves(output) if leaf is not None]
     return all(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves)
@@ -165,7 +169,7 @@ def _is_plain(output: Any) -> bool:
 
 def _noted(model: nn.Module, path: str, seen: _Inputs) -> AbstractContextManager[None]:
     def note(args: Any, kwargs: Any) -> None:
-        seen[path] = [x.clone() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        seen[path] = [x.clone() for x in _tensors_in(args, kwargs)]
 
     return hooked(model, arguments=[(path, note)])
 
