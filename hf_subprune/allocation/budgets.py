@@ -69,7 +69,8 @@ def interpolate(points: Sequence[tuple[int, float]], widths: Sequence[int]) -> t
 
     Losses are made to fall with the width first (monotone envelope): a wider block is never worse, as measured losses
     may say by chance. In between they fall by equal parts for equal widths, as errors decay exponentially with the
-    units kept (El Halabi et al. 2022, section 4); evenly towards a loss of 0.
+    units kept (El Halabi et al. 2022, section 4); evenly towards a loss of 0. A loss at width 0 is taken as it is:
+    what a block that is not there loses is measured by other means.
     """
     falling: list[tuple[int, float]] = []
     for width, loss in reversed(points):
@@ -77,6 +78,9 @@ def interpolate(points: Sequence[tuple[int, float]], widths: Sequence[int]) -> t
     falling.reverse()
     losses, right = [], 0
     for width in widths:
+        if width == points[0][0] == 0:
+            losses.append(points[0][1])
+            continue
         while right < len(falling) - 1 and falling[right][0] < width:
             right += 1
         (x1, y1), (x0, y0) = falling[right], falling[max(right - 1, 0)]

@@ -23,7 +23,7 @@ from ..surgery.edits import shrink
 _W = TypeVar("_W", int, float)
 
 Points = tuple[tuple[int, float], ...]
-"""`(width, loss)`, ascending, the full width with loss 0 last."""
+"""`(width, loss)`, ascending, the full width with loss 0 last; width 0 only where it is known what is lost there."""
 
 TRIAL_FRACTIONS = (0.35, 0.7)
 """Of a block's units: widths at which it is pruned alone, to see what its error does to the model's output."""
@@ -113,10 +113,22 @@ class Propagation:
                 bias = getattr(self.model.get_submodule(block.consumer), "bias", None)
                 bias = None if bias is None else bias.detach() + trial.bias_shift.to(bias)
                 undo.callback(shrink(self.model, block, trial.kept, weight=trial.V, bias=bias).undo)
+            return self._lost(blocks)
+
+    def without(self, blocks: Sequence[Block]) -> float:
+        """As `measure`, with blocks that keep no unit."""
+        with ExitStack() as undo:
+            for block in blocks:
+                undo.callback(shrink(self.model, block, ()).undo)
+            return self._lost(blocks)
+
+    def _lost(self, blocks: Sequence[Block]) -> float:
+        """Of the model as it is, in which blocks were changed."""
+        if self.evaluation is not None:
+            return max(0.0, self.evaluation.original - self.evaluation(self.model))
+        with ExitStack() as undo:
             for path in self._before(blocks):
                 undo.enter_context(self._said_again(path))
-            if self.evaluation is not None:
-                return max(0.0, self.evaluation.original - self.evaluation(self.model))
             return scalar_drift(drift(self.model, self.batches, self._reference), self._per_sample)
 
     def _said_again(self, path: str) -> AbstractContextManager[None]:

@@ -111,6 +111,11 @@ class Survey:
         """What the model costs with all units, in the target's unit."""
         return target.cost({b.name: b.units for b in self.blocks})
 
+    def may_leave_out(self) -> bool:
+        """Whether one of the sizes lets blocks go altogether because others would lose more."""
+        sizes = zip(self.configs, self.families, strict=True)
+        return any(config.allocation() == "global" and not families.even for config, families in sizes)
+
     def predicted(self) -> dict[str, Points]:
         """`losses`; where there are none, more of the units that are left is better, whatever it is."""
         return {b.name: self.losses.get(b.name, ((0, 1.0), (b.units, 0.0))) for b in self.blocks}

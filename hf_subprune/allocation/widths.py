@@ -215,8 +215,9 @@ class _ByLoss:
             return Choices(((block.sets, 0),), (costs[0],), (0.0,))
         if block.name in self.families.whole:
             return Choices(((block.sets, block.units),), (costs[-1],), (0.0,))
-        multiples = allowed_widths(block.units, multiple(block, step, asked=self.config.round_to is not None))
-        widths = tuple(width for width in multiples if width >= _FLOOR * share * block.units)
+        step = multiple(block, step, asked=self.config.round_to is not None)
+        multiples = allowed_widths(block.units, step, none=self._may_go(block))
+        widths = tuple(width for width in multiples if not 0 < width < _FLOOR * share * block.units)
         predicted = zip(widths, interpolate(self.losses[block.name], widths), strict=True)
         options = [(costs[width], (block.sets, width), loss) for width, loss in predicted]
         if block.queries is not None:
@@ -224,6 +225,14 @@ class _ByLoss:
             options += [(of_queries[width], (sets, width), loss) for width, loss in self.queries.get(block.name, ())]
         said = [option for option in sorted(options) if (block.name, *option[1]) not in self.families.refused]
         return Choices(*zip(*((name, cost, loss) for cost, name, loss in said), strict=True))
+
+    def _may_go(self, block: Block) -> bool:
+        """Whether the block may keep no unit because others would lose more.
+
+        Only where widths differ from block to block, by a budget that weighs them, and where it is known what is lost.
+        """
+        known = self.losses[block.name][0][0] == 0
+        return known and block.removable and not self.families.even and self.config.allocation() == "global"
 
     def _out_of_reach(self, families: Sequence[Sequence[Block]], step: int, share: float, full: float) -> str:
         """What to say where the smallest widths are too many for this share of the full cost."""

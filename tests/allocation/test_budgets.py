@@ -107,6 +107,10 @@ def test_losses_are_interpolated_and_never_rise_with_the_width():
     assert interpolate(points, [1, 2, 4, 5, 6, 8, 10]) == pytest.approx((3.0, 3.0, 3.0, 6**0.5, 2.0, 1.0, 0.0))
 
 
+def test_what_is_lost_without_a_block_is_taken_as_it_is():
+    assert interpolate([(0, 0.5), (2, 1.0), (4, 0.0)], [0, 1, 2, 3, 4]) == pytest.approx((0.5, 1.0, 1.0, 0.5, 0.0))
+
+
 def test_losses_fall_by_equal_parts_between_points_and_evenly_to_the_full_width():
     points = [(10, 8.0), (40, 1.0), (50, 0.0)]
     assert interpolate(points, [10, 20, 30, 40]) == pytest.approx((8.0, 4.0, 2.0, 1.0))

@@ -2,9 +2,14 @@ import pytest
 import torch
 from batches import ready_batches
 from tiny import tiny
+from transformers import AutoModelForCausalLM
 
 from hf_subprune import PruneConfig, prune
 from hf_subprune.allocation import losses
+from hf_subprune.allocation.propagation import Propagation
+from hf_subprune.allocation.surveying import take_survey
+from hf_subprune.data.reading import read
+from hf_subprune.runs.workspace import Workspace
 
 QUICK = {"samples": 12, "held_out": 4, "batch_size": 4, "layout": "ragged"}
 
@@ -47,3 +52,36 @@ def test_the_original_does_not_run_again_where_what_it_puts_out_is_kept(monkeypa
     wanted = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, wanted[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_sublayer_that_says_next_to_nothing_is_left_out(tmp_path):
+    model = tiny("llama", num_hidden_layers=3)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.mul_(1e-3)
+    batches = ready_batches(model)
+    config = PruneConfig(**QUICK, keep=0.85, budget="global")
+    report = prune(model, batches, config)
+    gone = {block.name: block for block in report.blocks if block.units_after == 0}
+    assert list(gone) == ["model.layers.1.self_attn"]
+    assert gone["model.layers.1.self_attn"].predicted[0][0] == 0
+    assert report.allocation.reached <= report.allocation.limit
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batches[0]).logits, model(**batches[0]).logits)
+    prompt = batches[0]["input_ids"][:1, :4]
+    tokens = [again.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*tokens)
+
+
+def test_blocks_that_are_missed_more_together_than_alone_do_not_go_together(monkeypatch):
+    model = tiny("llama", num_hidden_layers=3)
+    samples = read(model, ready_batches(model), PruneConfig(**QUICK))
+    known = {"model.layers.0.self_attn": 1.0, "model.layers.1.self_attn": 2.0, "model.layers.2.self_attn": 3.0}
+    monkeypatch.setattr(Propagation, "without", lambda _, blocks: sum(known[b.name] for b in blocks) ** len(blocks))
+    config = PruneConfig(**QUICK, units=("attention",), budget="global")
+    survey = take_survey(samples, [config], None, Workspace())
+    lost = {name: points[0][1] for name, points in survey.losses.items() if points[0][0] == 0}
+    assert lost == pytest.approx(
+        {name: losses._MENDED * loss for name, loss in zip(known, (1.0, 9.0 - 1.0, 216.0 - 9.0), strict=True)}
+    )

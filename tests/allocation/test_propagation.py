@@ -13,6 +13,7 @@ from hf_subprune.collection.planning import plan
 from hf_subprune.config import PruneConfig
 from hf_subprune.data.reading import read
 from hf_subprune.discovery.discover import discover
+from hf_subprune.evaluation.outputs import model_outputs
 from hf_subprune.models.linears import weight_matrix
 from hf_subprune.solver.curves import Trial
 
@@ -109,3 +110,23 @@ def test_images_are_measured_on_all_unseen_ones_and_sounds_on_a_few(family, name
     model = tiny(family)
     samples = read(model, ready_batches(model), PruneConfig(samples=20, held_out=4, batch_size=4))
     assert sum(len(batch[name]) for batch in Propagation(samples).batches) == expected
+
+
+def test_blocks_that_are_left_out_give_the_drift_of_the_model_without_them():
+    model = tiny("llama", num_hidden_layers=3)
+    samples = read(model, ready_batches(model), PruneConfig(samples=12, held_out=4, batch_size=4))
+    blocks = discover(model, samples.probe).blocks
+    trials = Propagation(samples, plan(samples, blocks).segments)
+    gone = [block for block in blocks if block.name in ("model.layers.1.self_attn", "model.layers.2.mlp")]
+    before = [parameter.clone() for parameter in model.parameters()]
+    found = [trials.without(gone[:1]), trials.without(gone)]
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    with torch.no_grad():
+        expected = []
+        for block in gone:  # a consumer without weights says nothing
+            model.get_submodule(block.consumer).weight.zero_()
+            original = torch.cat([outputs.rows for outputs in trials._reference]).double().log_softmax(-1)
+            rows = [outputs.rows for outputs in model_outputs(model, trials.batches)]
+            masked = torch.cat(rows).double().log_softmax(-1)
+            expected.append(float((original.exp() * (original - masked)).sum(1).mean()))
+    assert found == pytest.approx(expected, rel=1e-4)

@@ -147,3 +147,27 @@ def test_blocks_that_stay_whole_and_widths_that_are_refused_are_not_chosen(wide)
     for families, expected in ((even, {1}), (refused, {2}), (whole, {3})):
         widths = choose_widths(blocks, target, config, families, losses)
         assert {widths[name] for name in attention} == expected
+
+
+@pytest.mark.parametrize(
+    ("families", "budget", "goes"),
+    [(Families.single, "global", True), (Families.single, "equal_loss", False), (alike, "global", False)],
+)
+def test_a_block_goes_where_others_would_lose_more_if_widths_differ(wide, families, budget, goes):
+    blocks, losses = wide
+    first, *_ = attention = [block for block in blocks if block.kind == "attention"]
+    losses = losses | {block.name: ((0, 1e-3), (1, 0.1), (block.units, 0.0)) for block in attention[:1]}
+    config = PruneConfig(keep=0.6, budget=budget)
+    target = keep_target(blocks, config)
+    widths = choose_widths(blocks, target, config, families(blocks), losses)
+    assert (widths[first.name] == 0) == goes
+    assert all(width > 0 for name, width in widths.items() if name != first.name)
+    assert 0.99 * target.limit <= target.cost(widths) <= target.limit
+
+
+def test_a_block_that_must_keep_a_unit_does(wide):
+    blocks, losses = wide
+    kept = [replace(block, removable=False) for block in blocks]
+    losses = {name: ((0, 0.0), *points) for name, points in losses.items()}
+    config = PruneConfig(keep=0.6)
+    assert all(choose_widths(kept, keep_target(kept, config), config, Families.single(kept), losses).values())
