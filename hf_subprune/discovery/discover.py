@@ -76,7 +76,7 @@ def _discover(model: nn.Module, inputs: Mapping[str, Any]) -> Discovery:
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trials = _trials(model, modules, inputs)
-    ran = called(model, inputs)
+    ran = called(model, _compared(inputs))
     with traced(model, inputs) as trace:
         seek = Seeker(modules, parameters, trace)
         found, refusals = seek.candidates(ran)
