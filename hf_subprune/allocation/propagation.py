@@ -34,7 +34,7 @@ _MEASURED_BLOCKS = 12
 _MEASURED_ROWS = 256
 _MEASURED_TOKENS = 2048
 # Samples of what a decoder writes down that they are measured on: an encoder hears, or sees, far more than it writes.
-_MEASURED_SOUNDS = 8
+_MEASURED_SOUNDS = 4
 # Bytes of segments' outputs that are kept to be read again; beyond that, what lies before a block runs every time.
 _KNOWN_BYTES = 100 * 2**20
 

@@ -1,11 +1,12 @@
 """How much an error at each consumer's output changes the model's output, without labels."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..blocks import Block
@@ -20,6 +21,8 @@ from ..models.precision import fast_products
 from ..models.running import (
     Batch,
     as_mapping,
+    copied,
+    encoder_of,
     forward_replaced,
     hooked,
     input_device,
@@ -61,7 +64,8 @@ def output_metrics(
     averaged over those of the consumer; padding counts on neither side.
 
     One forward and one backward a batch and probe, on every fourth sample where this gives twice as many rows as a
-    consumer has outputs; for consumers that have fewer, on more or all of them. No parameter gets a gradient, and the
+    consumer has outputs; for consumers that have fewer, on more or all of them. Where these are all in a decoder, it
+    gets further draws on the same samples, whose encoder runs once. No parameter gets a gradient, and the
     activations of one batch are held at a time. Weights, flags, gradients and the random state of the model stay as
     they are.
 
@@ -142,16 +146,22 @@ def _run_backwards(
                 context_fn=lambda: (nullcontext(), fast_products(model.parameters())),
             )
             stack.enter_context(forward_replaced(module, again))
+        again = _EncoderAgain(model)
+        parts: list[tuple[int, Batch]] = []
         for part in range(ROUNDS):
-            for number, batch in steps(SENSITIVITIES, list(_parts(batches, part))):
+            known = part > 0 and again.knows_all_that(total for total in sums if not total.enough)
+            if not known:
+                parts = list(_parts(batches, part))
+            for number, batch in steps(SENSITIVITIES, parts):
                 # The same draws, whichever process runs the batch.
                 generator.manual_seed(seed + 2**32 * (part * len(batches) + number))
-                for piece in cut_to_logits(model, batch):
+                for place, piece in enumerate(cut_to_logits(model, batch)):
                     for total in sums:
                         total.batch = piece
                     arguments = placed(model, piece)
                     for _ in range(probes):
-                        found = _probe(samples, piece, model(**arguments), generator)
+                        with again.said((number, place), known=known):
+                            found = _probe(samples, piece, model(**arguments), generator)
                         if found is not None and found[0].requires_grad:
                             found[0].backward(found[1])
             rows = summed(torch.tensor([total.rows for total in sums], device=input_device(model))).tolist()
@@ -159,6 +169,39 @@ def _run_backwards(
                 total.enough = seen >= _ROWS_AN_OUTPUT * total.m
             if all(total.enough for total in sums):
                 break
+
+
+class _EncoderAgain:
+    """What the encoder of a model with a decoder puts out, for further draws where its own blocks need no more rows.
+
+    A decoder that writes down sound, or a short answer, has few rows a sample, and what lies before it is nearly all
+    of a forward: other draws of signs for the same samples give it rows without that.
+
+    Args:
+        model: With or without a decoder.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._path = model, encoder_of(model)
+        self._said: dict[tuple[int, int], Any] = {}
+
+    def knows_all_that(self, lacking: Iterable["_GradientSum"]) -> bool:
+        """Whether sums that lack rows are all of blocks outside of an encoder."""
+        path = self._path
+        return path is not None and not any(b.consumer.startswith(f"{path}.") for s in lacking for b in s.blocks)
+
+    def said(self, piece: tuple[int, int], *, known: bool) -> AbstractContextManager[None]:
+        """Within it the encoder puts out what it has put out for a piece of a batch, or that is kept."""
+        if self._path is None:
+            return nullcontext()
+        if not known:
+            return hooked(self._model, outputs=[(self._path, partial(self._keep, piece))])
+        encoder = self._model.get_submodule(self._path)
+        return forward_replaced(encoder, lambda *_args, **_kwargs: copied(self._said[piece]))
+
+    def _keep(self, piece: tuple[int, int], output: Any) -> None:
+        with torch.no_grad():  # its graph is let go of
+            self._said[piece] = copied(output)
 
 
 def _parts(batches: Sequence[Batch], part: int) -> Iterator[tuple[int, Batch]]:

@@ -88,7 +88,7 @@ def spoken_frames(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Ten
         return None
     frames = features.shape[2]
     place = torch.arange(frames, device=features.device)
-    loud = (features > features.amin((1, 2), keepdim=True)).any(1)
+    loud = features.amax(1) > features.amin((1, 2))[:, None]
     spoken = place <= torch.where(loud, place, 0).amax(1, keepdim=True)
     for name, mask in batch.items():
         if name.endswith("mask") and not name.startswith("decoder") and mask.shape == spoken.shape:

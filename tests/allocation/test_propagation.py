@@ -108,7 +108,7 @@ def test_trials_do_not_run_what_lies_before_a_block(monkeypatch, family, kept):
 )
 def test_images_are_measured_on_all_unseen_ones_and_sounds_on_a_few(family, name, expected):
     model = tiny(family)
-    samples = read(model, ready_batches(model), PruneConfig(samples=20, held_out=4, batch_size=4))
+    samples = read(model, ready_batches(model), PruneConfig(samples=20, held_out=4, batch_size=8))
     assert sum(len(batch[name]) for batch in Propagation(samples).batches) == expected
 
 

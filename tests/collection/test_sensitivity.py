@@ -144,16 +144,21 @@ def test_more_samples_are_looked_at_until_there_are_rows_enough(monkeypatch, wan
     assert len(looked_at.unique(dim=0)) == 2 * rounds
 
 
-def test_of_an_encoder_that_has_rows_enough_no_more_are_looked_at_for_its_decoder(monkeypatch):
+def test_an_encoder_that_has_rows_enough_runs_no_more_for_its_decoder(monkeypatch):
     model = tiny("t5").eval()
     monkeypatch.setattr(sensitivity, "_ROWS_AN_OUTPUT", 20 / model.config.d_model)
     batch = {"input_ids": torch.randint(5, 50, (8, 16)), "decoder_input_ids": torch.randint(5, 50, (8, 2))}
     blocks = [block for block in discover(model, batch).blocks if block.kind == "mlp"]
+    heard = []
+    model.encoder.block[0].register_forward_pre_hook(lambda _module, args: heard.append(len(args[0])))
     found = output_metrics(Samples.of(model, [batch]), blocks)
+    assert heard == [2]
     for block in blocks:
         _, rows, _ = found.parts[block.name]
-        assert rows == (32 if "encoder" in block.name else 16), block.name  # two samples, and all eight
+        assert rows == (32 if "encoder" in block.name else 16), block.name  # of two samples, once and four times
         assert found[block.name].norm() > 0
+        if "decoder" in block.name:
+            assert torch.linalg.matrix_rank(found[block.name]) > 4, block.name  # other draws each time
 
 
 def test_padding_counts_for_nothing():

@@ -290,3 +290,17 @@ def test_the_encoder_does_not_run_for_every_trial_of_a_decoder(monkeypatch):
     monkeypatch.setattr(discovering, "encoder_of", lambda model: None)
     expected, more = found()
     assert names == expected and calls < more
+
+
+def test_of_spectrograms_one_shows_whether_a_removal_is_exact(monkeypatch):
+    def found():
+        model, heard = tiny("whisper"), []
+        inputs = probe_inputs(model)
+        model.model.encoder.register_forward_pre_hook(lambda _m, args: heard.append(len(args[0])))
+        return [block.name for block in discover(model, inputs).blocks], heard
+
+    names, heard = found()
+    monkeypatch.setattr(discovering, "_compared", lambda inputs: inputs)
+    expected, all_heard = found()
+    assert names == expected and len(heard) == len(all_heard)
+    assert all_heard.count(1) == 0 and heard.count(1) > heard.count(2)
