@@ -159,8 +159,8 @@ class PruneConfig:
             the model's config has: of neurons (those of an encoder and a decoder are two in some), of key/value
             heads, of query heads. What is shared out is how much goes to each; blocks for which the config has no
             number, as BERT's heads, stay whole. By `"auto"` with layout `"auto"`, layers get widths of their own
-            where the size is out of reach otherwise. Where they do by `"global"`, a sublayer that is missed least
-            for what it costs may keep no unit at all.
+            where the size is out of reach otherwise. Where they do by `"global"`, a sublayer without a bias that is
+            missed least for what it costs may keep no unit at all.
         params (`int`, default `None`):
             Target: parameters of the whole model.
         macs (`float`, default `None`):

@@ -116,7 +116,7 @@ def _absent(survey: Survey, trials: Propagation, predicted: Mapping[str, Points]
             they are predicted from: good for a first choice.
         work: Its clock runs.
     """
-    offered = [block for block in survey.candidates if block.removable and block.name in predicted]
+    offered = [block for block in survey.candidates if block.name in predicted and _may_be_left_out(survey, block)]
 
     def rate(block: Block, loss: float) -> float:
         return loss / (block.units * block.parameters_per_unit)
@@ -134,6 +134,12 @@ def _absent(survey: Survey, trials: Propagation, predicted: Mapping[str, Points]
             before, together = together, trials.without(promising[:count]) if count > 1 else alone[block.name]
             losses[block.name] = _MENDED * max(together - before, alone[block.name])
     return losses
+
+
+def _may_be_left_out(survey: Survey, block: Block) -> bool:
+    """Whether nothing else must go with a block, and no bias stays that few runtimes would have a place for."""
+    alone = block.removable and block.tie is None and block.stack is None
+    return alone and getattr(survey.model.get_submodule(block.consumer), "bias", None) is None
 
 
 def _looked_at(survey: Survey) -> set[str]:

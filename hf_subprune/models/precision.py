@@ -89,7 +89,7 @@ class _LinearsInFloat32(TorchFunctionMode):
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if input.device.type != "cpu" or not is_slow(input.dtype):
         return functional.linear(input, weight, bias)
-    wide, rows = input.float(), max(1, _AT_ONCE // weight.shape[1])
+    wide, rows = input.float(), max(1, _AT_ONCE // max(1, weight.shape[1]))
     starts = range(0, len(weight), rows)  # a few rows at a time: in float32 all of them take twice the memory
     parts = [
         functional.linear(wide, weight[i : i + rows].float(), None if bias is None else bias[i : i + rows].float()).to(

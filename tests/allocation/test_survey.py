@@ -30,7 +30,7 @@ def test_several_sizes_come_from_one_calibration(monkeypatch, computed):
         patched.setattr(survey, "walk", None)  # moments are at hand once the survey is taken
         together = [(r, copy.deepcopy(model.state_dict())) for r in prune_sizes(model, batches, configs)]
     found = [name for name in computed.names if not name.startswith("blocks/")]
-    assert sorted(found) == ["blocks", "curves", "original", "sensitivities"]
+    assert sorted(found) == ["absent", "blocks", "curves", "original", "sensitivities"]
     assert {name: id(p) for name, p in model.named_parameters()} == {name: old[0] for name, old in before.items()}
     assert all(torch.equal(p, before[name][1]) for name, p in model.named_parameters())
     assert model.config.to_dict() == config_before
