@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -123,15 +124,18 @@ def _absent(survey: Survey, trials: Propagation, predicted: Mapping[str, Points]
 
     with work.clock("propagation"):
         promising: list[Block] = []
-        for kind in {block.kind for block in offered}:
+        for kind in sorted({block.kind for block in offered}):
             alike = [block for block in offered if block.kind == kind]
             promising += sorted(alike, key=lambda block: rate(block, predicted[block.name][0][1]))[:_LEFT_OUT]
         alone = {block.name: trials.without([block]) for block in promising}
+        promising = [block for block in promising if math.isfinite(alone[block.name])]
         promising.sort(key=lambda block: rate(block, alone[block.name]))
         losses: dict[str, float] = {}
         together = 0.0
         for count, block in enumerate(promising[:_LEFT_OUT], 1):
             before, together = together, trials.without(promising[:count]) if count > 1 else alone[block.name]
+            if not math.isfinite(together):
+                break
             losses[block.name] = _MENDED * max(together - before, alone[block.name])
     return losses
 
