@@ -146,10 +146,10 @@ def _run_backwards(
                 context_fn=lambda: (nullcontext(), fast_products(model.parameters())),
             )
             stack.enter_context(forward_replaced(module, again))
-        again = _EncoderAgain(model)
+        encoder = _EncoderAgain(model)
         parts: list[tuple[int, Batch]] = []
         for part in range(ROUNDS):
-            known = part > 0 and again.knows_all_that(total for total in sums if not total.enough)
+            known = part > 0 and encoder.knows_all_that(total for total in sums if not total.enough)
             if not known:
                 parts = list(_parts(batches, part))
             for number, batch in steps(SENSITIVITIES, parts):
@@ -160,7 +160,7 @@ def _run_backwards(
                         total.batch = piece
                     arguments = placed(model, piece)
                     for _ in range(probes):
-                        with again.said((number, place), known=known):
+                        with encoder.said((number, place), known=known):
                             found = _probe(samples, piece, model(**arguments), generator)
                         if found is not None and found[0].requires_grad:
                             found[0].backward(found[1])
