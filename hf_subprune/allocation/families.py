@@ -49,6 +49,10 @@ class Families:
         free = [family for family in self.of(blocks) if family[0].name not in self.gone | self.whole]
         return not self.even or len(free) > 1 or any(block.queries is not None for family in free for block in family)
 
+    def let_blocks_go(self, budget: str) -> bool:
+        """Whether a block may keep no unit: widths differ, by a budget that weighs what blocks lose."""
+        return not self.even and budget == "global"
+
     def of(self, blocks: Iterable[Block]) -> list[list[Block]]:
         """Some of the blocks, family by family."""
         by_name = {block.name: block for block in blocks}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..collection.segments import Segment
 from ..data.batches import Samples, brief, pieces, tokens_in
 from ..evaluation.drift import Drift, drift
 from ..evaluation.outputs import Outputs, model_outputs
-from ..models.running import Batch, copied, encoder_of, forward_replaced, hooked
+from ..models.running import Batch, copied, encoder_of, hooked, said_again
 from ..solver.curves import LossCurve, Trial
 from ..surgery.edits import shrink
 
@@ -128,13 +128,8 @@ class Propagation:
             return max(0.0, self.evaluation.original - self.evaluation(self.model))
         with ExitStack() as undo:
             for path in self._before(blocks):
-                undo.enter_context(self._said_again(path))
+                undo.enter_context(said_again(self.model.get_submodule(path), iter(self._known[path]).__next__))
             return scalar_drift(drift(self.model, self.batches, self._reference), self._per_sample)
-
-    def _said_again(self, path: str) -> AbstractContextManager[None]:
-        """Within it a module puts out what it has put out before, batch by batch; what follows may write into that."""
-        outputs = iter(self._known[path])
-        return forward_replaced(self.model.get_submodule(path), lambda *_args, **_kwargs: copied(next(outputs)))
 
     def _note(self, path: str) -> Callable[[Any], None]:
         return lambda output: self._known[path].append(copied(output)) if path in self._known else None

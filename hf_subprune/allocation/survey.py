@@ -114,7 +114,7 @@ class Survey:
     def may_leave_out(self) -> bool:
         """Whether one of the sizes lets blocks go altogether because others would lose more."""
         sizes = zip(self.configs, self.families, strict=True)
-        return any(config.allocation() == "global" and not families.even for config, families in sizes)
+        return any(families.let_blocks_go(config.allocation()) for config, families in sizes)
 
     def predicted(self) -> dict[str, Points]:
         """`losses`; where there are none, more of the units that are left is better, whatever it is."""

@@ -227,12 +227,9 @@ class _ByLoss:
         return Choices(*zip(*((name, cost, loss) for cost, name, loss in said), strict=True))
 
     def _may_go(self, block: Block) -> bool:
-        """Whether the block may keep no unit because others would lose more.
-
-        Only where widths differ from block to block, by a budget that weighs them, and where it is known what is lost.
-        """
+        """Whether the block may keep no unit because others would lose more, which must be known."""
         known = self.losses[block.name][0][0] == 0
-        return known and block.removable and not self.families.even and self.config.allocation() == "global"
+        return known and block.removable and self.families.let_blocks_go(self.config.allocation())
 
     def _out_of_reach(self, families: Sequence[Sequence[Block]], step: int, share: float, full: float) -> str:
         """What to say where the smallest widths are too many for this share of the full cost."""

@@ -28,6 +28,7 @@ from ..models.running import (
     input_device,
     modules_by_path,
     placed,
+    said_again,
     undisturbed,
 )
 from ..runs.processes import own_share, summed
@@ -196,8 +197,7 @@ class _EncoderAgain:
             return nullcontext()
         if not known:
             return hooked(self._model, outputs=[(self._path, partial(self._keep, piece))])
-        encoder = self._model.get_submodule(self._path)
-        return forward_replaced(encoder, lambda *_args, **_kwargs: copied(self._said[piece]))
+        return said_again(self._model.get_submodule(self._path), lambda: self._said[piece])
 
     def _keep(self, piece: tuple[int, int], output: Any) -> None:
         with torch.no_grad():  # its graph is let go of

@@ -18,7 +18,7 @@ from ..models.forms import all_running, apart
 from ..models.intact import intact
 from ..models.offload import device_of
 from ..models.paths import Modules, layer_of
-from ..models.running import copied, encoder_of, first_line, forward_replaced, hooked, inside, undisturbed
+from ..models.running import encoder_of, first_line, hooked, inside, said_again, undisturbed
 from ..runs.memory import is_of_the_machine
 from ..surgery.verification import EquivalenceError, verify
 from .arguments import Call
@@ -139,7 +139,7 @@ def _trials(model: nn.Module, modules: Modules, inputs: Mapping[str, Any]) -> Tr
         prove = partial(verify, model, blocks, kept, compared, to_consumer=to_consumer)
         if encoder is not None and not any(_meet(path, encoder) for path in _touched(blocks)) and encoded():
             # It says the same whatever becomes of the decoder: it need not run, unless something seems to be wrong.
-            again = forward_replaced(model.get_submodule(encoder), lambda *_args, **_kwargs: copied(encoded()[0]))
+            again = said_again(model.get_submodule(encoder), lambda: encoded()[0])
             with again, suppress(EquivalenceError):
                 prove()
                 return None

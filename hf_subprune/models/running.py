@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from inspect import signature
 from typing import Any, NoReturn
 
@@ -143,6 +143,11 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = had
+
+
+def said_again(module: nn.Module, output: Callable[[], Any]) -> AbstractContextManager[None]:
+    """Within it a module does not run but puts out a copy of what `output` returns; what follows may write into it."""
+    return forward_replaced(module, lambda *_args, **_kwargs: copied(output()))
 
 
 _SHRINKING = ("past_key_values", "cache", "attentions", "router_logits", "aux_loss")
