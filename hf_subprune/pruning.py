@@ -33,6 +33,7 @@ from .models.wrappers import taken_out
 from .report.records import Change
 from .report.report import PruneReport
 from .routing.removal import remove_experts, without_experts
+from .runs.memory import reused
 from .runs.processes import from_process
 from .runs.progress import displays
 from .runs.stages import EXPERTS, PRUNING, READING, SHRINKING, SURVEYING, begin, shown, with_experts
@@ -93,7 +94,7 @@ def _prune(
     evaluation: Callable[[PreTrainedModel], float] | None,
 ) -> PruneReport:
     whole = "experts" in config.units
-    with session(model, whole=whole):
+    with session(model, whole=whole), reused():
         work = Workspace()
         begin(READING)
         with work.clock("data"):
@@ -159,7 +160,7 @@ def _prune_sizes(
 ) -> Iterator[PruneReport]:
     with session(model, precise=False) as handed_over:
         work, parameters = Workspace(), list(model.parameters())
-        with precise_products(parameters), shown(SURVEYING, displays):
+        with precise_products(parameters), reused(), shown(SURVEYING, displays):
             begin(READING)
             with work.clock("data"):
                 samples = read(model, data, configs[0], processing_class)
@@ -174,7 +175,7 @@ def _prune_sizes(
                     survey = take_survey(some, configs, evaluation, own)
                 return prune_to(survey, config, own)
 
-            with precise_products(parameters), shown(SHRINKING, displays):
+            with precise_products(parameters), reused(), shown(SHRINKING, displays):
                 report = batches.run(attempt)
             with closing(own.undo), handed_over(), carried(model, report):
                 yield report

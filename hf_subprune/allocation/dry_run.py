@@ -16,6 +16,7 @@ from ..collection.sensitivity import output_metrics
 from ..config import TWO_STREAMS, PruneConfig
 from ..data.batches import Samples
 from ..data.reading import read
+from ..data.trial import check_forward
 from ..models.linears import matrix_shape
 from ..models.running import input_device
 from ..models.session import check_prunable, session
@@ -80,6 +81,7 @@ def foresee(model: Any, data: Any, config: PruneConfig, processing_class: Any = 
     with session(model):
         begin(READING)
         samples = read(model, data, config, processing_class)
+        check_forward(samples)
         probe = send_to_device(samples.probe, input_device(model))
         start = time.perf_counter()
         _, blocks, (target,), (families,), candidates, _ = find(samples, [config], probe, Workspace())

@@ -17,7 +17,7 @@ from ..collection.segments import Plan
 from ..collection.sensitivity import ROUNDS, Means, activation_gradients, output_metrics
 from ..config import TWO_STREAMS, PruneConfig
 from ..data.batches import Samples, tokens_in
-from ..data.trial import check_forward
+from ..data.trial import forward_checked
 from ..discovery.discover import discover
 from ..evaluation.continuations import beginnings, continued
 from ..evaluation.original import Original
@@ -72,20 +72,21 @@ def take_survey(
         raise ValueError("`evaluation` is read by budget='equal_loss' only: choose that budget, or leave it out.")
     quality = None if evaluation is None else Quality(evaluation, samples.model)
     probe = send_to_device(samples.probe, input_device(samples.model))
-    # In one file: a block is one object everywhere.
-    found, blocks, targets, families, candidates, segments = work.once(
-        "blocks", lambda: find(samples, configs, probe, work)
-    )
-    targets = from_process(0, targets)  # latencies differ from process to process
-    needs_curves = leave_a_choice(configs, families, candidates)
-    foretell(samples, candidates, first, needs_curves)
-    needs_metrics = first.loss_aware and bool(candidates) and (needs_curves or first.importance == "greedy")
-    needed = _scratch_bytes(samples, candidates, first) if needs_metrics else 0
-    work.check_space(needed, "what the run keeps of each layer")
-    begin(ORIGINAL)
-    with work.clock("evaluation"):
-        whole = any(config.target() in ("latency", "macs") for config in configs)
-        original = work.once("original", lambda: Original.of(samples, whole=whole))
+    with forward_checked(samples):
+        # In one file: a block is one object everywhere.
+        found, blocks, targets, families, candidates, segments = work.once(
+            "blocks", lambda: find(samples, configs, probe, work)
+        )
+        targets = from_process(0, targets)  # latencies differ from process to process
+        needs_curves = leave_a_choice(configs, families, candidates)
+        foretell(samples, candidates, first, needs_curves)
+        needs_metrics = first.loss_aware and bool(candidates) and (needs_curves or first.importance == "greedy")
+        needed = _scratch_bytes(samples, candidates, first) if needs_metrics else 0
+        work.check_space(needed, "what the run keeps of each layer")
+        begin(ORIGINAL)
+        with work.clock("evaluation"):
+            whole = any(config.target() in ("latency", "macs") for config in configs)
+            original = work.once("original", lambda: Original.of(samples, whole=whole))
     begun = beginnings(samples)
     survey = Survey(
         samples=samples,
@@ -137,7 +138,7 @@ def find(
     """What can be pruned of a model, how small it is to be, and in which order its parts run.
 
     Args:
-        samples, configs, work: As for `take_survey`.
+        samples, configs, work: As for `take_survey`; samples of which a forward runs.
         probe: Of the samples, on the model's device.
 
     Raises:
@@ -145,7 +146,6 @@ def find(
     """
     model = samples.model
     with work.clock("discovery"):
-        check_forward(samples)
         foretell_roughly(samples, configs[0])
         begin(FINDING)
         if not is_offloaded(model):  # else this would read all of it, twice
@@ -262,10 +262,14 @@ def _activation_gradients(survey: Survey) -> Mapping[str, Any]:
 
 
 def _recomputed(survey: Survey) -> list[str]:
-    """Modules that a backward runs once more, so that it holds neither offloaded weights nor a large graph."""
-    tokens = max(tokens_in([batch]) or 0 for batch in survey.samples.fit) // ROUNDS
+    """Modules that a backward runs once more, so that it holds neither offloaded weights nor a large graph.
+
+    As few of them as leave the rest a graph of `_GRAPH_BYTES`.
+    """
+    tokens = max(tokens_in([batch]) or 0 for batch in survey.samples.fit) // ROUNDS or 1
     consumers: list[Any] = [survey.model.get_submodule(block.consumer) for block in survey.candidates]
     read = sum(matrix_shape(consumer)[0] * consumer.weight.element_size() for consumer in consumers)
-    if not is_offloaded(survey.model) and _KEPT * tokens * read <= _GRAPH_BYTES:
-        return []
-    return [segment.path for segment in survey.plan.segments if segment.path]
+    paths = [segment.path for segment in survey.plan.segments if segment.path]
+    if is_offloaded(survey.model):
+        return paths
+    return paths[int(len(paths) * _GRAPH_BYTES / (_KEPT * tokens * read)) :]

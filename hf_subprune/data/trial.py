@@ -1,6 +1,7 @@
 """The first forward on the data: what fails there is told as a matter of the data."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..models.running import Batch, first_line, forward_outputs
 from ..models.sizes import Sizes
+from ..runs.memory import is_of_the_machine
 from .batches import Samples
 from .features import most_positions, text_config
 from .probe import is_divisible, samples_in
@@ -43,6 +45,22 @@ def check_forward(samples: Samples) -> None:
         f"{'; '.join(_wanted(model, batch))}. Prepare the data with the processing class that was saved with the "
         "model, or pass ready batches, dicts that model(**batch) takes."
     ) from error
+
+
+@contextmanager
+def forward_checked(samples: Samples) -> Iterator[None]:
+    """`check_forward` before what is done inside; only if that fails, where it runs samples as large as any anyway.
+
+    Held-out samples are what it runs. Its own error is raised where the data is not at fault.
+    """
+    if _size(largest((*samples.fit, *samples.held_out))) > min(map(_size, samples.own_held_out), default=0):
+        check_forward(samples)
+    try:
+        yield
+    except Exception as error:
+        if not is_of_the_machine(error):
+            check_forward(samples)
+        raise
 
 
 def _size(batch: Batch) -> float:

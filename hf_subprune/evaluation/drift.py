@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch.nn.functional import cosine_similarity, kl_div
+from torch.linalg import vecdot, vector_norm
+from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from ..models.running import Batch
@@ -14,7 +15,7 @@ from .intervals import Interval, ratio_interval
 from .outputs import Outputs, cut_to_logits, outputs_like
 
 # Numbers of outputs that are compared at once.
-_COMPARED_AT_ONCE = 1 << 21
+_COMPARED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,11 @@ def _by_sample(old: Outputs, new: Outputs) -> dict[str, torch.Tensor]:
     for a, b in zip(old.rows.split(at_once), new.rows.split(at_once), strict=True):
         a, b = a.float(), b.float()
         add("rows", torch.ones(len(a)))
-        add("error", (b - a).square().sum(1))
-        add("norm", a.square().sum(1))
+        add("error", vector_norm(b - a, dim=1).square())
+        add("norm", vector_norm(a, dim=1).square())
         if old.kind == "logits":
-            add("kl", kl_div(b.log_softmax(1), a.log_softmax(1), reduction="none", log_target=True).sum(1))
+            p, q = a.log_softmax(1), b.log_softmax(1)
+            add("kl", vecdot(p.exp(), p.sub_(q)))
             add("same", a.argmax(1) == b.argmax(1))
         elif width > 1:  # a vector with one entry has no direction, only a sign
             add("cosine", cosine_similarity(a, b))

@@ -14,8 +14,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _trim, _mallopt = getattr(_libc, "malloc_trim", None), getattr(_libc, "mallopt", None)
 
-# Pieces of this size and more are pages of their own: by default, and after large ones have been freed.
-_MMAP_THRESHOLD, _FIRST, _GROWN = -3, 128 * 2**10, 32 * 2**20
+# Pieces of this size and more are pages of their own: by default, after large ones have been freed, and in `reused`.
+_MMAP_THRESHOLD, _FIRST, _GROWN, _REUSED = -3, 128 * 2**10, 32 * 2**20, 64 * 2**20
+# So much may be free at the end of the heap: after large pieces have been freed, and in `reused`.
+_TRIM_THRESHOLD, _USUAL, _ANY = -1, 64 * 2**20, 2**31 - 1
 
 
 _DEVICE_ERROR = getattr(torch, "AcceleratorError", ())  # of torch 2.8
@@ -58,6 +60,25 @@ def freed_at_once() -> Iterator[None]:
     finally:
         if _mallopt is not None:
             _mallopt(_MMAP_THRESHOLD, _GROWN)
+
+
+@contextmanager
+def reused() -> Iterator[None]:
+    """Tensors of up to 64 MiB leave their memory to the next ones when they are freed.
+
+    Left to itself, the C library gives much of it back to the system, which clears each page that it hands out: a
+    tenth of the time of pruning a language model of 135 M. `release_memory` gives back what is left in the end.
+    """
+    if _mallopt is not None:
+        _mallopt(_MMAP_THRESHOLD, _REUSED)
+        _mallopt(_TRIM_THRESHOLD, _ANY)
+    try:
+        yield
+    finally:
+        if _mallopt is not None:
+            _mallopt(_MMAP_THRESHOLD, _GROWN)
+            _mallopt(_TRIM_THRESHOLD, _USUAL)
+        release_memory()
 
 
 def peak_memory() -> int:

@@ -27,7 +27,7 @@ _FIRST_TRIED = (1e-1, 3e-1)
 # Up to this many kept columns cross-fitting is in float64.
 _DOUBLE_BELOW = 256
 # Beyond this many outputs, cross-fitting looks at as many random combinations of them.
-_MOST_OUTPUTS = 256
+_MOST_OUTPUTS = 128
 # `C - H W` below this part of `H W`, in squares, is rounding: the target is the input times the weight.
 _NOTHING = 1e-8
 

@@ -25,6 +25,10 @@ from ..solver.solve import Choice
 from ..surgery.edits import Edit, shrink, taken_back, undo_all
 from .block import SolvedBlock, choose_units, solve_block
 
+# Memory is given back after so many blocks that are solved alone, or segments: what comes next would take most of it
+# again, and the system clears each page that it hands out.
+_RELEASED = 8
+
 Install = Callable[[nn.Module, Block, torch.Tensor, torch.Tensor, torch.Tensor | None], Edit]
 """Removes units of a block of a model: the units that stay, the consumer's weight on them, and its bias."""
 
@@ -70,6 +74,7 @@ class _Loop:
     def __init__(self, survey: Survey, widths: Widths, work: Workspace, install: Install, solved: Solved) -> None:
         self.survey, self.widths, self.work, self.solved = survey, widths, work, solved
         self._install_one = install
+        self._worked = 0  # times that memory was left behind
         self._pending: list[tuple[Block, SolvedBlock | None]] = []
 
     def run(self) -> None:
@@ -122,11 +127,17 @@ class _Loop:
                     if not walk.independent or len(self._pending) >= processes():
                         self._install()
                 if walk.independent:  # elsewhere forwards come that would take the memory again
-                    release_memory()
+                    self._release()
         with clock("calibration"):
             edits = self.solved.edits
             walk.finish(segment, {b.name: edits[b.name].kept for b in segment.blocks if b.name in edits})
         if not walk.independent:
+            self._release()
+
+    def _release(self) -> None:
+        """Give memory back, now and then."""
+        self._worked += 1
+        if self._worked % _RELEASED == 0:
             release_memory()
 
     def _solve(self, blocks: Sequence[Block], moments: dict[str, BlockMoments], chosen: Choice | None = None) -> None:

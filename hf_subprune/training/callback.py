@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..allocation.surveying import find
 from ..config import PruneConfig
 from ..data.reading import read_few
+from ..data.trial import check_forward
 from ..loading import carry
 from ..models.intact import intact
 from ..models.running import Batch, input_device, undisturbed
@@ -227,6 +228,7 @@ class SubpruneCallback(TrainerCallback, ExportableState):
             return  # what is read of it now would be missing then
         with undisturbed(model), session(model):
             samples = read_few(model, data, self.config, processing_class)
+            check_forward(samples)
             if "experts" not in self.config.units:
                 find(samples, [self.config], send_to_device(samples.probe, input_device(model)), Workspace())
 
