@@ -91,9 +91,11 @@ def recover(
 ) -> Recovery:
     """Distil the original model into the pruned one, on samples without labels.
 
-    Each step takes one batch and descends, with AdamW, the squared error of every hidden state on real tokens,
-    relative to the teacher's and averaged over layers, plus the Kullback-Leibler divergence of the model's
-    distribution from the teacher's where there are logits. Dropout is off. Whether it helped is measured on samples
+    Each step takes one batch and descends, with AdamW, the Kullback-Leibler divergence of the model's distribution
+    from the teacher's, averaged over real tokens. Where there is no distribution for each token, it is the squared
+    error of every hidden state on real tokens, relative to the teacher's and averaged over layers, plus the divergence
+    of a classifier's one. (Of a language model they are no help: where one token holds nearly all of a layer's energy,
+    they are about that token.) Dropout is off. Whether it helped is measured on samples
     that were never trained on: unless their drift fell, the weights are put back.
 
     Args:
@@ -179,7 +181,7 @@ def _train(
 
 
 def _outputs(model: nn.Module, teacher: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
-    """Hidden states by name and layer, and logits; where there are none of both, every floating output."""
+    """Logits if each token has some; else hidden states by name and layer, and logits, or every floating output."""
     device = next(model.parameters()).device
     arguments: dict[str, Any] = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
@@ -190,13 +192,15 @@ def _outputs(model: nn.Module, teacher: PreTrainedModel, batch: Batch) -> dict[s
         arguments["use_cache"] = False
     flags = {name: True for name in ("output_hidden_states", "return_dict") if takes_any or name in parameters}
     output = as_mapping(model(**arguments, **flags))
+    tensors = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+    if "logits" in tensors and tensors["logits"].ndim > 2 and tensors["logits"].shape[-1] > 1:
+        return {"logits": tensors["logits"]}
     found = {
         f"{name}.{layer}": value
         for name, values in output.items()
         if name.endswith("hidden_states") and isinstance(values, tuple)
         for layer, value in enumerate(values)
     }
-    tensors = {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
     if "logits" in tensors:
         found["logits"] = tensors["logits"]
     return found or {name: value for name, value in tensors.items() if value.is_floating_point()}

@@ -1,3 +1,6 @@
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from runs_of import QUICK, assert_unchanged, snapshot
@@ -7,7 +10,7 @@ from transformers import BertModel, ViTConfig, ViTModel
 
 from hf_subprune import PruneConfig, prune, recover
 from hf_subprune.data.batches import Samples
-from hf_subprune.data.trial import check_forward
+from hf_subprune.data.trial import check_forward, forward_checked
 from hf_subprune.evaluation.comparison import compare
 
 
@@ -51,6 +54,27 @@ def test_images_are_told_their_size():
     model = ViTModel(ViTConfig(image_size=16, patch_size=8, **TEXT_MODEL)).eval()
     with pytest.raises(ValueError, match=r"pixel_values \(2, 3, 20, 20\) float32.*images of 3 channels, 16 x 16"):
         check_forward(of(model, pixel_values=torch.zeros(2, 3, 20, 20)))
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_samples_larger_than_the_held_out_ones_are_tried_before_anything_else(bert, longer):
+    short, long = {"input_ids": ids(2, 8)}, {"input_ids": ids(2, 65)}
+    fit = [short, long] if longer else [short, short]
+    samples = Samples(fit=fit, held_out=[short], fit_samples=4, held_out_samples=2, source="x", model=bert)
+    done = []
+    with pytest.raises(ValueError, match="at most 64") if longer else nullcontext(), forward_checked(samples):
+        done.append(1)
+    assert bool(done) is not longer
+
+
+def test_what_fails_is_told_of_the_data_if_that_is_at_fault(bert):
+    fault, fine = of(bert, input_ids=ids(2, 8) + 10**6), of(bert, input_ids=ids(2, 8))
+    fault, fine = (replace(some, held_out=some.fit) for some in (fault, fine))
+    with pytest.raises(ValueError, match="does not fit BertModel") as told, forward_checked(fault):
+        bert(**fault.fit[0])
+    assert isinstance(told.value.__cause__, IndexError)
+    with pytest.raises(KeyError, match="another matter"), forward_checked(fine):
+        raise KeyError("another matter")
 
 
 def test_running_out_of_memory_is_no_matter_of_the_data(bert):

@@ -10,7 +10,9 @@ import torch
 from tiny import tiny
 
 from hf_subprune.config import PruneConfig
-from hf_subprune.evaluation.drift import Drift
+from hf_subprune.data.reading import read
+from hf_subprune.evaluation.drift import Drift, drift
+from hf_subprune.evaluation.outputs import model_outputs
 from hf_subprune.pruning import prune
 from hf_subprune.training.recovery import recover
 
@@ -64,6 +66,15 @@ def test_drift_of_hidden_states_falls_where_there_are_no_logits():
     recovery = recover(model, teacher, data, steps=20, learning_rate=1e-3, config=CONFIG)
     assert recovery.kept and recovery.before.kl is None
     assert recovery.after.relative_error < recovery.before.relative_error
+
+
+def test_the_divergence_alone_is_descended_where_each_token_has_a_distribution():
+    model, teacher, data = pruned()
+    config = replace(CONFIG, samples=6, held_out=6)
+    batches = read(teacher, data[:2], config).fit
+    expected = [drift(model, [batch], model_outputs(teacher, [batch])).kl for batch in batches]
+    (loss,) = recover(model, teacher, data[:2], steps=1, config=config).losses
+    assert any(loss == pytest.approx(kl, rel=1e-4) for kl in expected)
 
 
 def test_low_rank_adapters_are_merged_and_leave_no_trace():
