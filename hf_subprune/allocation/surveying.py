@@ -17,7 +17,7 @@ from ..collection.segments import Plan
 from ..collection.sensitivity import ROUNDS, Means, activation_gradients, output_metrics
 from ..config import TWO_STREAMS, PruneConfig
 from ..data.batches import Samples, tokens_in
-from ..data.trial import forward_checked
+from ..data.trial import blamed_on_data, check_larger
 from ..discovery.discover import discover
 from ..evaluation.continuations import beginnings, continued
 from ..evaluation.original import Original
@@ -39,6 +39,9 @@ from .targets import Target, resolve
 from .widths import check_target
 
 logger = logging.get_logger(__name__)
+
+Found = tuple[Discovery, list[Block], list[Target], list[Families], list[Block], Plan]
+"""What `find` returns: all blocks, those of the config, targets, how blocks are tied, who may shrink, segments."""
 
 # Bytes of activations that a backward holds at most, by a rough estimate; beyond that, segments run once more in it.
 _GRAPH_BYTES = 200 * 2**20
@@ -72,10 +75,10 @@ def take_survey(
         raise ValueError("`evaluation` is read by budget='equal_loss' only: choose that budget, or leave it out.")
     quality = None if evaluation is None else Quality(evaluation, samples.model)
     probe = send_to_device(samples.probe, input_device(samples.model))
-    with forward_checked(samples):
+    with blamed_on_data(samples):
         # In one file: a block is one object everywhere.
         found, blocks, targets, families, candidates, segments = work.once(
-            "blocks", lambda: find(samples, configs, probe, work)
+            "blocks", lambda: _first_look(samples, configs, probe, work)
         )
         targets = from_process(0, targets)  # latencies differ from process to process
         needs_curves = leave_a_choice(configs, families, candidates)
@@ -114,6 +117,13 @@ def take_survey(
     return survey
 
 
+def _first_look(samples: Samples, configs: Sequence[PruneConfig], probe: Batch, work: Workspace) -> Found:
+    """`find`, with samples of which a forward runs."""
+    with work.clock("discovery"):
+        check_larger(samples)
+    return find(samples, configs, probe, work)
+
+
 def leave_a_choice(configs: Sequence[PruneConfig], families: Sequence[Families], candidates: Sequence[Block]) -> bool:
     """Whether a budget shares out by what blocks lose, and says less than every width."""
     return any(
@@ -132,9 +142,7 @@ def looked_at_again(survey: Survey) -> Survey:
     )
 
 
-def find(
-    samples: Samples, configs: Sequence[PruneConfig], probe: Batch, work: Workspace
-) -> tuple[Discovery, list[Block], list[Target], list[Families], list[Block], Plan]:
+def find(samples: Samples, configs: Sequence[PruneConfig], probe: Batch, work: Workspace) -> Found:
     """What can be pruned of a model, how small it is to be, and in which order its parts run.
 
     Args:

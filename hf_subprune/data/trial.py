@@ -47,14 +47,15 @@ def check_forward(samples: Samples) -> None:
     ) from error
 
 
-@contextmanager
-def forward_checked(samples: Samples) -> Iterator[None]:
-    """`check_forward` before what is done inside; only if that fails, where it runs samples as large as any anyway.
-
-    Held-out samples are what it runs. Its own error is raised where the data is not at fault.
-    """
+def check_larger(samples: Samples) -> None:
+    """`check_forward`, unless none of the samples is larger than those held out, which a forward meets soon anyway."""
     if _size(largest((*samples.fit, *samples.held_out))) > min(map(_size, samples.own_held_out), default=0):
         check_forward(samples)
+
+
+@contextmanager
+def blamed_on_data(samples: Samples) -> Iterator[None]:
+    """What fails inside is an error of `check_forward`, should the data be at fault."""
     try:
         yield
     except Exception as error:

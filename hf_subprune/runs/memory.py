@@ -70,7 +70,7 @@ def reused() -> Iterator[None]:
     tenth of the time of pruning a language model of 135 M. `release_memory` gives back what is left in the end.
     """
     if _mallopt is not None:
-        _mallopt(_MMAP_THRESHOLD, _REUSED)
+        _mallopt(_MMAP_THRESHOLD, _REUSED) or _mallopt(_MMAP_THRESHOLD, _GROWN)  # the most that older ones accept
         _mallopt(_TRIM_THRESHOLD, _ANY)
     try:
         yield
