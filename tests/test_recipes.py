@@ -324,6 +324,13 @@ def test_a_language_model_is_pruned_on_its_own_and_on_another_text(recipe, llama
     assert len(set(figures)) == 3
 
 
+@pytest.mark.slow
+def test_the_original_is_distilled_into_a_pruned_language_model(recipe, llama):
+    (row,) = recipe("smollm2").main(["--model", llama, *SHORT, "--only", "wanda", "--recover", "2"])
+    assert row["recovered / dense"] == pytest.approx(row["perplexity / dense"], rel=0.05)  # it has learned nothing yet
+    assert row["CPU seconds of recovery"] > 0
+
+
 def test_flap_removes_what_fluctuates_least_and_leaves_its_mean(recipe):
     smollm2 = recipe("smollm2")
     model, original = tiny("llama"), tiny("llama")
