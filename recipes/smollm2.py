@@ -66,10 +66,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Calibration:
-    """Windows `(number, length)` of token ids, to fit on and to hold out."""
+    """Windows `(number, length)` of token ids, to fit on and to hold out, and those to recover on, if that is done."""
 
     fit: torch.Tensor
     held_out: torch.Tensor
+    recovery: "Calibration | None" = None
 
 
 Method = Callable[[PreTrainedModel, Calibration, int], None]
@@ -313,7 +314,7 @@ def measured(
     calibrations: Sequence[Calibration],
     tested: torch.Tensor,
     dense: float,
-    recovery: Callable[[PreTrainedModel, int], float] | None = None,
+    steps: int = 0,
 ) -> tuple[dict[str, Any], PreTrainedModel]:
     """One row of the table, and the model of the last calibration.
 
@@ -324,21 +325,21 @@ def measured(
         calibrations: Over which figures are means.
         tested: Windows to test on.
         dense: Perplexity of the original on them.
-        recovery: Trains a pruned model, of the calibration of this number; its CPU seconds.
+        steps: Of recovery, where calibrations have windows for it.
     """
     whole = in_blocks(original)
     rises, kept, seconds = [], [], []
-    after: dict[str, list[float]] = {}
-    for number, calibration in enumerate(calibrations):
+    recovery: dict[str, list[float]] = {"CPU seconds of recovery": [], "recovered / dense": []}
+    for calibration in calibrations:
         model = copy.deepcopy(original)
         start = time.process_time()
         METHODS[name](model, calibration, int(keep * whole))
         seconds.append(time.process_time() - start)
         rises.append(perplexity(model, tested) / dense)
         kept.append(in_blocks(model) / whole)
-        if recovery is not None:
-            after.setdefault("CPU seconds of recovery", []).append(recovery(model, number))
-            after.setdefault("recovered / dense", []).append(perplexity(model, tested) / dense)
+        if calibration.recovery is not None:
+            recovery["CPU seconds of recovery"].append(recovered(model, original, calibration.recovery, steps))
+            recovery["recovered / dense"].append(perplexity(model, tested) / dense)
     row = {
         "keep": keep,
         "pruned": name,
@@ -348,7 +349,7 @@ def measured(
         "blocks' parameters": mean(kept),
         "CPU seconds": mean(seconds),
         "loads plainly": loads_plainly(model, tested[0]),
-        **{column: mean(values) for column, values in after.items()},
+        **{column: mean(values) for column, values in recovery.items() if values},
     }
     return row, model
 
@@ -367,25 +368,21 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     tested = tested.view(TESTED, -1)
     if options.calibrate:
         rest = tokens_of(options.calibrate.read_text(encoding="utf-8"), tokenizer)
-    calibrations, further = [], []
+    calibrations = []
     for seed in range(options.draws):
         if options.data_free:
             texts = generated_text(original, tokenizer, 2 * options.samples, max_length=options.length, seed=seed)
             rest = tokens_of("\n\n".join(texts), tokenizer)
-        calibrations.append(draw(rest, options.samples, options.length, seed))
+        calibration = draw(rest, options.samples, options.length, seed)
         if options.recover:
-            further.append(draw(rest, RECOVERED, options.length, seed, len(calibrations[-1].held_out)))
+            windows = draw(rest, RECOVERED, options.length, seed, len(calibration.held_out))
+            calibration = Calibration(calibration.fit, calibration.held_out, windows)
+        calibrations.append(calibration)
     rows, shown, dense = [], [], perplexity(original, tested)
     begun = tested[0, : options.length // 8]
-
-    def recovery(model: PreTrainedModel, number: int) -> float:
-        return recovered(model, original, further[number], options.recover)
-
     for keep in options.keep:
         for name in options.only:
-            row, model = measured(
-                name, keep, original, calibrations, tested, dense, recovery if options.recover else None
-            )
+            row, model = measured(name, keep, original, calibrations, tested, dense, options.recover)
             rows.append(row)
             print_table(f"{options.draws} draws of {options.samples} windows of {options.length} tokens", [row])
             if name == options.only[0]:

@@ -228,8 +228,8 @@ class SubpruneCallback(TrainerCallback, ExportableState):
             return  # what is read of it now would be missing then
         with undisturbed(model), session(model):
             samples = read_few(model, data, self.config, processing_class)
-            check_forward(samples)
             if "experts" not in self.config.units:
+                check_forward(samples)
                 find(samples, [self.config], send_to_device(samples.probe, input_device(model)), Workspace())
 
     def _start(self, model: Any, processing_class: Any, loader: DataLoader) -> None:
