@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -139,6 +139,10 @@ class Survey:
     def weight(self, block: Block) -> torch.Tensor:
         """`(n, m)`: the weight of a block's consumer as it is now, inputs by outputs."""
         return weight_matrix(self.model.get_submodule(block.consumer))
+
+    def solved(self) -> Survey:
+        """The survey without what only selection and reweighting read, which is large."""
+        return replace(self, metrics={}, gradients={}, stored=None, outputs=None)
 
     def problem(self, block: Block, moments: BlockMoments, *, last: bool = False) -> Problem:
         """What selection and reweighting need of one block; its moments are asked for no more if this is the last."""

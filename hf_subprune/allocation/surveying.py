@@ -44,9 +44,9 @@ Found = tuple[Discovery, list[Block], list[Target], list[Families], list[Block],
 """What `find` returns: all blocks, those of the config, targets, how blocks are tied, who may shrink, segments."""
 
 # Bytes of activations that a backward holds at most, by a rough estimate; beyond that, segments run once more in it.
-_GRAPH_BYTES = 200 * 2**20
+_GRAPH_BYTES = 128 * 2**20
 # What a layer keeps of each token for its backward, in multiples of what its consumers read.
-_KEPT = 4
+_KEPT = 5
 
 
 def take_survey(

@@ -11,8 +11,9 @@ from ..solver.reweighting import relative_error, relative_error_of_rows
 FOLDS = 2
 """Parts of the calibration batches whose moments are kept apart."""
 
-# Sums over more inputs than this are in float32, in half the memory: they alone would fill most of a machine's.
-_DOUBLE_UP_TO = 8192
+# Sums over more inputs than this are in float32, in half the memory: products of a thousand rows, which are no more
+# exact than that, are added to them.
+_DOUBLE_UP_TO = 1024
 
 
 @dataclass(frozen=True)

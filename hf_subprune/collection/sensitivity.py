@@ -165,6 +165,7 @@ def _run_backwards(
                             found = _probe(samples, piece, model(**arguments), generator)
                         if found is not None and found[0].requires_grad:
                             found[0].backward(found[1])
+                        del found  # logits and their gradient, which the next forward needs the room of
             rows = summed(torch.tensor([total.rows for total in sums], device=input_device(model))).tolist()
             for seen, total in zip(rows, sums, strict=True):
                 total.enough = seen >= _ROWS_AN_OUTPUT * total.m

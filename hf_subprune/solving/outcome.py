@@ -20,7 +20,7 @@ from ..models.forms import put_together
 from ..models.running import Batch, input_device
 from ..report.records import BlockReport, Change
 from ..report.report import PruneReport
-from ..runs.memory import peak_memory
+from ..runs.memory import peak_memory, release_memory
 from ..runs.processes import from_process
 from ..runs.stages import CHECKING, MEASURING, begin
 from ..runs.workspace import Workspace
@@ -51,6 +51,7 @@ def outcome(
     begin(CHECKING)
     with work.clock("verification"), taken_back(solved.edits):
         verify(survey.model, widths.blocks, kept, _short_probe(survey.samples))
+        release_memory()  # a second set of new weights
     begin(MEASURING)
     with work.clock("evaluation"):
         timed = survey.latency(solved.edits, sum(work.clock.seconds.values()))

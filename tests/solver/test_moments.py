@@ -57,6 +57,18 @@ def test_batch_products_in_float32_hold_six_digits(inputs, sums):
     assert moments.t == pytest.approx(t, rel=1e-5)
 
 
+def test_sums_of_many_products_in_float32_hold_six_digits():
+    # Of one sign, so that what is added gets ever smaller beside the sum.
+    B = rows(400 * 1024, n=6)[0].float().abs()
+    accumulator = MomentAccumulator(6, intercept=False, dtype=torch.float32)
+    for part in B.split(1024):
+        accumulator.update(part)
+    found = accumulator.moments(torch.ones(6, 1)).H
+    assert found.dtype == torch.float32
+    expected = B.double().T @ B.double()
+    assert float((found - expected).abs().max() / expected.diagonal().max()) < 2e-6
+
+
 def test_centring_cancels_no_digits_of_a_large_mean():
     B, _, W = rows(2000, offset=1e4)
     accumulator = MomentAccumulator(12, intercept=True)
