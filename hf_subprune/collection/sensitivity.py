@@ -29,6 +29,7 @@ from ..models.running import (
     modules_by_path,
     placed,
     said_again,
+    uncached,
     undisturbed,
 )
 from ..runs.processes import own_share, summed
@@ -131,6 +132,7 @@ def _run_backwards(
     outputs = [(block.consumer, partial(total.watch, block.consumer)) for total in sums for block in total.blocks]
     with (
         undisturbed(model),
+        uncached(model),  # a layer that runs once more would find its own keys there
         fast_products(model.parameters()),
         torch.enable_grad(),
         hooked(model, inputs=inputs, outputs=outputs),

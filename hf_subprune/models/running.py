@@ -150,6 +150,20 @@ def said_again(module: nn.Module, output: Callable[[], Any]) -> AbstractContextM
     return forward_replaced(module, lambda *_args, **_kwargs: copied(output()))
 
 
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Within it, forwards keep no keys and values unless told to: by the configs, as some take no argument."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
 _SHRINKING = ("past_key_values", "cache", "attentions", "router_logits", "aux_loss")
 
 
