@@ -200,14 +200,16 @@ def load_model(
         _check_device(device)
     config = _config_of(name_or_path, where)
     own = getattr(transformers, (config.architectures or [""])[0], AutoModel)
-    loader = auto_class or _class_of_remote_code(config, options) or own
+    remote = _class_of_remote_code(config, options)
+    loader = auto_class or remote or own
     try:
         model = loader.from_pretrained(name_or_path, dtype=dtype, **options)
     except (SafetensorError, UnpicklingError, EOFError, KeyError, RuntimeError) as error:
         if is_of_the_machine(error):
             raise
+        code = "" if remote is None else f"The code that comes with {name_or_path} failed, or: "
         raise ValueError(
-            f"The weights of {name_or_path} are damaged, or not those that its {CONFIG_NAME} describes: {error}"
+            f"{code}The weights of {name_or_path} are damaged, or not those that its {CONFIG_NAME} describes: {error}"
         ) from error
     if "device_map" not in options:
         model = model.to(device or state().device)  # of several processes, each has its own

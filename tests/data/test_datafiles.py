@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import sys
+import textwrap
 
 import pandas as pd
 import pytest
@@ -194,6 +195,24 @@ def test_damaged_weights_are_refused_in_a_line(tmp_path, damage):
         ValueError, match=r"^The weights of .* are damaged, or not those that its config.json describes: "
     ):
         load_model(str(tmp_path), device="cpu")
+
+
+def test_code_that_comes_with_a_model_may_be_what_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "model"
+    BertModel(BertConfig(vocab_size=20, **SIZES)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "own.Own"}}))
+    code = """
+        from transformers import BertModel
+
+        class Own(BertModel):
+            def __init__(self, config):
+                raise KeyError("width")
+        """
+    (folder / "own.py").write_text(textwrap.dedent(code))
+    with pytest.raises(ValueError, match=r"^The code that comes with .* failed, or: The weights .*: 'width'$"):
+        load_model(str(folder), device="cpu", options={"trust_remote_code": True})
 
 
 def test_a_damaged_tokenizer_is_told_of(tmp_path, caplog):
