@@ -276,6 +276,19 @@ def test_a_file_that_goes_while_a_run_reads_it_is_named(tmp_path, computed):
     assert files(tmp_path / "out") == files(tmp_path / "again")
 
 
+@pytest.mark.parametrize("name", ["intermediate_size", "num_attention_heads"])
+def test_weights_of_other_widths_than_the_config_says_are_named(tmp_path, name):
+    batches = saved("llama", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps(said | {name: said[name] * 2}))
+    with pytest.raises(
+        OSError, match=r"^model\.layers\.0\..*weight has shape .* in the checkpoint, and .*config.json"
+    ):
+        prune_checkpoint(tmp_path / "model", batches, CONFIG, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_finished_layer_keeps_a_file_mapped(tmp_path, computed):
     def mapped():
         return [m.path for m in psutil.Process().memory_maps() if str(tmp_path) in m.path and "blocks" in m.path]

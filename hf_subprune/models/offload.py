@@ -34,6 +34,7 @@ class Stored:
     """Where the values of a placeholder lie.
 
     Args:
+        path: Of the parameter in its model.
         source: Holds them by name; reading an entry brings it into memory.
         name: Of the entry.
         device: Where they are needed.
@@ -41,6 +42,7 @@ class Stored:
         cuts: `(dimension, index)` of what is left of the values, one cut after the other.
     """
 
+    path: str
     source: Mapping[str, torch.Tensor]
     name: str
     device: torch.device
@@ -54,7 +56,7 @@ class Stored:
                 values = self.source[self.name]
         except (OSError, SafetensorError) as error:
             raise OSError(
-                f"{self.name} cannot be read from the checkpoint any more: {error}. Put the file back as it was."
+                f"{self.path} cannot be read from the checkpoint any more: {error}. Put the file back as it was."
             ) from error
         for dim, index in self.cuts:
             values = values.index_select(dim, index.to(values.device))
@@ -85,9 +87,23 @@ def stored(tensor: torch.Tensor) -> Stored | None:
 
 
 def values(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or the values of a placeholder, read now."""
+    """The tensor, or the values of a placeholder, read now.
+
+    Raises:
+        OSError: they cannot be read, or are others than the model has a place for.
+    """
     where = stored(tensor)
-    return tensor if where is None else where.read()
+    return tensor if where is None else _fitting(where, where.read(), tensor)
+
+
+def _fitting(where: Stored, found: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Values that were read, for a place in the model."""
+    if found.shape != place.shape:
+        raise OSError(
+            f"{where.path} has shape {tuple(found.shape)} in the checkpoint, and {tuple(place.shape)} by its config: "
+            "put back the config.json that was saved with these weights."
+        )
+    return found
 
 
 def device_of(tensor: torch.Tensor) -> torch.device:
@@ -115,7 +131,7 @@ def put_away(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         path = where.folder / f"{next(_numbers)}.safetensors"
         write_tensors(path, dict(source))
         source = _File(path)
-    return _placeholder(tensor.to("meta"), Stored(source, _VALUES, where.device, where.folder))
+    return _placeholder(tensor.to("meta"), replace(where, source=source, name=_VALUES, cuts=()))
 
 
 def _placeholder(empty: torch.Tensor, where: Stored) -> torch.Tensor:
@@ -161,8 +177,10 @@ def taken_over(
     Yields:
         What makes a context within which the weights are accelerate's, as they are then, to hand the model over.
     """
-    once = dict.fromkeys(modules.values())
-    hooks = [(module, hook) for module in once for hook in _offloading(vars(module).get("_hf_hook"))]
+    paths: dict[nn.Module, str] = {}
+    for path, module in modules.items():
+        paths.setdefault(module, path)
+    hooks = [(module, hook) for module in paths for hook in _offloading(vars(module).get("_hf_hook"))]
     if not hooks:
         yield nullcontext
         return
@@ -171,7 +189,13 @@ def taken_over(
         known: dict[int, nn.Parameter] = {}
         for module, hook in hooks:
             for owner, name, key in _tensors(module, hook):
-                where = Stored(hook.weights_map, key, torch.device(hook.execution_device), folder)
+                where = Stored(
+                    f"{paths[module]}.{key}".lstrip("."),
+                    hook.weights_map,
+                    key,
+                    torch.device(hook.execution_device),
+                    folder,
+                )
                 before: Any = owner._parameters[name]
                 if id(before) not in known:
                     known[id(before)] = _taken(before, where, elsewhere=_is_large(owner, before))
@@ -219,7 +243,7 @@ def _give_back(hooks: list[AlignDevicesHook], held: list[_Held]) -> None:
         own = stored(now)
         if own is None:
             where = one.where
-            own = where if now is one.given else Stored({_VALUES: now.detach()}, _VALUES, where.device)
+            own = where if now is one.given else replace(where, source={_VALUES: now.detach()}, name=_VALUES)
         one.owner._parameters[one.name] = nn.Parameter(now.detach().to("meta"), requires_grad=now.requires_grad)
         entries[id(one.hook)][one.where.name] = own
     for hook in hooks:
@@ -284,7 +308,7 @@ def _is_large(owner: nn.Module, parameter: nn.Parameter) -> bool:
 def _taken(before: nn.Parameter, where: Stored, elsewhere: bool) -> nn.Parameter:
     if elsewhere:
         return _placeholder(nn.Parameter(before.detach(), requires_grad=before.requires_grad), where)  # type: ignore
-    held = where.read()
+    held = _fitting(where, where.read(), before)
     # A view into a mapped file keeps the pages around it in memory, for each of a layer's vectors.
     return nn.Parameter(held.clone() if held.ndim < 2 else held, requires_grad=before.requires_grad)
 

@@ -153,8 +153,8 @@ def said_again(module: nn.Module, output: Callable[[], Any]) -> AbstractContextM
 @contextmanager
 def uncached(model: nn.Module) -> Iterator[None]:
     """Within it, forwards keep no keys and values unless told to: by the configs, as some take no argument."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
     try:
         for config in caching:
             config.use_cache = False
