@@ -8,7 +8,8 @@ windows of a text, tested on the end of that text; by default the text is the st
     python recipes/smollm2.py --text wikitext.txt --model smollm2 --only default flap --keep 0.78
 
 With `--data-free`, or with another text to calibrate on, it shows what the domain of that text is worth; with
-`--recover STEPS`, what distilling the original into the pruned models on 80 windows of the text gains.
+`--generated WINDOWS`, what text that the model makes up itself adds to few windows of the domain; with `--recover
+STEPS`, what distilling the original into the pruned models on 80 windows of the text gains.
 
 Beside this package's ways there are two others, written down here for Llamas:
 
@@ -107,6 +108,12 @@ def get_smollm2(folder: Path) -> None:
 def tokens_of(text: str, tokenizer: Any) -> torch.Tensor:
     """`(tokens,)` int64."""
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def made_up(model: PreTrainedModel, tokenizer: Any, samples: int, length: int, seed: int) -> torch.Tensor:
+    """`(tokens,)` int64, of text of the model's own: enough for so many windows, and those that are held out."""
+    texts = generated_text(model, tokenizer, 2 * samples, max_length=length, seed=seed)
+    return tokens_of("\n\n".join(texts), tokenizer)
 
 
 def draw(tokens: torch.Tensor, samples: int, length: int, seed: int, held_out: int | None = None) -> Calibration:
@@ -371,9 +378,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     calibrations = []
     for seed in range(options.draws):
         if options.data_free:
-            texts = generated_text(original, tokenizer, 2 * options.samples, max_length=options.length, seed=seed)
-            rest = tokens_of("\n\n".join(texts), tokenizer)
+            rest = made_up(original, tokenizer, options.samples, options.length, seed)
         calibration = draw(rest, options.samples, options.length, seed)
+        if options.generated:
+            own = made_up(original, tokenizer, options.generated, options.length, seed)
+            fit = torch.cat([calibration.fit, draw(own, options.generated, options.length, seed).fit])
+            calibration = Calibration(fit, calibration.held_out)
         if options.recover:
             windows = draw(rest, RECOVERED, options.length, seed, len(calibration.held_out))
             calibration = Calibration(calibration.fit, calibration.held_out, windows)
@@ -411,6 +421,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=3, help="calibrations, over which figures are means")
     parser.add_argument("--samples", type=int, default=16, help="windows to calibrate on")
     parser.add_argument("--length", type=int, default=512, help="tokens of these windows")
+    parser.add_argument("--generated", type=int, default=0, metavar="WINDOWS", help="of the model's own text, besides")
     parser.add_argument("--recover", type=int, default=0, metavar="STEPS", help="distil the original afterwards")
     return parser.parse_args(arguments)
 
