@@ -63,15 +63,15 @@ def generated(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     generator: Any = model
     config = model.config.get_text_config(decoder=True)
     limits = (getattr(config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
-    wanted = deepcopy(generator.generation_config)
     length = min(limit for limit in (1 + _most_tokens(model, batch), *limits) if limit)
-    wanted.update(max_length=length, max_new_tokens=None, do_sample=False, num_beams=1, use_cache=True)
     options: dict[str, Any] = {}
-    if "force_unique_generate_call" in signature(generator.generate).parameters:
-        # Whisper goes on in a loop over long sound otherwise, and leaves out the tokens that it begins with.
-        wanted.update(return_timestamps=False)
-        options["force_unique_generate_call"] = True
     with undisturbed(model), fast_products(model.parameters()), torch.no_grad(), _quiet():
+        wanted = deepcopy(generator.generation_config)
+        wanted.update(max_length=length, max_new_tokens=None, do_sample=False, num_beams=1, use_cache=True)
+        if "force_unique_generate_call" in signature(generator.generate).parameters:
+            # Whisper goes on in a loop over long sound otherwise, and leaves out the tokens that it begins with.
+            wanted.update(return_timestamps=False)
+            options["force_unique_generate_call"] = True
         return generator.generate(**on_device(model, batch), generation_config=wanted, **options).cpu()
 
 

@@ -123,7 +123,8 @@ def test_a_tokenizer_that_adds_nothing_in_front_gets_the_start_token(tokenizer):
 
 def test_generation_warns_of_nothing_and_leaves_the_model_as_it_was(capfd):
     model, processor = tiny_whisper(), make_processor()
-    model.generation_config.update(temperature=0.7, max_new_tokens=3, num_beams=2, suppress_tokens=[5])
+    for name, value in {"temperature": 0.7, "max_new_tokens": 3, "num_beams": 2, "suppress_tokens": [5]}.items():
+        setattr(model.generation_config, name, value)  # `update` would warn itself
     before, verbosity = model.generation_config.to_dict(), logging.get_verbosity()
     logging.set_verbosity_warning()
     try:
