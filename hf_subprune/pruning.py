@@ -195,7 +195,7 @@ def prune_to(survey: Survey, config: PruneConfig, work: Workspace) -> PruneRepor
     with work.undone_on_failure():
         widths = choose(survey, config, work)
         solved = solve(survey, widths, work)
-        survey = survey.solved()
+        survey = survey.solved()  # what the solver read is let go of
         return outcome(survey, widths, solved, work)
 
 

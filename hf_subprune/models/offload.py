@@ -37,6 +37,7 @@ class Stored:
         path: Of the parameter in its model.
         source: Holds them by name; reading an entry brings it into memory.
         name: Of the entry.
+        shape: Of the entry, as the model has a place for it.
         device: Where they are needed.
         folder: Where values that replace these are written; they stay in memory without one.
         cuts: `(dimension, index)` of what is left of the values, one cut after the other.
@@ -45,12 +46,17 @@ class Stored:
     path: str
     source: Mapping[str, torch.Tensor]
     name: str
+    shape: torch.Size
     device: torch.device
     folder: Path | None = None
     cuts: tuple[tuple[int, torch.Tensor], ...] = ()
 
     def read(self) -> torch.Tensor:
-        """The values, on `device`."""
+        """The values, on `device`.
+
+        Raises:
+            OSError: they cannot be read, or are others than the model has a place for.
+        """
         try:
             with _disable_current_modes():  # what counts or widens the model's operations is not meant for these
                 values = self.source[self.name]
@@ -58,6 +64,11 @@ class Stored:
             raise OSError(
                 f"{self.path} cannot be read from the checkpoint any more: {error}. Put the file back as it was."
             ) from error
+        if values.shape != self.shape:
+            raise OSError(
+                f"{self.path} has shape {tuple(values.shape)} in the checkpoint, and {tuple(self.shape)} by its "
+                "config: put back the config.json that was saved with these weights."
+            )
         for dim, index in self.cuts:
             values = values.index_select(dim, index.to(values.device))
         return values.to(self.device)
@@ -87,23 +98,9 @@ def stored(tensor: torch.Tensor) -> Stored | None:
 
 
 def values(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or the values of a placeholder, read now.
-
-    Raises:
-        OSError: they cannot be read, or are others than the model has a place for.
-    """
+    """The tensor, or the values of a placeholder, read now."""
     where = stored(tensor)
-    return tensor if where is None else _fitting(where, where.read(), tensor)
-
-
-def _fitting(where: Stored, found: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Values that were read, for a place in the model."""
-    if found.shape != place.shape:
-        raise OSError(
-            f"{where.path} has shape {tuple(found.shape)} in the checkpoint, and {tuple(place.shape)} by its config: "
-            "put back the config.json that was saved with these weights."
-        )
-    return found
+    return tensor if where is None else where.read()
 
 
 def device_of(tensor: torch.Tensor) -> torch.device:
@@ -131,7 +128,7 @@ def put_away(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         path = where.folder / f"{next(_numbers)}.safetensors"
         write_tensors(path, dict(source))
         source = _File(path)
-    return _placeholder(tensor.to("meta"), replace(where, source=source, name=_VALUES, cuts=()))
+    return _placeholder(tensor.to("meta"), replace(where, source=source, name=_VALUES, shape=tensor.shape, cuts=()))
 
 
 def _placeholder(empty: torch.Tensor, where: Stored) -> torch.Tensor:
@@ -189,14 +186,9 @@ def taken_over(
         known: dict[int, nn.Parameter] = {}
         for module, hook in hooks:
             for owner, name, key in _tensors(module, hook):
-                where = Stored(
-                    f"{paths[module]}.{key}".lstrip("."),
-                    hook.weights_map,
-                    key,
-                    torch.device(hook.execution_device),
-                    folder,
-                )
+                path, device = f"{paths[module]}.{key}".lstrip("."), torch.device(hook.execution_device)
                 before: Any = owner._parameters[name]
+                where = Stored(path, hook.weights_map, key, before.shape, device, folder)
                 if id(before) not in known:
                     known[id(before)] = _taken(before, where, elsewhere=_is_large(owner, before))
                 owner._parameters[name] = known[id(before)]
@@ -243,7 +235,9 @@ def _give_back(hooks: list[AlignDevicesHook], held: list[_Held]) -> None:
         own = stored(now)
         if own is None:
             where = one.where
-            own = where if now is one.given else replace(where, source={_VALUES: now.detach()}, name=_VALUES)
+            own = where
+            if now is not one.given:
+                own = replace(where, source={_VALUES: now.detach()}, name=_VALUES, shape=now.shape)
         one.owner._parameters[one.name] = nn.Parameter(now.detach().to("meta"), requires_grad=now.requires_grad)
         entries[id(one.hook)][one.where.name] = own
     for hook in hooks:
@@ -308,7 +302,7 @@ def _is_large(owner: nn.Module, parameter: nn.Parameter) -> bool:
 def _taken(before: nn.Parameter, where: Stored, elsewhere: bool) -> nn.Parameter:
     if elsewhere:
         return _placeholder(nn.Parameter(before.detach(), requires_grad=before.requires_grad), where)  # type: ignore
-    held = _fitting(where, where.read(), before)
+    held = where.read()
     # A view into a mapped file keeps the pages around it in memory, for each of a layer's vectors.
     return nn.Parameter(held.clone() if held.ndim < 2 else held, requires_grad=before.requires_grad)
 
