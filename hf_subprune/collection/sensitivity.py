@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from ..blocks import Block
 from ..data.batches import Samples
@@ -24,6 +25,7 @@ from ..models.running import (
     copied,
     encoder_of,
     forward_replaced,
+    goes_on_with_text,
     hooked,
     input_device,
     modules_by_path,
@@ -36,10 +38,12 @@ from ..runs.processes import own_share, summed
 from ..runs.stages import SENSITIVITIES, steps
 from ..runs.store import Store
 
-# Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output. On a
-# language model of 135 M, half as many samples cost 4% of perplexity, four times as many gained half a percent.
+# Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output.
 ROUNDS = 4
 _ROWS_AN_OUTPUT = 2
+# A round looks at a part of each text, where that has at least so many tokens, in place of some whole texts: what is
+# rare is said in few of them.
+_TOKENS_OF_A_PART = 64
 # Numbers of an output whose gradient is made at once.
 _NUMBERS_AT_ONCE = 1 << 20
 
@@ -66,10 +70,11 @@ def output_metrics(
     averaged over those of the consumer; padding counts on neither side.
 
     One forward and one backward a batch and probe, on every fourth sample where this gives twice as many rows as a
-    consumer has outputs; for consumers that have fewer, on more or all of them. Where these are all in a decoder, it
-    gets further draws on the same samples, whose encoder runs once. No parameter gets a gradient, and the
-    activations of one batch are held at a time. Weights, flags, gradients and the random state of the model stay as
-    they are.
+    consumer has outputs; for consumers that have fewer, on more or all of them. Of long texts that a causal language
+    model reads, a fourth of each is looked at, as if it were a text of its own. Where consumers that lack rows are all
+    in a decoder, it gets further draws on the same samples, whose encoder runs once. No parameter gets a gradient, and
+    the activations of one batch are held at a time. Weights, flags, gradients and the random state of the model stay
+    as they are.
 
     Args:
         samples: Whose batches to fit on are run, in their model.
@@ -154,7 +159,7 @@ def _run_backwards(
         for part in range(ROUNDS):
             known = part > 0 and encoder.knows_all_that(total for total in sums if not total.enough)
             if not known:
-                parts = list(_parts(batches, part))
+                parts = list(_parts(model, batches, part))
             for number, batch in steps(SENSITIVITIES, parts):
                 # The same draws, whichever process runs the batch.
                 generator.manual_seed(seed + 2**32 * (part * len(batches) + number))
@@ -207,8 +212,8 @@ class _EncoderAgain:
             self._said[piece] = copied(output)
 
 
-def _parts(batches: Sequence[Batch], part: int) -> Iterator[tuple[int, Batch]]:
-    """Every fourth sample, from `part` on, batch by batch; a batch that cannot be cut counts as one sample.
+def _parts(model: PreTrainedModel, batches: Sequence[Batch], part: int) -> Iterator[tuple[int, Batch]]:
+    """A fourth of each long text, or else every fourth sample, from `part` on; a batch that cannot be cut is one.
 
     With the number of the batch, and only those that fall to this process.
     """
@@ -217,10 +222,24 @@ def _parts(batches: Sequence[Batch], part: int) -> Iterator[tuple[int, Batch]]:
         count = samples_in(batch) if is_divisible(batch) else 1
         first = (part - before) % ROUNDS
         before += count
-        if number in own and first < count:
-            # Forwards take `view`s of what they are given.
+        if number not in own:
+            continue
+        # Forwards take `view`s of what they are given.
+        if length := _tokens_of_a_part(model, batch):
+            tokens = slice(start := (part + number) % ROUNDS * length, start + length)
+            yield number, {name: value[:, tokens].contiguous() for name, value in batch.items()}
+        elif first < count:
             cut = {name: value[first::ROUNDS].contiguous() for name, value in batch.items()} if count > 1 else batch
             yield number, cut
+
+
+def _tokens_of_a_part(model: PreTrainedModel, batch: Batch) -> int:
+    """Tokens of a fourth of each text; 0 where texts are short or padded, or parts of them would be no texts."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None or not goes_on_with_text(model) or any(value.shape != ids.shape for value in batch.values()):
+        return 0  # such as images among the text, or what a token may attend to
+    length = ids.shape[1] // ROUNDS
+    return length if length >= _TOKENS_OF_A_PART and (mask is None or bool(mask.all())) else 0
 
 
 class Means(Mapping[str, torch.Tensor]):

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..models.precision import fast_products
-from ..models.running import input_device, undisturbed
+from ..models.running import goes_on_with_text, input_device, undisturbed
 from .features import text_config
 from .reading import longest_text
 
@@ -84,7 +84,7 @@ def _check(model: PreTrainedModel, tokenizer: Any) -> None:
             f"Generated text needs the model's tokenizer, got {type(tokenizer).__name__}: load it with "
             "AutoTokenizer.from_pretrained."
         )
-    if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+    if not goes_on_with_text(model):
         raise ValueError(
             f"{type(model).__name__} does not go on with text, so that it cannot make up its own: load a language "
             "model with its head (AutoModelForCausalLM), or calibrate on data."

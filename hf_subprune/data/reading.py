@@ -17,7 +17,7 @@ from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
 from ..config import PruneConfig
-from ..models.running import Batch
+from ..models.running import Batch, goes_on_with_text
 from ..models.sizes import Sizes
 from .batches import Samples
 from .collation import Encoded, Ready, collate, read_ready, uncut
@@ -162,7 +162,7 @@ def _accepts(model: PreTrainedModel) -> Accepts:
         main=model.main_input_name,
         targets=frozenset(find_labels(type(model))),
         sizes=Sizes(model.config),
-        causal=model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids",
+        causal=goes_on_with_text(model),
         frames=getattr(model, "_get_feat_extract_output_lengths", None),
         start=decoder_start(model.config) if writes else None,
     )

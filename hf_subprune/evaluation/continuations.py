@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..data.batches import Samples
 from ..data.features import most_positions
-from ..models.running import input_device, is_offloaded, undisturbed
+from ..models.running import goes_on_with_text, input_device, is_offloaded, undisturbed
 from ..report.records import Continuation
 from ..runs.memory import is_of_the_machine
 
@@ -32,8 +32,7 @@ def beginnings(samples: Samples) -> torch.Tensor | None:
     forward reads weights from elsewhere, of which this would take many.
     """
     model, tokenizer = samples.model, samples.tokenizer
-    goes_on = model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
-    if tokenizer is None or not goes_on or is_offloaded(model):
+    if tokenizer is None or not goes_on_with_text(model) or is_offloaded(model):
         return None
     begun = [tokenizer(prompt)["input_ids"] for prompt in _PROMPTS]
     length, most = min(map(len, begun)) - 1, most_positions(model)  # some put a sign behind the end

@@ -46,6 +46,11 @@ def encoder_of(model: nn.Module) -> str | None:
     return next((path for path, module in model.named_modules() if path and module is encoder), None)
 
 
+def goes_on_with_text(model: PreTrainedModel) -> bool:
+    """Whether a model is a causal language model: it reads text from left to right, and can go on with it."""
+    return model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Where a model's inputs go: to its first parameter."""
     return next((device_of(parameter) for parameter in model.parameters()), torch.device("cpu"))

@@ -145,6 +145,36 @@ def test_more_samples_are_looked_at_until_there_are_rows_enough(monkeypatch, wan
     assert len(looked_at.unique(dim=0)) == 2 * rounds
 
 
+def test_all_long_texts_are_heard_of_a_fourth_each_in_another_place_each_round(monkeypatch):
+    monkeypatch.setattr(sensitivity, "_ROWS_AN_OUTPUT", 10**9)
+    model = tiny("llama", max_position_embeddings=256).eval()
+    batches = [{"input_ids": torch.randint(0, 50, (2, 256)), "attention_mask": torch.ones(2, 256)} for _ in range(2)]
+    blocks = discover(model, batches[0]).blocks[:1]
+    seen = []
+    model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    output_metrics(Samples.of(model, batches), blocks)
+    assert [part.shape for part in seen] == [(2, 64)] * 8
+    for number, batch in enumerate(batches):
+        parts = seen[number::2]
+        order = [(number + part) % 4 for part in range(4)]
+        assert torch.equal(torch.cat([parts[order.index(place)] for place in range(4)], 1), batch["input_ids"])
+
+
+@pytest.mark.parametrize("why", ["padding", "an encoder", "positions of all"])
+def test_texts_that_are_none_in_parts_are_looked_at_whole(why):
+    model = tiny("bert" if why == "an encoder" else "llama", max_position_embeddings=256).eval()
+    batch = {"input_ids": torch.randint(5, 50, (8, 256)), "attention_mask": torch.ones(8, 256, dtype=torch.long)}
+    blocks = discover(model, batch).blocks[:1]
+    if why == "padding":
+        batch["attention_mask"][0, -1] = 0
+    if why == "positions of all":
+        batch["attention_mask"] = torch.ones(8, 1, 256, 256, dtype=torch.bool).tril()
+    seen = []
+    model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    output_metrics(Samples.of(model, [batch]), blocks)
+    assert seen == [(2, 256)]
+
+
 def test_an_encoder_that_has_rows_enough_runs_no_more_for_its_decoder(monkeypatch):
     model = tiny("t5").eval()
     monkeypatch.setattr(sensitivity, "_ROWS_AN_OUTPUT", 20 / model.config.d_model)
