@@ -235,9 +235,11 @@ def _parts(model: PreTrainedModel, batches: Sequence[Batch], part: int) -> Itera
 
 def _tokens_of_a_part(model: PreTrainedModel, batch: Batch) -> int:
     """Tokens of a fourth of each text; 0 where texts are short or padded, or parts of them would be no texts."""
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if ids is None or not goes_on_with_text(model) or any(value.shape != ids.shape for value in batch.values()):
-        return 0  # such as images among the text, or what a token may attend to
+    if not (goes_on_with_text(model) and is_divisible(batch) and "input_ids" in batch):
+        return 0
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if any(value.shape != ids.shape for value in batch.values()):
+        return 0  # images among the text, what each token may attend to
     length = ids.shape[1] // ROUNDS
     return length if length >= _TOKENS_OF_A_PART and (mask is None or bool(mask.all())) else 0
 
