@@ -18,7 +18,7 @@ from .swaps import refine
 
 METHODS = ("auto", "greedy", "backward", "stochastic")
 
-# Wider problems are left to greedy: matrices in float64 are twice as large.
+# Wider problems are left to greedy, which needs no inverse beside the moments.
 _BACKWARD_UP_TO = 4096
 # Added to a unit diagonal before it is inverted.
 _LIFT = 1e-10
@@ -102,15 +102,16 @@ def backward(objective: Objective, k: int, *, tuning: Tuning = TUNING) -> Path:
     objective.check(k)
     units, c = objective.groups.shape
     H, C, _ = _rows(objective, unit_scale(objective.H.diagonal()))
+    dtype = tuning.dtype(len(H))
     # A dependent column has no finite inverse; the least jitter makes it one that costs next to nothing.
-    factor, scale, _ = factorise(H, least=max(_LIFT, rounding(H)))
-    C = C.double() * scale[:, None]
+    factor, scale, _ = factorise(H, least=max(_LIFT, rounding(H, dtype)), dtype=dtype)
+    C = C.to(dtype) * scale[:, None]
     P = torch.cholesky_inverse(factor)
     V = P @ C
-    full = float((C * V).sum())
+    full = float((C * V).sum(dtype=torch.float64))
     del H, factor
     if c == 1 and objective.sets == 1:
-        removed, costs = eliminate(P, V, units - k, dtype=torch.float64, smallest=True, tuning=tuning)
+        removed, costs = eliminate(P, V, units - k, dtype=dtype, smallest=True, tuning=tuning)
     else:
         position = torch.arange(units * c, device=P.device).view(units, c)
         removed, costs = eliminate_groups(P, V, position, units - k, sets=objective.sets, smallest=True)
@@ -181,8 +182,8 @@ def select(objective: Objective, k: int, settings: Settings) -> Selection:
     Args:
         objective: `F`.
         k: Number of units to keep.
-        settings: `method`, `swaps`, `seed` and `tuning` are read. Method `"auto"` is backward, whose matrices are in
-            float64, when less than a third of at most 4096 columns goes.
+        settings: `method`, `swaps`, `seed` and `tuning` are read. Method `"auto"` is backward when less than a
+            third of at most 4096 columns goes.
 
     Raises:
         ValueError: `k` or the method does not fit.

@@ -36,6 +36,19 @@ def test_backward_removes_the_units_of_the_definition_in_order(c):
         path.kept(k - 1)
 
 
+@pytest.mark.parametrize("spread", [0, 3])
+def test_backward_in_float32_loses_nothing_that_counts(spread):
+    generator = torch.Generator().manual_seed(0)
+    factors, mixing = torch.randn(1500, 40, generator=generator), torch.randn(40, 300, generator=generator)
+    B = (factors @ mixing + torch.randn(1500, 300, generator=generator)).relu()
+    B *= 10 ** (spread * (2 * torch.rand(300, generator=generator) - 1))  # columns whose sizes differ by a million
+    objective = Objective(B.T @ B, B.T @ B @ torch.randn(300, 50, generator=generator))
+    exact, single = (backward(objective, 220, tuning=Tuning(double_below=below)) for below in (4096, 0))
+    best, found, whole = (objective.value(units) for units in (exact.kept(220), single.kept(220), torch.arange(300)))
+    assert whole - found <= 1.001 * (whole - best)
+    assert float(single.objective[0]) == pytest.approx(found, rel=1e-4)
+
+
 def test_a_pool_that_misses_the_best_column_cuts_the_panel():
     # Three pairs whose sum only is useful: taking one of a pair makes the other, worthless alone, the best of all.
     generator = torch.Generator().manual_seed(0)
