@@ -230,8 +230,8 @@ def _checked_difference(
         if found.numel() == 0:
             return 0.0
     wide = torch.promote_types(expected.dtype, torch.float32)
-    scale = float(expected.abs().max())
-    largest = float((found.to(wide) - expected.to(wide)).abs().max())
+    scale = expected.abs().max().item()
+    largest = (found.to(wide) - expected.to(wide)).abs().max().item()
     difference = largest / max(scale, torch.finfo(torch.float32).tiny)
     if not difference <= tolerance:
         raise _DifferenceError(
