@@ -253,22 +253,22 @@ def narrow(
     layer: nn.Module, linear: nn.Linear, columns: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> None:
     """Let the attention or the MLP of a Llama's layer keep some inputs of its last linear, with a new weight there."""
-    exchange(linear, weight, bias)
+    set_weight(linear, weight, bias)
     if linear is layer.mlp.down_proj:
         for producer in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            exchange(producer, producer.weight[columns])
+            set_weight(producer, producer.weight[columns])
         return
     attention = layer.self_attn
     size = attention.head_dim
     queries = columns.view(-1, size * attention.num_key_value_groups)
     groups = queries[:, 0] // queries.shape[1]
     rows = (groups[:, None] * size + torch.arange(size)).flatten()
-    exchange(attention.q_proj, attention.q_proj.weight[columns])
+    set_weight(attention.q_proj, attention.q_proj.weight[columns])
     for producer in (attention.k_proj, attention.v_proj):
-        replace(producer, producer.weight[rows])
+        set_weight(producer, producer.weight[rows])
 
 
-def exchange(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+def set_weight(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     """Give a linear another weight, and a bias if there is one."""
     linear.weight = nn.Parameter(weight.contiguous())
     linear.out_features, linear.in_features = weight.shape

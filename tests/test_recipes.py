@@ -310,6 +310,7 @@ def test_a_language_model_is_pruned_beside_other_methods(recipe, llama, capsys):
     assert plain == dict.fromkeys(recipe("smollm2").WAYS, True) | {"ragged": False, "flap": False, "osscar": True}
     assert all(0.7 < row["blocks' parameters"] <= 0.8 for row in rows)
     assert all(0.9 < row["least"] <= row["perplexity / dense"] <= row["most"] < 1.5 for row in rows)
+    assert all(0.9 < row["within the text"] < 1.5 and row["within the text"] != row["most"] for row in rows)
     printed = capsys.readouterr().out
     assert "that of the original is" in printed and "What follows, at temperature 0" in printed
 
