@@ -234,10 +234,9 @@ def _give_back(hooks: list[AlignDevicesHook], held: list[_Held]) -> None:
         now: Any = one.owner._parameters[one.name]
         own = stored(now)
         if own is None:
-            where = one.where
-            own = where
+            own = one.where
             if now is not one.given:
-                own = replace(where, source={_VALUES: now.detach()}, name=_VALUES, shape=now.shape)
+                own = replace(own, source={_VALUES: now.detach()}, name=_VALUES, shape=now.shape)
         one.owner._parameters[one.name] = nn.Parameter(now.detach().to("meta"), requires_grad=now.requires_grad)
         entries[id(one.hook)][one.where.name] = own
     for hook in hooks:
