@@ -14,9 +14,9 @@ from ..blocks import Block, Discovery, choose_blocks, groups_of, removed_blocks,
 from ..collection.block_moments import FOLDS
 from ..collection.planning import plan
 from ..collection.segments import Plan
-from ..collection.sensitivity import ROUNDS, Means, activation_gradients, output_metrics
+from ..collection.sensitivity import Means, activation_gradients, output_metrics, tokens_at_once
 from ..config import TWO_STREAMS, PruneConfig
-from ..data.batches import Samples, tokens_in
+from ..data.batches import Samples
 from ..data.trial import blamed_on_data, check_larger
 from ..discovery.discover import discover
 from ..evaluation.continuations import beginnings, continued
@@ -274,7 +274,7 @@ def _recomputed(survey: Survey) -> list[str]:
 
     As few of them as leave the rest a graph of `_GRAPH_BYTES`.
     """
-    tokens = max(tokens_in([batch]) or 0 for batch in survey.samples.fit) // ROUNDS or 1
+    tokens = tokens_at_once(survey.samples) or 1
     consumers: list[Any] = [survey.model.get_submodule(block.consumer) for block in survey.candidates]
     read = sum(matrix_shape(consumer)[0] * consumer.weight.element_size() for consumer in consumers)
     paths = [segment.path for segment in survey.plan.segments if segment.path]

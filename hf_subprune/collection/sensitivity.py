@@ -122,6 +122,14 @@ def activation_gradients(
     return {total.blocks[0].name: total.total / max(total.rows, 1) for total in sums}
 
 
+def tokens_at_once(samples: Samples) -> int:
+    """Tokens of the largest piece of a batch that one backward is of, padding among them; 0 without token ids."""
+    model = samples.model
+    parts = (batch for part in range(ROUNDS) for _, batch in _parts(model, samples.fit, part) if "input_ids" in batch)
+    pieces = (piece for batch in parts for piece in cut_to_logits(model, batch))
+    return max((piece["input_ids"].numel() for piece in pieces), default=0)
+
+
 def _run_backwards(
     samples: Samples,
     sums: Sequence["_GradientSum"],

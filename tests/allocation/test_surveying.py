@@ -7,6 +7,7 @@ from tiny import tiny
 
 from hf_subprune import PruneConfig
 from hf_subprune.allocation import surveying
+from hf_subprune.collection.sensitivity import tokens_at_once
 from hf_subprune.data.reading import read
 from hf_subprune.models.session import session
 from hf_subprune.runs.workspace import Workspace
@@ -24,7 +25,7 @@ def test_layers_run_once_more_in_a_backward_as_far_as_their_graph_finds_no_room(
         surveying.take_survey(read(model, ready_batches(model), config, None), [config], None, Workspace())
     (survey,) = seen
     assert model.config.num_hidden_layers == 2
-    tokens = max(batch["input_ids"].numel() for batch in survey.samples.fit) // surveying.ROUNDS
+    tokens = tokens_at_once(survey.samples)
     read_by = sum(model.get_submodule(block.consumer).weight.shape[1] for block in survey.candidates)
     graph = surveying._KEPT * tokens * read_by * 4
     monkeypatch.setattr(surveying, "_GRAPH_BYTES", room * graph)

@@ -9,11 +9,12 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_subprune.collection import sensitivity
 from hf_subprune.collection.planning import plan
-from hf_subprune.collection.sensitivity import activation_gradients, output_metrics
+from hf_subprune.collection.sensitivity import activation_gradients, output_metrics, tokens_at_once
 from hf_subprune.coverage.tiny import tiny_model
 from hf_subprune.data.batches import Samples
 from hf_subprune.data.padding import token_mask
 from hf_subprune.discovery.discover import discover
+from hf_subprune.evaluation import outputs
 
 
 def padded_batches(model):
@@ -173,6 +174,17 @@ def test_texts_that_are_none_in_parts_are_looked_at_whole(why):
     model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
     output_metrics(Samples.of(model, [batch]), blocks)
     assert seen == [(2, 256)]
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_tokens_that_a_backward_is_of_are_those_whose_logits_are_made_at_once(monkeypatch, at_once):
+    model = tiny("llama", max_position_embeddings=256).eval()
+    samples = Samples.of(model, [{"input_ids": torch.randint(0, 50, (2, 256))} for _ in range(2)])
+    monkeypatch.setattr(outputs, "_LOGITS_AT_ONCE", at_once * 64 * model.config.vocab_size)
+    blocks, seen = discover(model, samples.fit[0]).blocks[:1], []
+    model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    output_metrics(samples, blocks)
+    assert {tokens_at_once(samples)} == {at_once * 64} == set(seen)
 
 
 def test_an_encoder_that_has_rows_enough_runs_no_more_for_its_decoder(monkeypatch):
