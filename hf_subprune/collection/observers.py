@@ -21,7 +21,7 @@ from ..models.running import around, stop
 from ..runs.store import Store
 from .additions import Addition, first_tensor
 from .block_moments import FOLDS, BlockMoments, accumulator
-from .endings import Ending
+from .endings import Ending, Shell
 
 # Of the energy of a sample's median token: beyond it, tokens are outliers.
 _MASSIVE = 10
@@ -82,6 +82,7 @@ class Observer:
 
     Attributes:
         ending: What is told what the segment ends with, where that is this sum.
+        shell: What is told what the modules around the consumer put out, for passes that come.
     """
 
     outputs: int | None = None
@@ -93,6 +94,7 @@ class Observer:
         self.samples, self.block, self.calls, self.addition, self.ends = samples, block, calls, addition, ends
         self.consumer: Any = samples.model.get_submodule(block.consumer)
         self.ending: Ending | None = None
+        self.shell: Shell | None = None
         self._moments: BlockMoments | None = None
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
@@ -130,7 +132,8 @@ class Observer:
         """What to call with inputs and with outputs of which modules, in a pass of the model as pruned so far."""
         if self.addition is None:
             return [(self.block.consumer, self.add)], []
-        return self._around(self.addition, [(self.block.consumer, self._hold_input)], self._add_at_sum)
+        inputs, outputs = self._around(self.addition, [(self.block.consumer, self._hold_input)], self._add_at_sum)
+        return inputs, outputs if self.shell is None else [*outputs, *self.shell.hooks()]
 
     def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Rows of one call of the consumer.
@@ -155,6 +158,8 @@ class Observer:
 
     def _hold_output(self, output: torch.Tensor) -> None:
         self._output = output.clone()
+        if self.shell is not None:
+            self.shell.begin(output)
 
     def _add_at_sum(self, values: Any) -> None:
         output, self._output = self._output, None
@@ -163,6 +168,8 @@ class Observer:
         self._add_held(first_tensor(values), output)  # type: ignore[arg-type]
         if self.ending is not None:
             self.ending.hold(self._index, self._input, output, values)  # type: ignore[arg-type]
+        if self.shell is not None:
+            self.shell.hold(self._index, self._input)  # type: ignore[arg-type]
         self._left -= 1
         if self._left == 0 and self.ends:
             stop()

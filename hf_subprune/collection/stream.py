@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..data.batches import Samples
-from ..models.running import call, forward_replaced, hooked, input_device, stop
+from ..models.running import call, forward_replaced, hooked, input_device, said_again, stop
 from ..runs.store import Store
 from .segments import Plan, Segment
 
@@ -54,6 +54,7 @@ class Stream:
         inputs: Iterable[tuple[str, Callable[[torch.Tensor], None]]] = (),
         outputs: Iterable[tuple[str, Callable[[Any], None]]] = (),
         stop_at: str | None = None,
+        known: Mapping[str, Callable[[], Any]] | None = None,
     ) -> None:
         """Run the current segment on one batch; its output is remembered until `step`.
 
@@ -64,6 +65,7 @@ class Stream:
             outputs: Pairs of a module path and what to call with the module's output, likewise.
             stop_at: Path of a block's consumer: end at its last call, before it computes anything, instead of at the
                 end of the segment (the segment's output is then not computed).
+            known: By path, modules in the segment that do not run, and what makes what they put out.
         """
         segment = self.segment
 
@@ -81,6 +83,8 @@ class Stream:
             before = {path: self.store.read(kept, device) for path, kept in self.kept[index].items()}
             stack.enter_context(self._stubbed(before))
             stack.enter_context(self._led(self._stand_ins[index]))
+            for path, output in (known or {}).items():
+                stack.enter_context(said_again(self.model.get_submodule(path), output))
             call(self.model, self.batches[index])
 
     @contextmanager

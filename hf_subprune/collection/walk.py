@@ -12,8 +12,8 @@ for a convolution:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ..runs.store import Store
 from ..surgery.edits import Edit, kept_columns, taken_back
 from .additions import Addition, find_additions
 from .block_moments import BlockMoments
-from .endings import Ending
+from .endings import Ending, Shell
 from .observers import Hooks, Observer, PairedObserver, ResidualObserver, Targets
 from .segments import Plan, Segment
 from .stream import Stream
@@ -86,10 +86,16 @@ class Walk:
             self._run(self.current, observers, [observer.hooks() for observer in observers])
         self.current.step()
 
-    def moments(self, blocks: Iterable[Block]) -> dict[str, BlockMoments]:
+    def moments(
+        self, blocks: Iterable[Block], kept: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, BlockMoments]:
         """By name, moments of blocks of the segment that was started, which read nothing of one another.
 
         They are held no longer here. Those of blocks that other processes own are parts of sums.
+
+        Args:
+            blocks: Of the segment.
+            kept: By name of blocks before them in the segment, the units that they keep, `(k,)` int64.
 
         Raises:
             ValueError: as `start`.
@@ -131,13 +137,18 @@ class Walk:
         hooks: Sequence[tuple[Hooks, Hooks]],
         stop_at: str | None = None,
         indices: Sequence[int] | None = None,
+        known: Callable[[int], Mapping[str, Callable[[], Any]]] | None = None,
     ) -> None:
-        """Run the stream's segment on this process's batches, or on some of them, under the eyes of observers."""
+        """Run the stream's segment on this process's batches, or on some of them, under the eyes of observers.
+
+        What is `known` of a batch is as `Stream.run` has it.
+        """
         inputs, outputs = ([hook for some in hooks for hook in some[side]] for side in range(2))
         for index in self._shares if indices is None else indices:
             for observer in observers:
                 observer.start(index)
-            stream.run(index, inputs=inputs, outputs=outputs, stop_at=stop_at)
+            made = None if known is None else known(index)
+            stream.run(index, inputs=inputs, outputs=outputs, stop_at=stop_at, known=made)
 
     def _added_up(self, observer: Observer) -> BlockMoments:
         moments = observer.moments
@@ -222,32 +233,46 @@ class SequentialWalk(Walk):
 
     def start(self, segment: Segment) -> None:
         self._watch(segment)
+        *others, last = (self._observers[block.name] for block in segment.blocks)
+        for observer in others:
+            observer.shell = Shell.of(observer.consumer, observer.block, segment, observer.calls)
+        self._shells = [(observer.block, observer.shell) for observer in others if observer.shell is not None]
         self._ending: Ending | None = None
         if segment is not self.plan.segments[-1]:
-            last = self._observers[segment.blocks[-1].name]
             self._ending = last.ending = Ending.of(last.consumer, last.addition, segment.path, last.calls)
 
-    def moments(self, blocks: Iterable[Block]) -> dict[str, BlockMoments]:
+    def moments(
+        self, blocks: Iterable[Block], kept: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, BlockMoments]:
         observers = [self._observers[block.name] for block in blocks]
         stop_at = None if observers[0].stops else observers[-1].block.consumer
-        self._run(self.current, observers, [observer.hooks() for observer in observers], stop_at)
+        hooks = [observer.hooks() for observer in observers]
+        self._run(self.current, observers, hooks, stop_at, known=partial(self._at_hand, kept or {}))
         return super().moments([observer.block for observer in observers])
 
     def finish(self, segment: Segment, kept: Mapping[str, torch.Tensor] | None = None) -> None:
+        kept = kept or {}
         if segment is not self.plan.segments[-1]:  # nothing reads what the last one puts out
             last = segment.blocks[-1]
-            units = (kept or {}).get(last.name)
-            columns = None if units is None else kept_columns(last, units)
+            columns = kept_columns(last, kept[last.name]) if last.name in kept else None
             again = []
             for index in self._shares:
-                if self._ending is None or columns is None or not self._ending.knows(index, len(columns)):
+                if self._ending is None or columns is None or not self._ending.knows(index, columns):
                     again.append(index)
                 else:
                     self.current.put(index, self._ending.output(index, columns))
-            self._run(self.current, [], [], indices=again)
-        self._ending = None
+            self._run(self.current, [], [], indices=again, known=partial(self._at_hand, kept))
+        self._ending, self._shells = None, []
         self.current.step()
         self._commit()
+
+    def _at_hand(self, kept: Mapping[str, torch.Tensor], index: int) -> Mapping[str, Callable[[], Any]]:
+        """Of a batch, what need not run again of what is around blocks that are pruned."""
+        known: dict[str, Callable[[], Any]] = {}
+        for block, shell in self._shells:
+            if block.name in kept:
+                known |= shell.outputs(index, kept_columns(block, kept[block.name]))
+        return known
 
 
 class PairedWalk(SequentialWalk):
@@ -319,7 +344,9 @@ class StoredWalk:
     def start(self, segment: Segment) -> None:
         """Nothing is left to observe."""
 
-    def moments(self, blocks: Iterable[Block]) -> dict[str, BlockMoments]:
+    def moments(
+        self, blocks: Iterable[Block], kept: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, BlockMoments]:
         return {block.name: self.stored[block.name] for block in blocks if block.name in self.stored}
 
     def finish(self, segment: Segment, kept: Mapping[str, torch.Tensor] | None = None) -> None:

@@ -121,7 +121,7 @@ class _Loop:
             together = [[block] for block in group.blocks] if walk.independent else [group.blocks]
             for blocks in together:
                 with clock("calibration"):
-                    moments = walk.moments(blocks)
+                    moments = walk.moments(blocks, self._kept(segment))
                 with clock("selection"):
                     self._solve(blocks, moments)
                     if not walk.independent or len(self._pending) >= processes():
@@ -129,10 +129,14 @@ class _Loop:
                 if walk.independent:  # elsewhere forwards come that would take the memory again
                     self._release()
         with clock("calibration"):
-            edits = self.solved.edits
-            walk.finish(segment, {b.name: edits[b.name].kept for b in segment.blocks if b.name in edits})
+            walk.finish(segment, self._kept(segment))
         if not walk.independent:
             self._release()
+
+    def _kept(self, segment: Segment) -> dict[str, torch.Tensor]:
+        """By name, the units that blocks of a segment keep, of those that were installed."""
+        edits = self.solved.edits
+        return {block.name: edits[block.name].kept for block in segment.blocks if block.name in edits}
 
     def _release(self) -> None:
         """Give memory back, now and then."""

@@ -29,3 +29,23 @@ def test_a_layer_does_not_run_again_for_what_its_last_block_added(monkeypatch, f
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, wanted[name], rtol=1e-3, atol=1e-5)
     assert calls < more
+
+
+@pytest.mark.parametrize("variant", ["seq", "asym", "residual"])
+@pytest.mark.parametrize(
+    ("family", "inside", "again"),
+    [
+        ("llama", "model.layers.0.self_attn.q_proj", False),
+        ("gpt2", "transformer.h.0.attn.c_attn", False),
+        ("t5", "encoder.block.1.layer.0.SelfAttention.q", True),  # a bias of all heads goes on to the next layer
+        ("bert", "bert.encoder.layer.0.attention.self.query", True),  # what is around its output normalises it as well
+    ],
+)
+def test_attention_does_not_run_again_for_blocks_behind_it(monkeypatch, family, inside, again, variant):
+    model, calls = pruned(family, variant, inside)
+    monkeypatch.setattr(endings, "_HELD_BYTES", 0)
+    expected, more = pruned(family, variant, inside)
+    wanted = dict(expected.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, wanted[name], rtol=1e-3, atol=1e-5)
+    assert (calls == more) if again else (calls < more)
