@@ -39,7 +39,7 @@ from ..runs.stages import SENSITIVITIES, steps
 from ..runs.store import Store
 
 # Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output.
-ROUNDS = 4
+ROUNDS = 7
 _ROWS_AN_OUTPUT = 2
 # A round looks at a part of each text, where that has at least so many tokens, in place of some whole texts: what is
 # rare is said in few of them.
@@ -69,12 +69,12 @@ def output_metrics(
     Either is summed over the output's tokens and
     averaged over those of the consumer; padding counts on neither side.
 
-    One forward and one backward a batch and probe, on every fourth sample where this gives twice as many rows as a
+    One forward and one backward a batch and probe, on every seventh sample where this gives twice as many rows as a
     consumer has outputs; for consumers that have fewer, on more or all of them. Of long texts that a causal language
-    model reads, a fourth of each is looked at, as if it were a text of its own. Where consumers that lack rows are all
-    in a decoder, it gets further draws on the same samples, whose encoder runs once. No parameter gets a gradient, and
-    the activations of one batch are held at a time. Weights, flags, gradients and the random state of the model stay
-    as they are.
+    model reads, it is a seventh of each, as if it were a text of its own. Where consumers that lack rows are all in a
+    decoder, it gets further draws on the same samples, whose encoder runs once. No parameter gets a gradient, and the
+    activations of one batch are held at a time. Weights, flags, gradients and the random state of the model stay as
+    they are.
 
     Args:
         samples: Whose batches to fit on are run, in their model.
@@ -221,7 +221,7 @@ class _EncoderAgain:
 
 
 def _parts(model: PreTrainedModel, batches: Sequence[Batch], part: int) -> Iterator[tuple[int, Batch]]:
-    """A fourth of each long text, or else every fourth sample, from `part` on; a batch that cannot be cut is one.
+    """A seventh of each long text, or else every seventh sample, from `part` on; a batch that cannot be cut is one.
 
     With the number of the batch, and only those that fall to this process.
     """
@@ -242,7 +242,7 @@ def _parts(model: PreTrainedModel, batches: Sequence[Batch], part: int) -> Itera
 
 
 def _tokens_of_a_part(model: PreTrainedModel, batch: Batch) -> int:
-    """Tokens of a fourth of each text; 0 where texts are short or padded, or parts of them would be no texts."""
+    """Tokens of a seventh of each text; 0 where texts are short or padded, or parts of them would be no texts."""
     if not (goes_on_with_text(model) and is_divisible(batch) and "input_ids" in batch):
         return 0
     ids, mask = batch["input_ids"], batch.get("attention_mask")

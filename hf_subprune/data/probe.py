@@ -13,7 +13,7 @@ from .features import most_positions, text_config
 
 # Tokens of a text that are enough to see what depends on what, and the fewest: among one or two, attention has little
 # or no choice, and distances do not differ.
-MOST_TOKENS = 32
+MOST_TOKENS = 16
 _FEWEST_TOKENS = 8
 # Values of a sample that is no text: a second of sound, a small image.
 _VALUES = 16_000
@@ -22,7 +22,7 @@ _VALUES = 16_000
 def probe_of(model: PreTrainedModel, batches: Sequence[Batch]) -> Batch:
     """Two samples of one batch, the first in which both have enough different tokens, or else the most.
 
-    Texts lose their padding, and what is between their beginning and their last token beyond 32 tokens; other tensors
+    Texts lose their padding, and what is between their beginning and their last token beyond 16 tokens; other tensors
     with one entry a token follow. Texts of fewer than 8 different tokens get random ones behind their first. A batch
     that cannot be cut into samples is taken as it is.
 

@@ -132,11 +132,11 @@ def test_hidden_states_give_gauss_newton_of_full_jacobians(all_samples):
     assert (found - expected).norm() < 0.25 * expected.norm()
 
 
-@pytest.mark.parametrize(("wanted", "rounds"), [(0, 1), (10**9, 4)])
+@pytest.mark.parametrize(("wanted", "rounds"), [(0, 1), (10**9, sensitivity.ROUNDS)])
 def test_more_samples_are_looked_at_until_there_are_rows_enough(monkeypatch, wanted, rounds):
     monkeypatch.setattr(sensitivity, "_ROWS_AN_OUTPUT", wanted)
     model = tiny("llama").eval()
-    batch = {"input_ids": torch.randint(0, 50, (8, 6))}
+    batch = {"input_ids": torch.randint(0, 50, (2 * sensitivity.ROUNDS, 6))}
     seen = []
     model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     output_metrics(Samples.of(model, [batch]), discover(model, batch).blocks[:1])
@@ -146,40 +146,45 @@ def test_more_samples_are_looked_at_until_there_are_rows_enough(monkeypatch, wan
     assert len(looked_at.unique(dim=0)) == 2 * rounds
 
 
-def test_all_long_texts_are_heard_of_a_fourth_each_in_another_place_each_round(monkeypatch):
+def test_all_long_texts_are_heard_of_a_part_each_in_another_place_each_round(monkeypatch):
     monkeypatch.setattr(sensitivity, "_ROWS_AN_OUTPUT", 10**9)
-    model = tiny("llama", max_position_embeddings=256).eval()
-    batches = [{"input_ids": torch.randint(0, 50, (2, 256)), "attention_mask": torch.ones(2, 256)} for _ in range(2)]
+    rounds, length = sensitivity.ROUNDS, 64 * sensitivity.ROUNDS
+    model = tiny("llama", max_position_embeddings=length).eval()
+    shape = 2, length
+    batches = [{"input_ids": torch.randint(0, 50, shape), "attention_mask": torch.ones(shape)} for _ in range(2)]
     blocks = discover(model, batches[0]).blocks[:1]
     seen = []
     model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     output_metrics(Samples.of(model, batches), blocks)
-    assert [part.shape for part in seen] == [(2, 64)] * 8
+    assert [part.shape for part in seen] == [(2, 64)] * (2 * rounds)
     for number, batch in enumerate(batches):
         parts = seen[number::2]
-        order = [(number + part) % 4 for part in range(4)]
-        assert torch.equal(torch.cat([parts[order.index(place)] for place in range(4)], 1), batch["input_ids"])
+        order = [(number + part) % rounds for part in range(rounds)]
+        assert torch.equal(torch.cat([parts[order.index(place)] for place in range(rounds)], 1), batch["input_ids"])
 
 
 @pytest.mark.parametrize("why", ["padding", "an encoder", "positions of all"])
 def test_texts_that_are_none_in_parts_are_looked_at_whole(why):
-    model = tiny("bert" if why == "an encoder" else "llama", max_position_embeddings=256).eval()
-    batch = {"input_ids": torch.randint(5, 50, (8, 256)), "attention_mask": torch.ones(8, 256, dtype=torch.long)}
+    rounds, length = sensitivity.ROUNDS, 64 * sensitivity.ROUNDS
+    model = tiny("bert" if why == "an encoder" else "llama", max_position_embeddings=length).eval()
+    shape = 2 * rounds, length
+    batch = {"input_ids": torch.randint(5, 50, shape), "attention_mask": torch.ones(shape, dtype=torch.long)}
     blocks = discover(model, batch).blocks[:1]
     if why == "padding":
         batch["attention_mask"][0, -1] = 0
     if why == "positions of all":
-        batch["attention_mask"] = torch.ones(8, 1, 256, 256, dtype=torch.bool).tril()
+        batch["attention_mask"] = torch.ones(2 * rounds, 1, length, length, dtype=torch.bool).tril()
     seen = []
     model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
     output_metrics(Samples.of(model, [batch]), blocks)
-    assert seen == [(2, 256)]
+    assert seen == [(2, length)]
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_tokens_that_a_backward_is_of_are_those_whose_logits_are_made_at_once(monkeypatch, at_once):
-    model = tiny("llama", max_position_embeddings=256).eval()
-    samples = Samples.of(model, [{"input_ids": torch.randint(0, 50, (2, 256))} for _ in range(2)])
+    length = 64 * sensitivity.ROUNDS
+    model = tiny("llama", max_position_embeddings=length).eval()
+    samples = Samples.of(model, [{"input_ids": torch.randint(0, 50, (2, length))} for _ in range(2)])
     monkeypatch.setattr(outputs, "_LOGITS_AT_ONCE", at_once * 64 * model.config.vocab_size)
     blocks, seen = discover(model, samples.fit[0]).blocks[:1], []
     model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
@@ -190,7 +195,8 @@ def test_tokens_that_a_backward_is_of_are_those_whose_logits_are_made_at_once(mo
 def test_an_encoder_that_has_rows_enough_runs_no_more_for_its_decoder(monkeypatch):
     model = tiny("t5").eval()
     monkeypatch.setattr(sensitivity, "_ROWS_AN_OUTPUT", 20 / model.config.d_model)
-    batch = {"input_ids": torch.randint(5, 50, (8, 16)), "decoder_input_ids": torch.randint(5, 50, (8, 2))}
+    samples = 2 * sensitivity.ROUNDS
+    batch = {name: torch.randint(5, 50, (samples, n)) for name, n in (("input_ids", 16), ("decoder_input_ids", 2))}
     blocks = [block for block in discover(model, batch).blocks if block.kind == "mlp"]
     heard = []
     model.encoder.block[0].register_forward_pre_hook(lambda _module, args: heard.append(len(args[0])))
@@ -198,7 +204,7 @@ def test_an_encoder_that_has_rows_enough_runs_no_more_for_its_decoder(monkeypatc
     assert heard == [2]
     for block in blocks:
         _, rows, _ = found.parts[block.name]
-        assert rows == (32 if "encoder" in block.name else 16), block.name  # of two samples, once and four times
+        assert rows == (32 if "encoder" in block.name else 20), block.name  # of two samples, once and five times
         assert found[block.name].norm() > 0
         if "decoder" in block.name:
             assert torch.linalg.matrix_rank(found[block.name]) > 4, block.name  # other draws each time
