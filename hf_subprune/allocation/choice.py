@@ -55,7 +55,7 @@ class Widths:
             reached=reached,
             predicted_drift=survey.predicted_loss(self.blocks, self.kept) if survey.losses else None,
             latencies=target.latencies,
-            alternatives=alternatives(survey, self.config),
+            alternatives=alternatives(survey, self.config, self.blocks, self.kept),
         )
 
 

@@ -124,7 +124,7 @@ class Allocation:
         predicted_drift: Sum of the blocks' predicted drifts; `None` when none were predicted.
         latencies: What was timed for a latency target: rows of kind, width, number of blocks narrowed, seconds.
         alternatives: Where layers share their widths, other ways to share out, by the heads that they keep: rows of
-            the widths in words, and the predicted drift, least first. What was chosen is among them.
+            the widths in words, and the predicted drift. What was chosen is first, then what loses least.
     """
 
     budget: str
