@@ -31,12 +31,31 @@ def test_factors_hold_beyond_the_widths_at_which_they_were_measured():
     assert corrected(POINTS, ()) == POINTS
 
 
-def test_what_was_not_measured_takes_what_the_nearest_block_of_its_kind_has():
-    blocks = discover(tiny("llama", num_hidden_layers=3)).blocks
-    first, last = ((10, 2.0),), ((10, 3.0),)
-    found = fill_in(blocks, {"model.layers.0.mlp": first, "model.layers.1.mlp": (), "model.layers.2.mlp": last})
-    assert [found[f"model.layers.{layer}.mlp"] for layer in range(3)] == [first, first, last]
-    assert all(found[f"model.layers.{layer}.self_attn"] == () for layer in range(3))
+def test_factors_are_means_over_layers_around_the_nearer_the_more():
+    blocks = discover(tiny("llama", num_hidden_layers=5)).blocks
+    known = {0: 1.0, 2: 8.0, 4: 1.0}
+    found = fill_in(
+        blocks, {f"model.layers.{layer}.mlp": ((10, factor), (20, 2.0)) for layer, factor in known.items()}
+    )
+    # Weights fall off evenly, to nothing at the second one at equal distances: 4, 2, 0; 3, 3, 1; 2, 4, 2.
+    means = [8 ** (1 / 3), 8 ** (3 / 7), 8 ** (1 / 2), 8 ** (3 / 7), 8 ** (1 / 3)]
+    for layer, mean in enumerate(means):
+        (one, first), (other, second) = found[f"model.layers.{layer}.mlp"]
+        assert (one, other) == (10, 20)
+        assert (first, second) == pytest.approx((mean, 2.0))
+    assert all(found[f"model.layers.{layer}.self_attn"] == () for layer in range(5))
+
+
+def test_factors_of_other_places_and_widths_are_not_mixed():
+    blocks = [block for block in discover(tiny("t5")).blocks if block.kind == "mlp"]
+    encoder, decoder = ((10, 2.0),), ((10, 32.0),)
+    first, last = blocks[0].name, blocks[-1].name
+    found = fill_in(blocks, {first: encoder, last: decoder})
+    assert [found[block.name] for block in blocks] == [
+        encoder if block.name.startswith("encoder") else decoder for block in blocks
+    ]
+    wider = fill_in(blocks, {first: encoder, blocks[1].name: ((10, 2.0), (20, 1.0)), last: decoder})
+    assert wider[first] == encoder and len(wider[blocks[1].name]) == 2
 
 
 def test_blocks_that_are_decided_on_together_are_looked_at_together():
