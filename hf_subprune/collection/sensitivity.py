@@ -39,10 +39,11 @@ from ..runs.stages import SENSITIVITIES, steps
 from ..runs.store import Store
 
 # Samples are looked at in this many rounds, of which as many are made as it takes for this many rows an output.
-ROUNDS = 7
+_ROUNDS = 4
 _ROWS_AN_OUTPUT = 2
-# A round looks at a part of each text, where that has at least so many tokens, in place of some whole texts: what is
-# rare is said in few of them.
+# Of long texts, a round looks at one of so many parts of each, if that has at least so many tokens, in place of some
+# whole texts: what is rare is said in few of them.
+_PARTS = 7
 _TOKENS_OF_A_PART = 64
 # Numbers of an output whose gradient is made at once.
 _NUMBERS_AT_ONCE = 1 << 20
@@ -69,7 +70,7 @@ def output_metrics(
     Either is summed over the output's tokens and
     averaged over those of the consumer; padding counts on neither side.
 
-    One forward and one backward a batch and probe, on every seventh sample where this gives twice as many rows as a
+    One forward and one backward a batch and probe, on every fourth sample where this gives twice as many rows as a
     consumer has outputs; for consumers that have fewer, on more or all of them. Of long texts that a causal language
     model reads, it is a seventh of each, as if it were a text of its own. Where consumers that lack rows are all in a
     decoder, it gets further draws on the same samples, whose encoder runs once. No parameter gets a gradient, and the
@@ -125,7 +126,8 @@ def activation_gradients(
 def tokens_at_once(samples: Samples) -> int:
     """Tokens of the largest piece of a batch that one backward is of, padding among them; 0 without token ids."""
     model = samples.model
-    parts = (batch for part in range(ROUNDS) for _, batch in _parts(model, samples.fit, part) if "input_ids" in batch)
+    rounds = range(_rounds(model, samples.fit))
+    parts = (batch for part in rounds for _, batch in _parts(model, samples.fit, part) if "input_ids" in batch)
     pieces = (piece for batch in parts for piece in cut_to_logits(model, batch))
     return max((piece["input_ids"].numel() for piece in pieces), default=0)
 
@@ -164,7 +166,7 @@ def _run_backwards(
             stack.enter_context(forward_replaced(module, again))
         encoder = _EncoderAgain(model)
         parts: list[tuple[int, Batch]] = []
-        for part in range(ROUNDS):
+        for part in range(_rounds(model, batches)):
             known = part > 0 and encoder.knows_all_that(total for total in sums if not total.enough)
             if not known:
                 parts = list(_parts(model, batches, part))
@@ -220,24 +222,29 @@ class _EncoderAgain:
             self._said[piece] = copied(output)
 
 
+def _rounds(model: PreTrainedModel, batches: Sequence[Batch]) -> int:
+    """Rounds in which all is looked at."""
+    return _PARTS if any(_tokens_of_a_part(model, batch) for batch in batches) else _ROUNDS
+
+
 def _parts(model: PreTrainedModel, batches: Sequence[Batch], part: int) -> Iterator[tuple[int, Batch]]:
-    """A seventh of each long text, or else every seventh sample, from `part` on; a batch that cannot be cut is one.
+    """A seventh of each long text, or else every fourth sample, from `part` on; a batch that cannot be cut is one.
 
     With the number of the batch, and only those that fall to this process.
     """
     own, before = set(own_share(len(batches))), 0
     for number, batch in enumerate(batches):
         count = samples_in(batch) if is_divisible(batch) else 1
-        first = (part - before) % ROUNDS
+        first = (part - before) % _ROUNDS
         before += count
         if number not in own:
             continue
         # Forwards take `view`s of what they are given.
         if length := _tokens_of_a_part(model, batch):
-            tokens = slice(start := (part + number) % ROUNDS * length, start + length)
+            tokens = slice(start := (part + number) % _PARTS * length, start + length)
             yield number, {name: value[:, tokens].contiguous() for name, value in batch.items()}
-        elif first < count:
-            cut = {name: value[first::ROUNDS].contiguous() for name, value in batch.items()} if count > 1 else batch
+        elif part < _ROUNDS and first < count:
+            cut = {name: value[first::_ROUNDS].contiguous() for name, value in batch.items()} if count > 1 else batch
             yield number, cut
 
 
@@ -248,7 +255,7 @@ def _tokens_of_a_part(model: PreTrainedModel, batch: Batch) -> int:
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if any(value.shape != ids.shape for value in batch.values()):
         return 0  # images among the text, what each token may attend to
-    length = ids.shape[1] // ROUNDS
+    length = ids.shape[1] // _PARTS
     return length if length >= _TOKENS_OF_A_PART and (mask is None or bool(mask.all())) else 0
 
 

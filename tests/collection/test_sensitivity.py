@@ -132,11 +132,11 @@ def test_hidden_states_give_gauss_newton_of_full_jacobians(all_samples):
     assert (found - expected).norm() < 0.25 * expected.norm()
 
 
-@pytest.mark.parametrize(("wanted", "rounds"), [(0, 1), (10**9, sensitivity.ROUNDS)])
+@pytest.mark.parametrize(("wanted", "rounds"), [(0, 1), (10**9, sensitivity._ROUNDS)])
 def test_more_samples_are_looked_at_until_there_are_rows_enough(monkeypatch, wanted, rounds):
     monkeypatch.setattr(sensitivity, "_ROWS_AN_OUTPUT", wanted)
     model = tiny("llama").eval()
-    batch = {"input_ids": torch.randint(0, 50, (2 * sensitivity.ROUNDS, 6))}
+    batch = {"input_ids": torch.randint(0, 50, (2 * sensitivity._ROUNDS, 6))}
     seen = []
     model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     output_metrics(Samples.of(model, [batch]), discover(model, batch).blocks[:1])
@@ -148,7 +148,7 @@ def test_more_samples_are_looked_at_until_there_are_rows_enough(monkeypatch, wan
 
 def test_all_long_texts_are_heard_of_a_part_each_in_another_place_each_round(monkeypatch):
     monkeypatch.setattr(sensitivity, "_ROWS_AN_OUTPUT", 10**9)
-    rounds, length = sensitivity.ROUNDS, 64 * sensitivity.ROUNDS
+    rounds, length = sensitivity._PARTS, 64 * sensitivity._PARTS
     model = tiny("llama", max_position_embeddings=length).eval()
     shape = 2, length
     batches = [{"input_ids": torch.randint(0, 50, shape), "attention_mask": torch.ones(shape)} for _ in range(2)]
@@ -165,7 +165,7 @@ def test_all_long_texts_are_heard_of_a_part_each_in_another_place_each_round(mon
 
 @pytest.mark.parametrize("why", ["padding", "an encoder", "positions of all"])
 def test_texts_that_are_none_in_parts_are_looked_at_whole(why):
-    rounds, length = sensitivity.ROUNDS, 64 * sensitivity.ROUNDS
+    rounds, length = sensitivity._ROUNDS, 64 * sensitivity._PARTS
     model = tiny("bert" if why == "an encoder" else "llama", max_position_embeddings=length).eval()
     shape = 2 * rounds, length
     batch = {"input_ids": torch.randint(5, 50, shape), "attention_mask": torch.ones(shape, dtype=torch.long)}
@@ -182,7 +182,7 @@ def test_texts_that_are_none_in_parts_are_looked_at_whole(why):
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_tokens_that_a_backward_is_of_are_those_whose_logits_are_made_at_once(monkeypatch, at_once):
-    length = 64 * sensitivity.ROUNDS
+    length = 64 * sensitivity._PARTS
     model = tiny("llama", max_position_embeddings=length).eval()
     samples = Samples.of(model, [{"input_ids": torch.randint(0, 50, (2, length))} for _ in range(2)])
     monkeypatch.setattr(outputs, "_LOGITS_AT_ONCE", at_once * 64 * model.config.vocab_size)
@@ -195,7 +195,7 @@ def test_tokens_that_a_backward_is_of_are_those_whose_logits_are_made_at_once(mo
 def test_an_encoder_that_has_rows_enough_runs_no_more_for_its_decoder(monkeypatch):
     model = tiny("t5").eval()
     monkeypatch.setattr(sensitivity, "_ROWS_AN_OUTPUT", 20 / model.config.d_model)
-    samples = 2 * sensitivity.ROUNDS
+    samples = 2 * sensitivity._ROUNDS
     batch = {name: torch.randint(5, 50, (samples, n)) for name, n in (("input_ids", 16), ("decoder_input_ids", 2))}
     blocks = [block for block in discover(model, batch).blocks if block.kind == "mlp"]
     heard = []
@@ -204,7 +204,7 @@ def test_an_encoder_that_has_rows_enough_runs_no_more_for_its_decoder(monkeypatc
     assert heard == [2]
     for block in blocks:
         _, rows, _ = found.parts[block.name]
-        assert rows == (32 if "encoder" in block.name else 20), block.name  # of two samples, once and five times
+        assert rows == (32 if "encoder" in block.name else 16), block.name  # of two samples, once and four times
         assert found[block.name].norm() > 0
         if "decoder" in block.name:
             assert torch.linalg.matrix_rank(found[block.name]) > 4, block.name  # other draws each time
@@ -262,7 +262,7 @@ def test_the_seed_decides_the_draws():
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_activation_gradients_are_those_at_the_consumer_s_input(monkeypatch, family):
-    monkeypatch.setattr(sensitivity, "ROUNDS", 1)
+    monkeypatch.setattr(sensitivity, "_ROUNDS", 1)
     model = tiny(family)
     batches = padded_batches(model)
     blocks = discover(model).blocks
