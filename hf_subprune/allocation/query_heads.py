@@ -70,7 +70,7 @@ def units_by_loss(
     if not families.even or len(kinds) < 2:
         return found
     most = _ONE_KIND * survey.predicted_loss(*found)
-    for kind in kinds:
+    for kind in sorted(kinds):
         others = {block.name for block in survey.blocks if block.kind != kind} - families.gone
         alone = replace(families, whole=families.whole | others)
         with suppress(ValueError):  # this kind has too few to lose
