@@ -1,5 +1,6 @@
 """A prunable block: one consumer, the producers that feed it, and the units that can be removed from it."""
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -166,6 +167,11 @@ class Group:
     def choices(self) -> tuple[tuple[Block, ...], ...]:
         """The blocks, those together for which one choice of units is made."""
         return (self.blocks,) if self.share == "units" else tuple((block,) for block in self.blocks)
+
+
+def place_of(block: Block) -> tuple[str, str, int]:
+    """The same for blocks at the same place of equal layers: the name without its numbers, kind and units."""
+    return re.sub(r"\d+", "*", block.name), block.kind, block.units
 
 
 def groups_of(blocks: Iterable[Block]) -> list[Group]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from ..blocks import Block, groups_of
+from ..blocks import Block, groups_of, place_of
 from ..models.forms import together
 from ..models.running import Batch, inside
 from ..storage.layout import choose_layout, config_says
@@ -87,7 +86,7 @@ def even_families(model: PreTrainedModel, blocks: Sequence[Block]) -> Families:
     """
     places: dict[tuple[str, str, int], list[Block]] = {}
     for block in blocks:
-        places.setdefault((re.sub(r"\d+", "*", block.name), block.kind, block.units), []).append(block)
+        places.setdefault(place_of(block), []).append(block)
     said: list[list[Block]] = []
     unsaid: dict[tuple[str, int], list[list[Block]]] = {}
     for (_, kind, units), family in places.items():

@@ -1,7 +1,6 @@
 """What errors of blocks do to the model's output, measured by pruning some of them alone."""
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from ..blocks import Block, groups_of
+from ..blocks import Block, groups_of, place_of
 from ..collection.block_moments import FOLDS
 from ..collection.segments import Segment
 from ..data.batches import Samples, brief, pieces, tokens_in
@@ -230,29 +229,24 @@ def fill_in(blocks: Sequence[Block], factors: Mapping[str, Points]) -> dict[str,
     filled: dict[str, Points] = {}
     for kind in {b.kind for b in blocks}:
         alike = [b for b in blocks if b.kind == kind]
-        known = {place: factors[block.name] for place, block in enumerate(alike) if factors.get(block.name)}
-        by_pattern: dict[tuple[str, int], dict[int, Points]] = defaultdict(dict)
-        for place, points in known.items():
-            by_pattern[_pattern(alike[place])][place] = points
-        for place, block in enumerate(alike):
-            filled[block.name] = _around(place, by_pattern.get(_pattern(block), known))
+        known = {position: factors[b.name] for position, b in enumerate(alike) if factors.get(b.name)}
+        layers: dict[Any, dict[int, Points]] = defaultdict(dict)
+        for position, points in known.items():
+            layers[place_of(alike[position])][position] = points
+        for position, block in enumerate(alike):
+            filled[block.name] = _around(position, layers.get(place_of(block), known))
     return filled
 
 
-def _pattern(block: Block) -> tuple[str, int]:
-    """The same for blocks at the same place of equal layers."""
-    return re.sub(r"\d+", "*", block.name), block.units
-
-
-def _around(place: int, factors: Mapping[int, Points]) -> Points:
-    """Means of factors by their place, of the logarithms; those of the nearest where others are of other widths."""
-    nearest = min(factors, key=lambda other: abs(other - place), default=None)
+def _around(position: int, factors: Mapping[int, Points]) -> Points:
+    """Means of factors by their position, of the logarithms; those of the nearest where others are of other widths."""
+    nearest = min(factors, key=lambda other: abs(other - position), default=None)
     if nearest is None:
         return ()
     widths = [width for width, _ in factors[nearest]]
     alike = [other for other, points in factors.items() if [width for width, _ in points] == widths]
     reach = 2 * (max(alike) - min(alike)) / max(1, len(alike) - 1)  # to the second of those at equal distances
-    weights = [max(0.0, reach - abs(other - place)) for other in alike]
+    weights = [max(0.0, reach - abs(other - position)) for other in alike]
     if not any(weights):
         return factors[nearest]
     logarithms = np.log([[factor for _, factor in factors[other]] for other in alike])

@@ -274,10 +274,10 @@ def _recomputed(survey: Survey) -> list[str]:
 
     As few of them as leave the rest a graph of `_GRAPH_BYTES`.
     """
-    tokens = tokens_at_once(survey.samples) or 1
     consumers: list[Any] = [survey.model.get_submodule(block.consumer) for block in survey.candidates]
     read = sum(matrix_shape(consumer)[0] * consumer.weight.element_size() for consumer in consumers)
     paths = [segment.path for segment in survey.plan.segments if segment.path]
     if is_offloaded(survey.model):
         return paths
+    tokens = tokens_at_once(survey.samples) or 1
     return paths[int(len(paths) * _GRAPH_BYTES / (_KEPT * tokens * read)) :]

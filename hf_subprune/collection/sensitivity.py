@@ -125,9 +125,8 @@ def activation_gradients(
 
 def tokens_at_once(samples: Samples) -> int:
     """Tokens of the largest piece of a batch that one backward is of, padding among them; 0 without token ids."""
-    model = samples.model
-    rounds = range(_rounds(model, samples.fit))
-    parts = (batch for part in rounds for _, batch in _parts(model, samples.fit, part) if "input_ids" in batch)
+    model, batches = samples.model, [batch for batch in samples.fit if "input_ids" in batch]
+    parts = (batch for part in range(_rounds(model, batches)) for _, batch in _parts(model, batches, part))
     pieces = (piece for batch in parts for piece in cut_to_logits(model, batch))
     return max((piece["input_ids"].numel() for piece in pieces), default=0)
 
