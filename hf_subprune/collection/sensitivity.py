@@ -1,5 +1,6 @@
 """How much an error at each consumer's output changes the model's output, without labels."""
 
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -141,7 +142,6 @@ def _run_backwards(
 ) -> None:
     """Show the sums the gradients of some or all samples, see `output_metrics`."""
     model, batches = samples.model, samples.fit
-    generator = torch.Generator()
     inputs = [(block.consumer, total.hold) for total in sums for block in total.blocks]
     outputs = [(block.consumer, partial(total.watch, block.consumer)) for total in sums for block in total.blocks]
     with (
@@ -170,8 +170,7 @@ def _run_backwards(
             if not known:
                 parts = list(_parts(model, batches, part))
             for number, batch in steps(SENSITIVITIES, parts):
-                # The same draws, whichever process runs the batch.
-                generator.manual_seed(seed + 2**32 * (part * len(batches) + number))
+                generator = _generator(seed, part, number)
                 for place, piece in enumerate(cut_to_logits(model, batch)):
                     for total in sums:
                         total.batch = piece
@@ -219,6 +218,11 @@ class _EncoderAgain:
     def _keep(self, piece: tuple[int, int], output: Any) -> None:
         with torch.no_grad():  # its graph is let go of
             self._said[piece] = copied(output)
+
+
+def _generator(seed: int, part: int, number: int) -> torch.Generator:
+    """Of the draws for a part of a batch: the same in every process, others for each. Of a seed only 32 bits count."""
+    return torch.Generator().manual_seed(random.Random(f"{seed}-{part}-{number}").getrandbits(32))
 
 
 def _rounds(model: PreTrainedModel, batches: Sequence[Batch]) -> int:
