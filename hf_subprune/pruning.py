@@ -20,9 +20,10 @@ from .allocation.surveying import take_survey
 from .config import TARGETS, PruneConfig
 from .data.batches import FittingBatches, Samples
 from .data.reading import read
-from .data.trial import check_forward
+from .data.trial import blamed_on_data, check_forward
 from .evaluation.costs import circumstances, measure_latency
 from .evaluation.original import Original
+from .evaluation.outputs import model_outputs
 from .loading import carried, carry
 from .models.forms import apart
 from .models.intact import intact, remembered
@@ -192,8 +193,9 @@ def prune_to(survey: Survey, config: PruneConfig, work: Workspace) -> PruneRepor
     Raises:
         EquivalenceError: as `prune`.
     """
-    with work.undone_on_failure():
+    with blamed_on_data(survey.samples), work.undone_on_failure():
         widths = choose(survey, config, work)
+        survey = survey.of_blocks(widths.blocks)
         solved = solve(survey, widths, work)
         survey = survey.solved()  # what the solver read is let go of
         return outcome(survey, widths, solved, work)
@@ -211,16 +213,17 @@ def _without_experts(
     fraction, rest = without_experts(config)
     with work.clock("evaluation"):
         check_forward(samples)
-        original = Original.of(samples)
+        original, reference = Original.of(samples), model_outputs(model, samples.own_held_out)
         before = _seconds(model, original)
     with work.undone_on_failure():
         removed, refusals = remove_experts(samples, config, fraction, work)
         if rest is None:
-            report = of_the_whole(samples, original, config, work)
+            report = of_the_whole(samples, original, reference, config, work)
         else:
             with apart(inside(model)):
                 own = work.again()  # what is taken back of the rest is so while experts are apart
-                survey = replace(take_survey(samples, [rest], evaluation, own), original=original)
+                survey = take_survey(samples, [rest], evaluation, own)
+                survey = replace(survey, original=original, reference=reference)
                 report = prune_to(survey, rest, own)
         after = _seconds(model, original)
     report = replace(

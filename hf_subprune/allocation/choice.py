@@ -89,7 +89,7 @@ def whole_heads(survey: Survey, config: PruneConfig) -> dict[str, int]:
     tried: list[tuple[bool, float, dict[str, int]]] = []
     for _ in range(_LATENCY_TRIES):
         fewer = partial(narrowed, survey.model, survey.blocks, widths)
-        timed = times_in_turn(survey.model, survey.samples.held_out[0], fewer, LATENCY_SECONDS)
+        timed = times_in_turn(survey.model, survey.samples.measured_on, fewer, LATENCY_SECONDS)
         taken = survey.full_cost(target) * timed.inside / timed.outside
         tried.append((taken <= target.limit, -abs(taken - target.limit), widths))
         if _LATENCY_SLACK * target.limit <= taken <= target.limit:

@@ -10,6 +10,7 @@ from ..blocks import Block, Group, groups_of
 from ..collection.block_moments import FOLDS, BlockMoments
 from ..collection.observers import Targets
 from ..collection.planning import plan
+from ..collection.stream import Rest
 from ..collection.walk import SurveyWalk
 from ..config import TWO_STREAMS
 from ..data.batches import tokens_in
@@ -101,6 +102,7 @@ def with_losses(
         query_losses=_of_nearest(survey, queries),
         stored=stored,
         outputs=passed.targets,
+        rest=passed.rest,
     )
 
 
@@ -186,6 +188,7 @@ class _Pass:
 
     Attributes:
         targets: What the candidates put out, where they will be asked for it and it could be kept.
+        rest: Of the model's forwards on batches held out, where these came through.
     """
 
     def __init__(
@@ -198,6 +201,7 @@ class _Pass:
     ) -> None:
         self.survey, self.trials, self.stored, self.work = survey, trials, stored, work
         self.targets: Targets | None = None
+        self.rest: Rest | None = None
         self._few = [block for block in survey.candidates if block.name in looked_at]
         self._groups = {block.name: group for group in groups_of(self._few) for block in group.blocks}
         self._everywhere = trials is not None and trials.evaluation is not None
@@ -222,7 +226,7 @@ class _Pass:
                 if self.trials is not None and block.name in self._groups:
                     found.update(self._with_group(block, moments))
                 del moments
-        self.targets = walk.targets
+        self.targets, self.rest = walk.targets, walk.rest()
         for theirs in from_all(found):
             found.update(theirs)
         return found

@@ -15,11 +15,14 @@ from ..collection.block_moments import BlockMoments
 from ..collection.observers import Targets
 from ..collection.planning import plan
 from ..collection.segments import Plan
+from ..collection.sensitivity import Means
+from ..collection.stream import Rest
 from ..collection.walk import StoredWalk, Walk, walk
 from ..config import PruneConfig
 from ..data.batches import Samples
 from ..evaluation.costs import InTurn, times_in_turn
 from ..evaluation.original import Original
+from ..evaluation.outputs import Outputs
 from ..models.linears import weight_matrix
 from ..models.running import Batch, is_offloaded
 from ..runs.workspace import Workspace
@@ -53,7 +56,7 @@ class Survey:
         families: How blocks are tied for each config, in their order.
         plan: The segments that hold the candidates.
         owners: By block name, the process that solves the block.
-        original: What the model puts out and costs before anything goes.
+        original: What the model costs before anything goes.
         begun: First tokens of texts that the model has continued, `None` if it has not.
         continued: How it did.
         metrics: By block name, `M` of `sensitivity.output_metrics`; blocks left out weigh outputs equally.
@@ -64,6 +67,8 @@ class Survey:
         query_losses: The same of query heads, for the blocks that could lose these instead.
         stored: By block name, the moments of the original model; `None` where they are collected again for each size.
         outputs: What the candidates' consumers put out on all batches; `None` where they run again for each size.
+        rest: Of the original's forwards on batches held out, where they have come so far.
+        reference: What the original puts out on them, where the model of the survey is not the original.
         present: By block name, `(k,)` int64, sorted: the units that are left of a block that is masked in part.
     """
 
@@ -80,13 +85,15 @@ class Survey:
     original: Original
     begun: torch.Tensor | None = None
     continued: torch.Tensor | None = None
-    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    metrics: Means = field(default_factory=Means)
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
     curves: Mapping[str, LossCurve] = field(default_factory=dict)
     losses: Mapping[str, Points] = field(default_factory=dict)
     query_losses: Mapping[str, Points] = field(default_factory=dict)
     stored: Mapping[str, BlockMoments] | None = None
     outputs: Targets | None = None
+    rest: Rest | None = None
+    reference: Sequence[Outputs] | None = None
     present: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -140,9 +147,14 @@ class Survey:
         """`(n, m)`: the weight of a block's consumer as it is now, inputs by outputs."""
         return weight_matrix(self.model.get_submodule(block.consumer))
 
+    def of_blocks(self, blocks: Sequence[Block]) -> Survey:
+        """The survey without sensitivities of any but some blocks."""
+        names = {block.name for block in blocks}
+        return replace(self, metrics=self.metrics.without([name for name in self.metrics if name not in names]))
+
     def solved(self) -> Survey:
         """The survey without what only selection and reweighting read, which is large."""
-        return replace(self, metrics={}, gradients={}, stored=None, outputs=None)
+        return replace(self, metrics=Means(), gradients={}, stored=None, outputs=None)
 
     def problem(self, block: Block, moments: BlockMoments, *, last: bool = False) -> Problem:
         """What selection and reweighting need of one block; its moments are asked for no more if this is the last."""

@@ -17,7 +17,7 @@ from ..collection.segments import Plan
 from ..collection.sensitivity import Means, activation_gradients, output_metrics, tokens_at_once
 from ..config import TWO_STREAMS, PruneConfig
 from ..data.batches import Samples
-from ..data.trial import blamed_on_data, check_larger
+from ..data.trial import blamed_on_data
 from ..discovery.discover import discover
 from ..evaluation.continuations import beginnings, continued
 from ..evaluation.original import Original
@@ -78,7 +78,7 @@ def take_survey(
     with blamed_on_data(samples):
         # In one file: a block is one object everywhere.
         found, blocks, targets, families, candidates, segments = work.once(
-            "blocks", lambda: _first_look(samples, configs, probe, work)
+            "blocks", lambda: find(samples, configs, probe, work)
         )
         targets = from_process(0, targets)  # latencies differ from process to process
         needs_curves = leave_a_choice(configs, families, candidates)
@@ -90,38 +90,31 @@ def take_survey(
         with work.clock("evaluation"):
             whole = any(config.target() in ("latency", "macs") for config in configs)
             original = work.once("original", lambda: Original.of(samples, whole=whole))
-    begun = beginnings(samples)
-    survey = Survey(
-        samples=samples,
-        configs=list(configs),
-        probe=probe,
-        found=found,
-        blocks=blocks,
-        candidates=candidates,
-        targets=targets,
-        families=families,
-        plan=segments,
-        owners=_owners(blocks, needs_curves),
-        original=original,
-        begun=begun,
-        continued=continued(samples.model, begun),
-    )
-    with work.clock("sensitivity"):
-        survey = _with_sensitivities(survey, needs_metrics, first.importance == "activation_gradient", work)
-    grouped = any(b.queries is not None for b in candidates)  # these are looked at before they are pruned
-    shared = first.streams() == "layer" and (needs_curves or len(configs) > 1 or grouped)
-    keep = shared and work.holds(sum(_moment_bytes(samples, block) for block in candidates))
-    if needs_curves or keep:
-        survey = with_losses(survey, quality, work, curves=needs_curves, keep=keep)
-    release_memory()
+        begun = beginnings(samples)
+        survey = Survey(
+            samples=samples,
+            configs=list(configs),
+            probe=probe,
+            found=found,
+            blocks=blocks,
+            candidates=candidates,
+            targets=targets,
+            families=families,
+            plan=segments,
+            owners=_owners(blocks, needs_curves),
+            original=original,
+            begun=begun,
+            continued=continued(samples.model, begun),
+        )
+        with work.clock("sensitivity"):
+            survey = _with_sensitivities(survey, needs_metrics, first.importance == "activation_gradient", work)
+        grouped = any(b.queries is not None for b in candidates)  # these are looked at before they are pruned
+        shared = first.streams() == "layer" and (needs_curves or len(configs) > 1 or grouped)
+        keep = shared and work.holds(sum(_moment_bytes(samples, block) for block in candidates))
+        if needs_curves or keep:
+            survey = with_losses(survey, quality, work, curves=needs_curves, keep=keep)
+        release_memory()
     return survey
-
-
-def _first_look(samples: Samples, configs: Sequence[PruneConfig], probe: Batch, work: Workspace) -> Found:
-    """`find`, with samples of which a forward runs."""
-    with work.clock("discovery"):
-        check_larger(samples)
-    return find(samples, configs, probe, work)
 
 
 def leave_a_choice(configs: Sequence[PruneConfig], families: Sequence[Families], candidates: Sequence[Block]) -> bool:
@@ -137,7 +130,7 @@ def looked_at_again(survey: Survey) -> Survey:
     """The survey with sensitivities of the model as it is now."""
     return replace(
         survey,
-        metrics=_sensitivities(survey, Store()) if survey.metrics else {},
+        metrics=_sensitivities(survey, Store()) if survey.metrics else survey.metrics,
         gradients=_activation_gradients(survey) if survey.gradients else {},
     )
 
@@ -146,7 +139,7 @@ def find(samples: Samples, configs: Sequence[PruneConfig], probe: Batch, work: W
     """What can be pruned of a model, how small it is to be, and in which order its parts run.
 
     Args:
-        samples, configs, work: As for `take_survey`; samples of which a forward runs.
+        samples, configs, work: As for `take_survey`.
         probe: Of the samples, on the model's device.
 
     Raises:

@@ -83,7 +83,7 @@ def resolve(samples: Samples, blocks: Sequence[Block], configs: Sequence[PruneCo
     """The target of each config on this model; widths are timed once for all of them.
 
     Args:
-        samples: For the unpruned model; MACs and latency are counted on the first batch held out.
+        samples: For the unpruned model; MACs and latency are counted on one batch.
         blocks: That may be pruned.
         configs: Exactly one of `keep`, `params`, `macs`, `latency` and `size` is set in each.
     """
@@ -104,7 +104,7 @@ def _target(
 ) -> Target:
     if config.keep is not None:
         return keep_target(blocks, config)
-    model, batch = samples.model, samples.held_out[0]
+    model, batch = samples.model, samples.measured_on
     names = tuple(b.name for b in blocks)
     of_queries = _queries(blocks)
     latencies: tuple[tuple[str, int, int, float], ...] = ()
@@ -167,7 +167,7 @@ def _parameters(blocks: Sequence[Block]) -> dict[str, tuple[float, ...]]:
 
 
 def _macs(samples: Samples, blocks: Sequence[Block], full: float) -> dict[str, tuple[float, ...]]:
-    model, batch = samples.model, samples.held_out[0]
+    model, batch = samples.model, samples.measured_on
     costs: dict[str, tuple[float, ...]] = {}
     for group in groups_of(blocks):
         tie = group.blocks
@@ -205,7 +205,7 @@ def _latencies(samples: Samples, blocks: Sequence[Block]) -> _Timed:
 
     Blocks of one kind and size are narrowed together, which adds up what each saves above the noise, and share it.
     """
-    model, batch = samples.model, samples.held_out[0]
+    model, batch = samples.model, samples.measured_on
     full = measure_latency(model, batch, _SECONDS)
     families: dict[tuple[str, int, int], list[Block]] = {}
     for group in groups_of(blocks):

@@ -20,6 +20,7 @@ from ..blocks import Block
 from ..config import PruneConfig
 from ..data.reading import read
 from ..evaluation.drift import drift
+from ..evaluation.outputs import model_outputs
 from ..models.forms import apart
 from ..models.linears import weight_matrix
 from ..models.running import evaluating
@@ -133,7 +134,8 @@ class _Drifts:
         if survey.stored is None:
             raise ValueError("The moments of this model do not fit into memory: bench a smaller one.")
         self._stored = survey.stored
-        self._per_sample = has_row_per_sample(survey.original.outputs, survey.samples.held_out)
+        self._reference = model_outputs(survey.model, survey.samples.held_out)
+        self._per_sample = has_row_per_sample(self._reference, survey.samples.held_out)
         self._fits: dict[tuple[str, int], Reweighted] = {}
 
     def row(self, widths: Mapping[str, int]) -> dict[str, Any]:
@@ -143,7 +145,7 @@ class _Drifts:
             for block in self.survey.blocks:
                 if widths[block.name] < block.units:
                     edits.append(self._shrink(block, widths[block.name]))
-            change = drift(model, samples.held_out, self.survey.original.outputs)
+            change = drift(model, samples.held_out, self._reference)
         finally:
             for edit in reversed(edits):
                 edit.undo()

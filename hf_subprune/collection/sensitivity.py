@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..blocks import Block
-from ..data.batches import Samples
+from ..data.batches import Samples, cut_to_logits
 from ..data.padding import token_mask
 from ..data.probe import is_divisible, samples_in
-from ..evaluation.outputs import compared_output, cut_to_logits
+from ..evaluation.outputs import compared_output
 from ..models.experts import by_layer
 from ..models.linears import feature_axis, input_rows, matrix_shape, weight_matrix
 from ..models.offload import device_of
@@ -88,8 +88,8 @@ def output_metrics(
         store: Of the sums; in memory without one.
 
     Returns:
-        By block name, `(m, m)` on the consumer's device in float64; zeros where the output does not depend on it. The
-        experts of one layer have one matrix, of the tokens of all of them: some get very few.
+        By block name, `(m, m)` on the consumer's device in float32, as the gradients are; zeros where the output does
+        not depend on it. The experts of one layer have one matrix, of the tokens of all of them: some get very few.
     """
     groups = by_layer(modules_by_path(samples.model), blocks)
     store = store or Store()
@@ -270,8 +270,8 @@ class Means(Mapping[str, torch.Tensor]):
         store: Of the sums.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[Any, int, torch.device]], store: Store):
-        self.parts, self.store = dict(parts), store
+    def __init__(self, parts: Mapping[str, tuple[Any, int, torch.device]] | None = None, store: Store | None = None):
+        self.parts, self.store = dict(parts or {}), store or Store()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         kept, rows, device = self.parts[name]
@@ -347,7 +347,7 @@ class _OuterSum(_GradientSum):
         """Add the sums of all processes, and keep what they come to."""
         self._outer.add_up()
         super().add_up()
-        self.kept = self._store.keep(self._name, self._outer.total()), self.rows, self.device
+        self.kept = self._store.keep(self._name, self._outer.total().float()), self.rows, self.device
         self._outer.drop()
 
 

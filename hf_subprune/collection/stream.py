@@ -10,7 +10,7 @@ that are not pruned) are not run again once that segment is finished.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -79,13 +79,22 @@ class Stream:
             if stop_at is not None:
                 calls = dict(zip((b.consumer for b in segment.blocks), segment.calls, strict=True))[stop_at]
                 stack.enter_context(_ended_at_call(calls, self.model.get_submodule(stop_at)))
-            device = input_device(self.model)
-            before = {path: self.store.read(kept, device) for path, kept in self.kept[index].items()}
-            stack.enter_context(self._stubbed(before))
-            stack.enter_context(self._led(self._stand_ins[index]))
+            stack.enter_context(self.behind(index))
             for path, output in (known or {}).items():
                 stack.enter_context(said_again(self.model.get_submodule(path), output))
             call(self.model, self.batches[index])
+
+    @contextmanager
+    def behind(self, index: int) -> Iterator[None]:
+        """Inside, forwards of a batch run neither the segments that are finished nor what leads to them.
+
+        Args:
+            index: Of the batch.
+        """
+        device = input_device(self.model)
+        before = {path: self.store.read(kept, device) for path, kept in self.kept[index].items()}
+        with self._stubbed(before), self._led(self._stand_ins[index]):
+            yield
 
     @contextmanager
     def _stubbed(self, stored: Mapping[str, Any]) -> Iterator[None]:
@@ -134,6 +143,32 @@ class Stream:
     def resume(self, position: int, kept: Sequence[Mapping[str, Any]]) -> None:
         """Go on at a segment, with what the store kept then."""
         self.position, self.kept = position, kept
+
+
+class Rest:
+    """What is left of forwards once a stream has come through all segments, of the batches held out.
+
+    Args:
+        stream: What it holds of other batches is let go of.
+        batches: Positions of those held out in the stream, of this process.
+    """
+
+    def __init__(self, stream: Stream, batches: Sequence[int]) -> None:
+        self._stream, self._batches = stream, batches
+        stream.kept = [kept if index in batches else {} for index, kept in enumerate(stream.kept)]
+
+    @classmethod
+    def of(cls, stream: Stream, batches: Sequence[int]) -> "Rest | None":
+        """Of a stream that has come so far with these batches; `None` otherwise, or where it is nothing."""
+        segments = stream.plan.segments
+        if not segments or stream.position < len(segments) or not segments[-1].path:
+            return None
+        came = all(stream.kept[index].get(segments[-1].path) is not None for index in batches)
+        return cls(stream, batches) if came else None
+
+    def of_batch(self, number: int) -> AbstractContextManager[None]:
+        """Inside, forwards of a batch held out run no more than this; `number` counts those of this process."""
+        return self._stream.behind(self._batches[number])
 
 
 def _return(output: Any, *_args: Any, **_kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ from .block_moments import BlockMoments
 from .endings import Ending, Shell
 from .observers import Hooks, Observer, PairedObserver, ResidualObserver, Targets
 from .segments import Plan, Segment
-from .stream import Stream
+from .stream import Rest, Stream
 
 
 class Walk:
@@ -48,6 +48,7 @@ class Walk:
     """
 
     independent = True
+    _of_original = "current"  # the stream that the model runs in as it was
 
     def __init__(self, samples: Samples, plan: Plan, owners: Mapping[str, int], store: Store | None = None) -> None:
         self.samples, self.plan, self.owners, self.store = samples, plan, owners, store or Store()
@@ -110,6 +111,14 @@ class Walk:
             kept: By name of a block, the units that it keeps, `(k,)` int64, where that is known.
         """
         self._commit()
+
+    def rest(self) -> Rest | None:
+        """What is left of the original's forwards once all segments are finished, where that is known.
+
+        It is to be asked for once, by who needs the walk no longer.
+        """
+        stream, fitted = self.streams.get(self._of_original), len(self.samples.fit)
+        return None if stream is None else Rest.of(stream, [index for index in self._shares if index >= fitted])
 
     def _watch(self, segment: Segment) -> None:
         self._observers = {
@@ -230,6 +239,7 @@ class SequentialWalk(Walk):
     """Each block is observed in the model as pruned so far (variant `seq`)."""
 
     independent = False
+    _of_original = "original"  # which there is where targets are
 
     def start(self, segment: Segment) -> None:
         self._watch(segment)
@@ -351,6 +361,9 @@ class StoredWalk:
 
     def finish(self, segment: Segment, kept: Mapping[str, torch.Tensor] | None = None) -> None:
         """There is no other segment."""
+
+    def rest(self) -> None:
+        """Nothing has run."""
 
 
 def walk(

@@ -20,6 +20,9 @@ logger = logging.get_logger(__name__)
 
 _T = TypeVar("_T")
 
+# Logits over many classes are made for some samples at a time: so many numbers at once, unless one sample has more.
+_LOGITS_AT_ONCE = 1 << 23
+
 
 @dataclass(frozen=True, eq=False)
 class Samples:
@@ -64,12 +67,20 @@ class Samples:
     def in_batches_of(self, size: int) -> "Samples":
         """The same samples, batches cut into ones of at most `size` samples; the folds stay as they are, or nearly.
 
-        Batches whose tensors cannot be cut stay whole.
+        Those held out are cut further, to what logits are made of at once. Batches whose tensors cannot be cut stay
+        whole.
         """
         even, odd = ([piece for batch in self.fit[fold::2] for piece in pieces(batch, size)] for fold in range(2))
         pairs = itertools.zip_longest(even, odd)
         fit = [batch for pair in pairs for batch in pair if batch is not None]
-        return replace(self, fit=fit, held_out=[piece for batch in self.held_out for piece in pieces(batch, size)])
+        held_out = (piece for batch in self.held_out for piece in pieces(batch, size))
+        parts = [part for piece in held_out for part in cut_to_logits(self.model, piece)]
+        return replace(self, fit=fit, held_out=parts)
+
+    @property
+    def measured_on(self) -> Batch:
+        """The batch whose forwards are timed and counted."""
+        return self.fit[0]
 
     @property
     def own_held_out(self) -> list[Batch]:
@@ -133,6 +144,19 @@ def _padded(model: PreTrainedModel, batches: list[Batch]) -> float:
 def pieces(batch: Batch, size: int) -> list[Batch]:
     """The batch in batches of at most `size` samples; as it is where it cannot be cut."""
     return cut_batches([batch], 0, samples_in(batch), size) if is_divisible(batch) else [batch]
+
+
+def cut_to_logits(model: PreTrainedModel, batch: Batch) -> list[Batch]:
+    """The batch in pieces whose logits are few enough to be held at once: one sample at least."""
+    length = max((batch[name].shape[-1] for name in ("input_ids", "decoder_input_ids") if name in batch), default=1)
+    size = max(1, _LOGITS_AT_ONCE // max(classes_of(model) * length, 1))
+    return [batch] if samples_in(batch) <= size else pieces(batch, size)
+
+
+def classes_of(model: PreTrainedModel) -> int:
+    """How many logits a token gets; 0 where it gets none."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return len(weight) if isinstance(weight, torch.Tensor) else 0
 
 
 def brief(batch: Batch, tokens: int) -> Batch:

@@ -19,7 +19,11 @@ from .probe import is_divisible, samples_in
 
 def largest(batches: Sequence[Batch]) -> Batch:
     """Two samples of the batch whose samples are largest, all of it where it cannot be cut."""
-    batch = max(batches, key=_size)
+
+    def size(batch: Batch) -> float:
+        return sum(value.numel() for value in batch.values() if isinstance(value, torch.Tensor)) / samples_in(batch)
+
+    batch = max(batches, key=size)
     return {name: value[:2] for name, value in batch.items()} if is_divisible(batch) else dict(batch)
 
 
@@ -31,9 +35,11 @@ def check_forward(samples: Samples) -> None:
             runs, and what the model takes.
         RuntimeError: there is no memory for it.
     """
-    model = samples.model
-    batch = largest((*samples.fit, *samples.held_out))
-    error = _failure(model, batch)
+    _check(samples, largest((*samples.fit, *samples.held_out)))
+
+
+def _check(samples: Samples, batch: Batch) -> None:
+    model, error = samples.model, _failure(samples.model, batch)
     if error is None:
         return
     if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
@@ -47,25 +53,20 @@ def check_forward(samples: Samples) -> None:
     ) from error
 
 
-def check_larger(samples: Samples) -> None:
-    """`check_forward`, unless none of the samples is larger than those held out, which a forward meets soon anyway."""
-    if _size(largest((*samples.fit, *samples.held_out))) > min(map(_size, samples.own_held_out), default=0):
-        check_forward(samples)
-
-
 @contextmanager
 def blamed_on_data(samples: Samples) -> Iterator[None]:
-    """What fails inside is an error of `check_forward`, should the data be at fault."""
+    """What fails inside is an error as of `check_forward`, should any of the data be at fault.
+
+    The model must be as it was when it fails.
+    """
     try:
         yield
     except Exception as error:
         if not is_of_the_machine(error):
             check_forward(samples)
+            for batch in (*samples.fit, *samples.held_out):
+                _check(samples, batch)
         raise
-
-
-def _size(batch: Batch) -> float:
-    return sum(value.numel() for value in batch.values() if isinstance(value, torch.Tensor)) / samples_in(batch)
 
 
 def _failure(model: PreTrainedModel, batch: Batch) -> Exception | None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from ..config import PruneConfig
-from ..data.batches import Samples
+from ..data.batches import Samples, cut_to_logits
 from ..data.probe import samples_in
 from ..data.reading import batch_some
 from ..data.trial import check_forward
@@ -20,7 +20,7 @@ from ..report.tables import change_row, in_words
 from ..runs.stages import COMPARING, SCORING_ORIGINAL, SCORING_PRUNED, TIMING, advance, begin, expect
 from .costs import LATENCY_ROUNDS, circumstances, count_macs, count_parameters, measure_in_turn
 from .drift import Drift, drift
-from .outputs import Outputs, cut_to_logits, iter_outputs
+from .outputs import Outputs, iter_outputs
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from torch.linalg import vecdot, vector_norm
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
+from ..data.batches import cut_to_logits
 from ..models.running import Batch
 from ..runs.processes import from_all
 from .intervals import Interval, ratio_interval
-from .outputs import Outputs, cut_to_logits, outputs_like
+from .outputs import Outputs, outputs_like
 
 # Numbers of outputs that are compared at once.
 _COMPARED_AT_ONCE = 1 << 20

@@ -1,14 +1,12 @@
-"""What the original model puts out and costs, taken down before it is changed."""
+"""What the original model costs, taken down before it is changed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..data.batches import Samples, brief
 from ..models.running import Batch, input_device
 from .costs import Costs, count
-from .outputs import Outputs, model_outputs
 
 # Tokens of a forward that is timed for the report alone.
 _MEASURED_TOKENS = 64
@@ -19,12 +17,10 @@ class Original:
     """The original, for as long as it takes to compare with it.
 
     Args:
-        outputs: On `samples.own_held_out`.
         measured_on: The batch whose forwards are timed, and of whose first sample multiply-accumulates are counted.
         costs: Parameters and multiply-accumulates.
     """
 
-    outputs: Sequence[Outputs]
     measured_on: Batch
     costs: Costs
 
@@ -37,7 +33,7 @@ class Original:
             whole: Measure costs on a whole batch, as sizes in seconds or multiply-accumulates do. On a CPU, where that
                 would take longer than all other figures, it is a part of one else.
         """
-        batch = samples.held_out[0]
+        batch = samples.measured_on
         if not whole and input_device(samples.model).type == "cpu":
             batch = brief(batch, _MEASURED_TOKENS)
-        return cls(model_outputs(samples.model, samples.own_held_out), batch, count(samples.model, batch))
+        return cls(batch, count(samples.model, batch))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -10,15 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..data.batches import pieces
+from ..data.batches import classes_of, cut_to_logits
 from ..data.padding import token_mask
 from ..data.probe import samples_in
 from ..models.running import Batch, floating_tensors, forward_outputs
 
 # Bytes of reference outputs that are held for one batch list; beyond that, evenly spaced tokens stand for all.
 _STORED_BYTES = 100 * 2**20
-# Logits over many classes are made for some samples at a time: so many numbers at once, unless one sample has more.
-_LOGITS_AT_ONCE = 1 << 23
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,17 +40,34 @@ class Outputs:
     places: torch.Tensor | None = None
 
 
-def model_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Outputs]:
-    """The reference that `drift.drift` compares with, to be taken before the model changes."""
-    return list(iter_outputs(model, batches))
+def model_outputs(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    rest: Callable[[int], AbstractContextManager[None]] | None = None,
+) -> list[Outputs]:
+    """The reference that `drift.drift` compares with, to be taken of the model that is not changed.
+
+    Args:
+        model: The model.
+        batches: To run.
+        rest: Inside of what it gives for the position of a batch, a forward of that batch, uncut, runs only what it
+            must.
+    """
+    return list(iter_outputs(model, batches, rest))
 
 
-def iter_outputs(model: PreTrainedModel, batches: Sequence[Batch]) -> Iterator[Outputs]:
+def iter_outputs(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    rest: Callable[[int], AbstractContextManager[None]] | None = None,
+) -> Iterator[Outputs]:
     """As `model_outputs`, one after the other: nothing is stored when both models are at hand."""
-    for batch in batches:
+    for number, batch in enumerate(batches):
         parts = cut_to_logits(model, batch)
         for part in parts:
-            yield _reference(model, part, _STORED_BYTES // (len(batches) * len(parts)))
+            with nullcontext() if rest is None or len(parts) > 1 else rest(number):
+                outputs = _reference(model, part, _STORED_BYTES // (len(batches) * len(parts)))
+            yield outputs
 
 
 def outputs_like(model: PreTrainedModel, batch: Batch, old: Outputs) -> Outputs:
@@ -59,24 +75,11 @@ def outputs_like(model: PreTrainedModel, batch: Batch, old: Outputs) -> Outputs:
     return _outputs(model, batch, old.places, len(old.rows))
 
 
-def cut_to_logits(model: PreTrainedModel, batch: Batch) -> list[Batch]:
-    """The batch in pieces whose logits are few enough to be held at once: one sample at least."""
-    length = max((batch[name].shape[-1] for name in ("input_ids", "decoder_input_ids") if name in batch), default=1)
-    size = max(1, _LOGITS_AT_ONCE // max(_classes(model) * length, 1))
-    return [batch] if samples_in(batch) <= size else pieces(batch, size)
-
-
 def _reference(model: PreTrainedModel, batch: Batch, room: int) -> Outputs:
     """As many evenly spaced rows of a batch's output as `room` bytes hold."""
-    classes = _classes(model)
+    classes = classes_of(model)
     places = _places(model, batch, room // (classes * model.dtype.itemsize)) if classes else None
     return _outputs(model, batch, places, None, room)
-
-
-def _classes(model: PreTrainedModel) -> int:
-    """How many logits a token gets; 0 where it gets none."""
-    weight = getattr(model.get_output_embeddings(), "weight", None)
-    return len(weight) if isinstance(weight, torch.Tensor) else 0
 
 
 def _places(model: PreTrainedModel, batch: Batch, most: int) -> torch.Tensor | None:

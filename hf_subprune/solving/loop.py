@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from ..allocation.survey import Survey
 from ..blocks import Block, Group, groups_of
 from ..collection.block_moments import BlockMoments
 from ..collection.segments import Segment
+from ..collection.stream import Rest
 from ..collection.walk import StoredWalk, Walk
 from ..report.records import BlockReport
 from ..runs.memory import release_memory
@@ -27,7 +28,7 @@ from .block import SolvedBlock, choose_units, solve_block
 
 # Memory is given back after so many blocks that are solved alone, or segments: what comes next would take most of it
 # again, and the system clears each page that it hands out.
-_RELEASED = 8
+_RELEASED = 4
 
 Install = Callable[[nn.Module, Block, torch.Tensor, torch.Tensor, torch.Tensor | None], Edit]
 """Removes units of a block of a model: the units that stay, the consumer's weight on them, and its bias."""
@@ -40,10 +41,12 @@ class Solved:
     Args:
         edits: In place in the model.
         reports: Of what was solved.
+        rest: Of the original's forwards, where that came by.
     """
 
     edits: dict[str, Edit] = field(default_factory=dict)
     reports: dict[str, BlockReport] = field(default_factory=dict)
+    rest: Rest | None = None
 
 
 def solve(survey: Survey, widths: Widths, work: Workspace, install: Install = shrink) -> Solved:
@@ -61,11 +64,11 @@ def solve(survey: Survey, widths: Widths, work: Workspace, install: Install = sh
     Raises:
         ValueError: a block's inputs hold NaN or inf; the message names it.
     """
-    solved = Solved()
+    solved = Solved(rest=survey.rest)
     work.undo.callback(undo_all, solved.edits)
     begin(SOLVING, len(widths.blocks))
-    _Loop(survey, widths, work, install, solved).run()
-    return solved
+    rest = _Loop(survey, widths, work, install, solved).run()
+    return solved if rest is None else replace(solved, rest=rest)
 
 
 class _Loop:
@@ -77,8 +80,8 @@ class _Loop:
         self._worked = 0  # times that memory was left behind
         self._pending: list[tuple[Block, SolvedBlock | None]] = []
 
-    def run(self) -> None:
-        """Blocks that share their units first, then segment by segment."""
+    def run(self) -> Rest | None:
+        """Blocks that share their units first, then segment by segment; what is left of the original's forwards."""
         edits, variant = self.solved.edits, self.widths.config.streams()
         for group in groups_of(self.widths.blocks):
             if group.share == "units":
@@ -93,6 +96,7 @@ class _Loop:
             for segment in walk.left:
                 self._solve_segment(walk, segment)
             self._install()
+        return walk.rest()
 
     def _solve_tied(self, group: Group) -> None:
         """Units for all blocks of the group, from moments of the original model."""

@@ -11,13 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.batches import Samples, samples_in
 from ..evaluation.drift import Drift, drift
-from ..evaluation.original import Original
+from ..evaluation.outputs import Outputs
 from ..models.running import call
 from ..runs.processes import from_all, own_share, summed
 from ..runs.workspace import Workspace
 
 
-def renew_statistics(samples: Samples, original: Original, work: Workspace) -> tuple[Drift, int]:
+def renew_statistics(samples: Samples, reference: Sequence[Outputs], work: Workspace) -> tuple[Drift, int]:
     """Take mean and variance of what every batch norm reads anew, on the samples to fit on.
 
     Those of the original describe what the original's norms read. The new ones are means over batches, in which each
@@ -26,13 +26,13 @@ def renew_statistics(samples: Samples, original: Original, work: Workspace) -> t
 
     Args:
         samples: Their model is the pruned one, in evaluation mode.
-        original: To compare with.
+        reference: What the original puts out on samples held out.
         work: Its `undo` gets what puts the old ones back.
 
     Returns:
         Drift of the model as it is then, and how many norms have new statistics.
     """
-    before = _drift(samples, original)
+    before = _drift(samples, reference)
     norms = _norms(samples.model)
     batches = [samples.fit[number] for number in own_share(len(samples.fit))]
     batches = [batch for batch in batches if samples_in(batch) > 1]
@@ -48,15 +48,15 @@ def renew_statistics(samples: Samples, original: Original, work: Workspace) -> t
         for norm in norms:
             for mean in filter(torch.is_floating_point, norm.buffers()):  # all but the count of batches
                 mean.copy_(summed(mean * len(batches)) / count)
-        after = _drift(samples, original)
+        after = _drift(samples, reference)
         if after.distance >= before.distance:
             return before, 0
         work.undo.callback(undo.pop_all().close)
     return after, len(norms)
 
 
-def _drift(samples: Samples, original: Original) -> Drift:
-    return drift(samples.model, samples.own_held_out, original.outputs, shared=True)
+def _drift(samples: Samples, reference: Sequence[Outputs]) -> Drift:
+    return drift(samples.model, samples.own_held_out, reference, shared=True)
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:

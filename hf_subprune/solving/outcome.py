@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -16,6 +17,7 @@ from ..evaluation.continuations import continued, side_by_side
 from ..evaluation.costs import InTurn, circumstances, count
 from ..evaluation.drift import Drift, drift
 from ..evaluation.original import Original
+from ..evaluation.outputs import Outputs, model_outputs
 from ..models.forms import put_together
 from ..models.running import Batch, input_device
 from ..report.records import BlockReport, Change
@@ -57,10 +59,13 @@ def outcome(
         timed = survey.latency(solved.edits, sum(work.clock.seconds.values()))
     work.undo.callback(put_together(survey.model.modules()))
     renewed = 0
-    if drifted is None and any(block.kind == "channels" for block in widths.blocks):
+    reference: Sequence[Outputs] = ()
+    if drifted is None:
         with work.clock("evaluation"):
-            drifted, renewed = renew_statistics(survey.samples, survey.original, work)
-    report = of_the_whole(survey.samples, survey.original, widths.config, work, timed, drifted)
+            reference = _reference(survey, solved)
+            if any(block.kind == "channels" for block in widths.blocks):
+                drifted, renewed = renew_statistics(survey.samples, reference, work)
+    report = of_the_whole(survey.samples, survey.original, reference, widths.config, work, timed, drifted)
     blocks = (solved.reports.get(b.name) or BlockReport.whole(b, **survey.predictions(b)) for b in survey.blocks)
     report = replace(
         report,
@@ -75,9 +80,19 @@ def outcome(
     return from_process(0, report)
 
 
+def _reference(survey: Survey, solved: Solved) -> Sequence[Outputs]:
+    """What the original puts out on samples held out: edits are taken back, and no more of it runs than must."""
+    if survey.reference is not None:
+        return survey.reference
+    with taken_back(solved.edits):
+        rest = None if solved.rest is None else solved.rest.of_batch
+        return model_outputs(survey.model, survey.samples.own_held_out, rest)
+
+
 def of_the_whole(
     samples: Samples,
     original: Original,
+    reference: Sequence[Outputs],
     config: PruneConfig,
     work: Workspace,
     timed: InTurn | None = None,
@@ -88,6 +103,7 @@ def of_the_whole(
     Args:
         samples: What it is measured on; their model is the pruned one.
         original: To compare with.
+        reference: What it puts out on samples held out, unless `drifted` is given.
         config: What was asked for.
         work: As for `outcome`, and so is `drifted`.
         timed: Seconds of its forwards, and inside of the original's.
@@ -99,7 +115,7 @@ def of_the_whole(
     with work.clock("evaluation"):
         after = count(model, original.measured_on)
         if drifted is None:
-            drifted = drift(model, samples.own_held_out, original.outputs, shared=True)
+            drifted = drift(model, samples.own_held_out, reference, shared=True)
     intervals = dict(drifted.intervals)
     if timed is not None:
         least, most = timed.ratios

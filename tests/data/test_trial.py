@@ -9,7 +9,7 @@ from transformers import BertModel, ViTConfig, ViTModel
 
 from hf_subprune import PruneConfig, prune, recover
 from hf_subprune.data.batches import Samples
-from hf_subprune.data.trial import blamed_on_data, check_forward, check_larger
+from hf_subprune.data.trial import blamed_on_data, check_forward
 from hf_subprune.evaluation.comparison import compare
 
 
@@ -55,21 +55,15 @@ def test_images_are_told_their_size():
         check_forward(of(model, pixel_values=torch.zeros(2, 3, 20, 20)))
 
 
-def test_samples_larger_than_the_held_out_ones_are_tried_before_anything_else(bert):
-    short, long = {"input_ids": ids(2, 8)}, {"input_ids": ids(2, 65)}
-    some = {"fit_samples": 4, "held_out_samples": 2, "source": "x", "model": bert}
-    check_larger(Samples(fit=[short, short], held_out=[short], **some))
-    check_larger(Samples(fit=[short, short], held_out=[long], **some))  # a forward will meet it soon
-    with pytest.raises(ValueError, match="at most 64"):
-        check_larger(Samples(fit=[short, long], held_out=[short], **some))
-
-
 def test_what_fails_is_told_of_the_data_if_that_is_at_fault(bert):
     fault, fine = of(bert, input_ids=ids(2, 8) + 10**6), of(bert, input_ids=ids(2, 8))
     fault, fine = (replace(some, held_out=some.fit) for some in (fault, fine))
     with pytest.raises(ValueError, match="does not fit BertModel") as told, blamed_on_data(fault):
         bert(**fault.fit[0])
     assert isinstance(told.value.__cause__, IndexError)
+    some = replace(fine, held_out=[{"input_ids": ids(2, 4) + 10**6}])
+    with pytest.raises(ValueError, match=r"fails on 2 samples, input_ids \(2, 4\)"), blamed_on_data(some):
+        bert(**some.held_out[0])
     with pytest.raises(KeyError, match="another matter"), blamed_on_data(fine):
         raise KeyError("another matter")
 
