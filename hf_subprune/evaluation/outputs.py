@@ -114,9 +114,11 @@ def _outputs(
         rows, samples = rows[mask.to(rows.device)], samples[mask.cpu()]
     if most is None:
         most = max(1, room // (rows.shape[1] * rows.element_size()))
-    spaced = torch.linspace(0, len(rows) - 1, min(len(rows), most)).round().long()
+    if len(rows) > most:
+        spaced = torch.linspace(0, len(rows) - 1, most).round().long()
+        rows, samples = rows[spaced.to(rows.device)], samples[spaced]
     pooled = mean_over_tokens(model, batch, output) if kind == "hidden" and output.ndim == 3 else None
-    return Outputs(kind, rows[spaced.to(rows.device)].cpu(), samples[spaced], pooled, places)
+    return Outputs(kind, rows.cpu(), samples, pooled, places)
 
 
 def compared_output(output: Mapping[str, Any]) -> tuple[str, torch.Tensor]:

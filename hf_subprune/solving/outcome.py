@@ -86,7 +86,9 @@ def _reference(survey: Survey, solved: Solved) -> Sequence[Outputs]:
         return survey.reference
     with taken_back(solved.edits):
         rest = None if solved.rest is None else solved.rest.of_batch
-        return model_outputs(survey.model, survey.samples.own_held_out, rest)
+        outputs = model_outputs(survey.model, survey.samples.own_held_out, rest)
+    release_memory()  # logits of the pruned model come next
+    return outputs
 
 
 def of_the_whole(

@@ -9,6 +9,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from hf_subprune.data import batches as batching
 from hf_subprune.evaluation import outputs as evaluation
 from hf_subprune.evaluation.drift import drift
 from hf_subprune.evaluation.outputs import iter_outputs, model_outputs
@@ -128,7 +129,7 @@ def test_rows_are_sampled_where_logits_of_single_places_cannot_be_asked_for(monk
 def test_many_logits_are_made_for_some_samples_at_a_time(monkeypatch):
     old, new, batches = make_llama(), changed(make_llama), make_batches()
     whole = drift(new, batches, model_outputs(old, batches))
-    monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", 2 * 7 * 30)  # two of three samples
+    monkeypatch.setattr(batching, "_LOGITS_AT_ONCE", 2 * 7 * 30)  # two of three samples
     reference = model_outputs(old, batches)
     assert [len(output.rows) for output in reference] == [11, 2, 11, 2]
     parted = drift(new, batches, reference)
