@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ..blocks import Block, some_of
 from ..data.batches import Samples
 from ..models.paths import ancestors_of, is_inside
-from ..models.running import call, hooked
+from ..models.running import call, floating_tensors, hooked
 from ..runs.memory import is_of_the_machine
 from .segments import Plan, Segment
 from .stream import Stream
@@ -62,15 +62,21 @@ def plan(samples: Samples, blocks: Sequence[Block]) -> Plan:
         Segment(path, tuple(inside), tuple(calls[b.consumer] for b in inside))
         for path, inside in sorted(members.items(), key=lambda item: order.index(item[0]))
     ]
-    plain, leads = _plain_forward(probe, segments)
+    plain, leads, output = _plain_forward(probe, segments)
+
+    def proved(found: Plan) -> Plan | None:
+        stream = _replayed_exactly(probe, found, plain)
+        return None if stream is None else replace(found, ends=_ends_alike(stream, output))
+
     for retain_all in (False, True):
         found = Plan(tuple(segments), retain_all)
-        if leads and _replays_exactly(probe, replace(found, leads=leads), plain):
-            return replace(found, leads=leads)
-        if _replays_exactly(probe, found, plain):
-            alone = {p: at for p, at in leads.items() if _replays_exactly(probe, replace(found, leads={p: at}), plain)}
-            together = replace(found, leads=alone)
-            return together if alone and _replays_exactly(probe, together, plain) else found
+        if leads and (led := proved(replace(found, leads=leads))):
+            return led
+        if bare := proved(found):
+            alone = {
+                p: at for p, at in leads.items() if _replayed_exactly(probe, replace(found, leads={p: at}), plain)
+            }
+            return (proved(replace(found, leads=alone)) if alone else None) or bare
     whole = Segment("", tuple(reached), tuple(calls[b.consumer] for b in reached))
     return Plan((whole,), False)
 
@@ -115,8 +121,8 @@ _Inputs = dict[str, list[torch.Tensor]]
 """By path of a segment, the tensors among what it was called with."""
 
 
-def _plain_forward(probe: Samples, segments: Sequence[Segment]) -> tuple[_Inputs, dict[str, int]]:
-    """What segments see in the plain forward, and leads, with the position of the segment called next.
+def _plain_forward(probe: Samples, segments: Sequence[Segment]) -> tuple[_Inputs, dict[str, int], Any]:
+    """What segments see in the plain forward; leads, with the position of the segment called next; its output.
 
     Leads are modules with weights, called once and outside of all segments, whose output no further segment is given.
     """
@@ -148,14 +154,14 @@ def _plain_forward(probe: Samples, segments: Sequence[Segment]) -> tuple[_Inputs
         and next(module.parameters(), None) is not None
     ]
     with hooked(model, arguments=[(p, begin(p)) for p in paths], outputs=[(p, end(p)) for p in outside]):
-        call(model, probe.fit[0])
+        output = call(model, probe.fit[0])
     once = {
         path: calls[0][0]
         for path, calls in ended.items()
         if len(calls) == 1 and calls[0][0] < len(segments) and _is_plain(calls[0][1])
     }
     outermost = {path: at for path, at in once.items() if not any(is_inside(path, p) for p in once if p != path)}
-    return seen, {path: at for path, at in outermost.items() if path not in late}
+    return seen, {path: at for path, at in outermost.items() if path not in late}, output
 
 
 def _tensors_in(*values: Any) -> list[torch.Tensor]:
@@ -174,8 +180,8 @@ def _noted(model: nn.Module, path: str, seen: _Inputs) -> AbstractContextManager
     return hooked(model, arguments=[(path, note)])
 
 
-def _replays_exactly(probe: Samples, plan: Plan, plain: _Inputs) -> bool:
-    """Whether each segment sees, when it is run alone, the inputs that it sees in the plain forward."""
+def _replayed_exactly(probe: Samples, plan: Plan, plain: _Inputs) -> Stream | None:
+    """The probe's stream behind all segments; `None` unless each, run alone, sees what it saw in the plain one."""
     stream = Stream(probe, plan)
     for path in (segment.path for segment in plan.segments):
         alone = _Inputs()
@@ -185,10 +191,24 @@ def _replays_exactly(probe: Samples, plan: Plan, plain: _Inputs) -> bool:
             except Exception as error:  # of whatever type: what stands in for an output was read after all
                 if is_of_the_machine(error):
                     raise
-                return False
-        if path not in alone or len(alone[path]) != len(plain[path]):
-            return False
-        if not all(torch.equal(x, y) for x, y in zip(alone[path], plain[path], strict=True)):
-            return False
+                return None
+        if path not in alone or not _equal(alone[path], plain[path]):
+            return None
         stream.step()
-    return True
+    return stream
+
+
+def _ends_alike(stream: Stream, output: Any) -> bool:
+    """Whether the forward of the probe puts out behind a stream what it does as a whole."""
+    try:
+        with stream.behind(0):
+            ours = call(stream.model, stream.batches[0])
+    except Exception as error:  # as above
+        if is_of_the_machine(error):
+            raise
+        return False
+    return _equal(list(floating_tensors(ours)), list(floating_tensors(output)))
+
+
+def _equal(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))

@@ -34,8 +34,10 @@ class Plan:
         segments: In the order in which the forward calls them.
         retain_all: Whether every segment's output must be kept (a later part reads it), not only each chain's last.
         leads: Modules that are not run again behind a segment, and the position of that segment.
+        ends: Whether what is kept is all that is read behind the last segment, too.
     """
 
     segments: tuple[Segment, ...]
     retain_all: bool
     leads: Mapping[str, int] = field(default_factory=dict)
+    ends: bool = False

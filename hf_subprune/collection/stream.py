@@ -10,7 +10,7 @@ that are not pruned) are not run again once that segment is finished.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..data.batches import Samples
-from ..models.running import call, forward_replaced, hooked, input_device, said_again, stop
+from ..models.running import call, forward_replaced, hooked, input_device, said_again, stop, uncached
 from ..runs.store import Store
 from .segments import Plan, Segment
 
@@ -159,16 +159,18 @@ class Rest:
 
     @classmethod
     def of(cls, stream: Stream, batches: Sequence[int]) -> "Rest | None":
-        """Of a stream that has come so far with these batches; `None` otherwise, or where it is nothing."""
+        """Of a stream that has come so far with these batches; `None` otherwise, or where more would be read."""
         segments = stream.plan.segments
-        if not segments or stream.position < len(segments) or not segments[-1].path:
+        if not stream.plan.ends or stream.position < len(segments):
             return None
         came = all(stream.kept[index].get(segments[-1].path) is not None for index in batches)
         return cls(stream, batches) if came else None
 
-    def of_batch(self, number: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def of_batch(self, number: int) -> Iterator[None]:
         """Inside, forwards of a batch held out run no more than this; `number` counts those of this process."""
-        return self._stream.behind(self._batches[number])
+        with uncached(self._stream.model), self._stream.behind(self._batches[number]):
+            yield
 
 
 def _return(output: Any, *_args: Any, **_kwargs: Any) -> Any:

@@ -1,5 +1,6 @@
 """The first forward on the data: what fails there is told as a matter of the data."""
 
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -55,18 +56,24 @@ def _check(samples: Samples, batch: Batch) -> None:
 
 @contextmanager
 def blamed_on_data(samples: Samples) -> Iterator[None]:
-    """What fails inside is an error as of `check_forward`, should any of the data be at fault.
+    """What fails inside is an error as of `check_forward`, should the data be at fault.
 
-    The model must be as it was when it fails.
+    All of the data is run for errors that others raise, as forwards do; the model must be as it was by then.
     """
     try:
         yield
     except Exception as error:
         if not is_of_the_machine(error):
             check_forward(samples)
-            for batch in (*samples.fit, *samples.held_out):
+            for batch in () if _is_ours(error) else (*samples.fit, *samples.held_out):
                 _check(samples, batch)
         raise
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error was raised by this package."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == __name__.partition(".")[0]
 
 
 def _failure(model: PreTrainedModel, batch: Batch) -> Exception | None:

@@ -181,7 +181,7 @@ def test_leads_of_real_models():
         samples = Samples.of(model, [probe_inputs(model)])
         model.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
         parts = plan(samples, consumers(model, *endings))
-        assert len(ran) == 2 + len(parts.segments)  # what segments are given again is no lead: none is tried alone
+        assert len(ran) == 3 + len(parts.segments)  # what segments are given again is no lead: none is tried alone
         found[family] = parts.leads
     assert found["bert"] == {"bert.embeddings": 0}
     assert found["gemma2"] == {"model.embed_tokens": 0}

@@ -64,6 +64,8 @@ def test_what_fails_is_told_of_the_data_if_that_is_at_fault(bert):
     some = replace(fine, held_out=[{"input_ids": ids(2, 4) + 10**6}])
     with pytest.raises(ValueError, match=r"fails on 2 samples, input_ids \(2, 4\)"), blamed_on_data(some):
         bert(**some.held_out[0])
+    with pytest.raises(ValueError, match="keep"), blamed_on_data(some):  # of the package itself: not all data is run
+        PruneConfig(keep=2)
     with pytest.raises(KeyError, match="another matter"), blamed_on_data(fine):
         raise KeyError("another matter")
 

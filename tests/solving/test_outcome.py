@@ -4,6 +4,7 @@ import pytest
 import torch
 from batches import ready_batches
 from tiny import tiny
+from transformers import BertModel
 
 from hf_subprune import PruneConfig, prune
 from hf_subprune.data.reading import read
@@ -40,3 +41,27 @@ def test_the_reference_is_what_the_original_puts_out(monkeypatch, family, varian
 def in_the_first_layer(model):
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     return next(module for module in layers[0].modules() if isinstance(module, torch.nn.Linear))
+
+
+class ReadsTwoLayers(BertModel):
+    """What it puts out is the sum of what its first and its last layer do."""
+
+    def forward(self, input_ids=None, attention_mask=None):
+        seen = []
+        hooks = [one.register_forward_hook(lambda _m, _a, output: seen.append(output)) for one in self.encoder.layer]
+        output = super().forward(input_ids, attention_mask)
+        for hook in hooks:
+            hook.remove()
+        first, *_, last = (states[0] if isinstance(states, tuple) else states for states in seen)
+        return output.__class__(last_hidden_state=first + last)
+
+
+def test_an_earlier_layer_that_is_read_in_the_end_is_not_taken_for_a_later_one():
+    torch.manual_seed(0)
+    model = ReadsTwoLayers(tiny("bert").config).eval()
+    config = PruneConfig(**CONFIG, keep=0.5, variant="layer", units=("mlp",))
+    data = [{"input_ids": batch["input_ids"]} for batch in ready_batches(model)]
+    batches = read(model, data, config).held_out
+    before = model_outputs(model, batches)
+    report = prune(model, data, config)
+    assert report.drift == pytest.approx(drift(model, batches, before).to_dict(), rel=1e-4)
