@@ -10,7 +10,7 @@ that are not pruned) are not run again once that segment is finished.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..data.batches import Samples
-from ..models.running import call, forward_replaced, hooked, input_device, said_again, stop, uncached
+from ..models.running import call, forward_replaced, hooked, input_device, said_again, stop
 from ..runs.store import Store
 from .segments import Plan, Segment
 
@@ -166,11 +166,9 @@ class Rest:
         came = all(stream.kept[index].get(segments[-1].path) is not None for index in batches)
         return cls(stream, batches) if came else None
 
-    @contextmanager
-    def of_batch(self, number: int) -> Iterator[None]:
+    def of_batch(self, number: int) -> AbstractContextManager[None]:
         """Inside, forwards of a batch held out run no more than this; `number` counts those of this process."""
-        with uncached(self._stream.model), self._stream.behind(self._batches[number]):
-            yield
+        return self._stream.behind(self._batches[number])
 
 
 def _return(output: Any, *_args: Any, **_kwargs: Any) -> Any:

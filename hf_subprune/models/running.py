@@ -262,9 +262,9 @@ def first_line(error: Exception) -> str:
 
 
 def forward_outputs(model: PreTrainedModel, batch: Batch) -> Mapping[str, Any]:
-    """What a forward in evaluation mode returns, by name."""
+    """What a forward in evaluation mode returns, by name, without key/value cache."""
     with undisturbed(model), fast_products(model.parameters()), torch.no_grad():
-        return as_mapping(model(**on_device(model, batch)))
+        return as_mapping(model(**placed(model, batch)))
 
 
 def as_mapping(output: Any) -> Mapping[str, Any]:

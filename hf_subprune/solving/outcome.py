@@ -57,14 +57,12 @@ def outcome(
     begin(MEASURING)
     with work.clock("evaluation"):
         timed = survey.latency(solved.edits, sum(work.clock.seconds.values()))
+        reference = _reference(survey, solved) if drifted is None else ()
     work.undo.callback(put_together(survey.model.modules()))
     renewed = 0
-    reference: Sequence[Outputs] = ()
-    if drifted is None:
+    if drifted is None and any(block.kind == "channels" for block in widths.blocks):
         with work.clock("evaluation"):
-            reference = _reference(survey, solved)
-            if any(block.kind == "channels" for block in widths.blocks):
-                drifted, renewed = renew_statistics(survey.samples, reference, work)
+            drifted, renewed = renew_statistics(survey.samples, reference, work)
     report = of_the_whole(survey.samples, survey.original, reference, widths.config, work, timed, drifted)
     blocks = (solved.reports.get(b.name) or BlockReport.whole(b, **survey.predictions(b)) for b in survey.blocks)
     report = replace(
