@@ -161,7 +161,7 @@ class Rest:
     def of(cls, stream: Stream, batches: Sequence[int]) -> "Rest | None":
         """Of a stream that has come so far with these batches; `None` otherwise, or where more would be read."""
         segments = stream.plan.segments
-        if not stream.plan.ends or stream.position < len(segments):
+        if not segments or not stream.plan.ends or stream.position < len(segments):
             return None
         came = all(stream.kept[index].get(segments[-1].path) is not None for index in batches)
         return cls(stream, batches) if came else None
