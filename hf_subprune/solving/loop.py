@@ -64,11 +64,11 @@ def solve(survey: Survey, widths: Widths, work: Workspace, install: Install = sh
     Raises:
         ValueError: a block's inputs hold NaN or inf; the message names it.
     """
-    solved = Solved(rest=survey.rest)
+    solved = Solved()
     work.undo.callback(undo_all, solved.edits)
     begin(SOLVING, len(widths.blocks))
     rest = _Loop(survey, widths, work, install, solved).run()
-    return solved if rest is None else replace(solved, rest=rest)
+    return replace(solved, rest=rest or survey.rest)
 
 
 class _Loop:
