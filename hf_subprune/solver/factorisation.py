@@ -7,6 +7,9 @@ import torch
 # The most that is added to a unit diagonal, as a multiple of what float32 rounds: batches are multiplied in float32,
 # whatever dtype their sums have, and small columns with large means lose more.
 _MOST = 1e4
+# Symmetric products are made in this many panels of at least so many columns.
+_PANELS = 4
+_PANEL_OF = 128
 
 
 def unit_scale(diagonal: torch.Tensor) -> torch.Tensor:
@@ -63,3 +66,20 @@ def factorise(
         f"The moments of {len(H)} columns are not positive semi-definite: the factorisation failed with {jitter:.0e} "
         "added to a unit diagonal: check the calibration activations."
     )
+
+
+def add_symmetric(A: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, alpha: float = 1.0) -> torch.Tensor:
+    """`A + alpha left' right` in the place of `A`, where both are symmetric: in 5/8 of the time of a product.
+
+    Args:
+        A: `(n, n)`.
+        left: `(r, n)`.
+        right: `(r, n)`.
+        alpha: Factor of the product.
+    """
+    width = max(-(-len(A) // _PANELS), _PANEL_OF)
+    for start in range(0, len(A), width):
+        stop = start + width
+        A[start:stop, :stop].addmm_(left[:, start:stop].T, right[:, :stop], alpha=alpha)
+        A[:start, start:stop] = A[start:stop, :start].T
+    return A

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .factorisation import add_symmetric
+
 # Columns have a diagonal near one. A Schur complement below this multiple of the rounding error is noise: the column
 # is a combination of those already taken.
 EXHAUSTED = 64.0
@@ -107,8 +109,9 @@ class Remainder:
 
     def pool(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`D` and `R R'` on some columns, `(q, q)`."""
-        L, R = self._L[: self._done, columns], self.R[columns]
-        return self._scaled(columns, columns).addmm_(L.T, L, alpha=-1), R @ R.T
+        L, Rt = self._L[: self._done, columns], self.R[columns].T
+        D, T = self._scaled(columns, columns), Rt.new_zeros(len(columns), len(columns))
+        return add_symmetric(D, L, L, alpha=-1), add_symmetric(T, Rt, Rt)
 
     def panel(self, pivots: torch.Tensor, triangle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The pivots' rows of `L` `(p, n)` and `v` `(p, m)`, given the triangular factor of `D` on them."""
@@ -174,8 +177,8 @@ class Whole(Remainder):
     def take(self, pivots: torch.Tensor, rows: torch.Tensor, v: torch.Tensor, shrunk: torch.Tensor) -> None:
         # (R - rows' v)(R - rows' v)' is T - rows' w - w' rows
         w = (v @ self.R.T).addmm_(v @ v.T, rows, alpha=-0.5)
-        self.D.addmm_(rows.T, rows, alpha=-1)
-        self.T.addmm_(torch.cat([rows, w]).T, torch.cat([w, rows]), alpha=-1)
+        add_symmetric(self.D, rows, rows, alpha=-1)
+        add_symmetric(self.T, torch.cat([rows, w]), torch.cat([w, rows]), alpha=-1)
         self.R.addmm_(rows.T, v, alpha=-1)
         self.diagonal = self.diagonal - shrunk
         at = torch.searchsorted(self.columns, pivots)

@@ -280,26 +280,29 @@ class _LeftOut:
         V, mending = self._fit(shrinkage)
         rest, unseen = self.rest, self.unseen
         product = unseen.H @ V
-        parts = [V * (product - 2 * unseen.C), 2 * mending * (product - unseen.C), mending * (unseen.H @ mending)]
-        found = torch.stack([part.sum(dtype=torch.float64) for part in parts])
+        found = V.new_zeros(3, dtype=torch.float64)
+        found[0] = (V * (product - 2 * unseen.C)).sum(dtype=torch.float64)
+        if mending is not None:
+            found[1] = 2 * (mending * (product - unseen.C)).sum(dtype=torch.float64)
+            found[2] = (mending * (unseen.H @ mending)).sum(dtype=torch.float64)
         if rest.intercept:
             apart = rest.input_mean - unseen.input_mean
-            mismatch, change = unseen.target_mean - rest.target_mean + apart @ V, apart @ mending
+            mismatch = unseen.target_mean - rest.target_mean + apart @ V
+            change = torch.zeros_like(mismatch) if mending is None else apart @ mending
             parts = [mismatch.square(), 2 * mismatch * change, change.square()]
             found += unseen.rows * torch.stack([part.sum(dtype=torch.float64) for part in parts])
         return found.cpu()
 
-    def _fit(self, shrinkage: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fit(self, shrinkage: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights `(k, m)` without what is cross-fitted, and what all of `C - H W` adds to them where it is."""
-        nothing = torch.zeros_like(self.W)
         if math.isinf(shrinkage):
-            return self.W, nothing
+            return self.W, None
         ridge = shrinkage * self.energy
         H = self.rest.H.clone()
         H.diagonal().add_(ridge)
         C = self.own + ridge * self.W
         if self.mended is None:
-            return solve_normal_equations(H, C, C.dtype)[0], nothing
+            return solve_normal_equations(H, C, C.dtype)[0], None
         both, _ = solve_normal_equations(H, torch.cat([C, self.mended], 1), C.dtype)
         V, mending = both.split(C.shape[1], 1)
         return V, mending

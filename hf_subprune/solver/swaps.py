@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .factorisation import rounding, unit_scale
+from .factorisation import add_symmetric, rounding, unit_scale
 from .objective import Objective
 
 # Columns on either side of the pool within which exchanges are made before the whole tableau follows.
@@ -102,7 +102,7 @@ class _Tableau:
             self.lift *= 10
             factor, info = torch.linalg.cholesky_ex(G[:s, :s])
         half, x = (torch.linalg.solve_triangular(factor, part, upper=False) for part in (G[:s, s:], X[:s]))
-        G[s:, s:].addmm_(half.T, half, alpha=-1)
+        add_symmetric(G[s:, s:], half, half, alpha=-1)
         X[s:].addmm_(half.T, x, alpha=-1)
         self.objective = float(x.square().sum(dtype=torch.float64))
         torch.linalg.solve_triangular(factor.T, half, upper=True, out=half)

@@ -1,9 +1,9 @@
-"""What of imperfect moments is still factorised."""
+"""What of imperfect moments is still factorised, and products that are symmetric."""
 
 import pytest
 import torch
 
-from hf_subprune.solver.factorisation import factorise, unit_scale
+from hf_subprune.solver.factorisation import add_symmetric, factorise, unit_scale
 
 
 def indefinite(below, size=12):
@@ -38,3 +38,14 @@ def test_columns_too_small_for_their_dtype_are_dead():
     factor, scale, jitter = factorise(H)
     assert jitter == 0 and scale.tolist() == [1.0, 0.0, 0.0]
     torch.testing.assert_close(factor, torch.eye(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [1, 128, 129, 700])
+def test_a_symmetric_product_is_added_in_panels(size):
+    generator = torch.Generator().manual_seed(0)
+    A, left = (torch.randn(rows, size, generator=generator, dtype=torch.float64) for rows in (size, 5))
+    A, right = A + A.T, torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    right = (right + right.T) @ left  # so that left' right is symmetric
+    expected = A - 2 * left.T @ right
+    assert add_symmetric(A, left, right, alpha=-2) is A
+    torch.testing.assert_close(A, expected)
