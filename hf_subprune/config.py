@@ -199,7 +199,7 @@ class PruneConfig:
             activation (dimensionless, >= 0). `"auto"` chooses it per block by cross-fitting.
         loss_aware (`bool`, default `True`):
             Choose units by what their loss does to the model's output rather than to the block's: errors are weighted
-            by a label-free Fisher or Gauss-Newton matrix, one backward a calibration batch.
+            by a label-free Fisher or Gauss-Newton matrix, from backwards over a part of the samples.
         round_to (`int`, default `None`):
             Widths of MLP blocks are rounded down to a multiple of this many units (never below one multiple; blocks
             that have fewer units are not rounded). By default, where all layers get one width, the first of 64, 8 and

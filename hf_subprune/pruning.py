@@ -21,6 +21,7 @@ from .config import TARGETS, PruneConfig
 from .data.batches import FittingBatches, Samples
 from .data.reading import read
 from .data.trial import blamed_on_data, check_forward
+from .evaluation.continuations import beginnings, continued, side_by_side
 from .evaluation.costs import circumstances, measure_latency
 from .evaluation.original import Original
 from .evaluation.outputs import model_outputs
@@ -66,7 +67,7 @@ def prune(
         config: What to keep and how, or a dict of the fields of `PruneConfig`; `PruneConfig()` when left out.
         processing_class: Tokenizer, image processor or processor, as in `Trainer`; not needed for ready batches.
         evaluation: Quality of a model, more is better, for budget `"equal_loss"` in the paper's labelled form. It is
-            called twice a block, and once for the original.
+            called twice for each block that is looked at, and once for the original.
 
     Returns:
         What was done and measured. `model.save_pretrained(folder)` then writes a model that loads again with
@@ -215,6 +216,8 @@ def _without_experts(
         check_forward(samples)
         original, reference = Original.of(samples), model_outputs(model, samples.own_held_out)
         before = _seconds(model, original)
+    begun = beginnings(samples)
+    goes_on = continued(model, begun)
     with work.undone_on_failure():
         removed, refusals = remove_experts(samples, config, fraction, work)
         if rest is None:
@@ -223,16 +226,18 @@ def _without_experts(
             with apart(inside(model)):
                 own = work.again()  # what is taken back of the rest is so while experts are apart
                 survey = take_survey(samples, [rest], evaluation, own)
-                survey = replace(survey, original=original, reference=reference)
+                survey = replace(survey, original=original, reference=reference, begun=None, continued=None)
                 report = prune_to(survey, rest, own)
         after = _seconds(model, original)
     report = replace(
         report,
         config=config.to_dict(),
         latency=Change(before, after) if before and after else None,
+        intervals={name: interval for name, interval in report.intervals.items() if name != "latency_ratio"},
         measured_on=circumstances(model, original.measured_on),
         blocks=(*removed, *report.blocks),
         refusals=(*refusals, *report.refusals),
+        continuations=side_by_side(samples.tokenizer, begun, goes_on, continued(model, begun)),
     )
     return from_process(0, report)
 

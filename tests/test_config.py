@@ -2,12 +2,18 @@ import json
 
 import pytest
 
+from hf_subprune import config
 from hf_subprune.config import CONFIG_NAME, PruneConfig, field_help
+from hf_subprune.solver import importance, selection
 
 
 def test_defaults_are_accepted_and_every_field_is_documented():
     assert set(field_help()) == set(PruneConfig().to_dict())
     assert field_help()["samples"] == "Number of unlabeled samples to fit on."
+
+
+def test_the_solver_knows_what_the_config_offers():
+    assert config.IMPORTANCES == importance.IMPORTANCES and config.METHODS == selection.METHODS
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from rich.table import Table
 from ..blocks import Block
 from ..collection.block_moments import FOLDS
 from ..collection.sensitivity import output_metrics
-from ..config import TWO_STREAMS, PruneConfig
+from ..config import PruneConfig
 from ..data.batches import Samples
 from ..data.reading import read
 from ..data.trial import check_forward
@@ -25,7 +25,7 @@ from ..report.tables import with_unit
 from ..runs.memory import peak_memory
 from ..runs.stages import FINDING, READING, begin, duration
 from ..runs.workspace import Workspace
-from .foresight import entries, kinds_of, stage_seconds
+from .foresight import bytes_of_states, kinds_of, stage_seconds
 from .surveying import find, leave_a_choice
 from .widths import check_target
 
@@ -75,8 +75,10 @@ def foresee(model: Any, data: Any, config: PruneConfig, processing_class: Any = 
     """Find out what `prune` with these arguments would do, from a few forwards; the model is left as it is.
 
     Raises:
-        TypeError, ValueError: as `prune`.
+        TypeError, ValueError: as `prune`; whole experts are among the units.
     """
+    if "experts" in config.units:
+        raise ValueError("A dry run does not foresee which experts go: leave 'experts' out of `units`.")
     check_prunable(model, offloaded=True)
     with session(model):
         begin(READING)
@@ -108,10 +110,7 @@ def _memory(samples: Samples, candidates: Sequence[Block], config: PruneConfig) 
     if config.loss_aware:
         output_metrics(few, candidates)
     shapes = [matrix_shape(samples.model.get_submodule(block.consumer)) for block in candidates]
-    rows = sum(map(entries, [*samples.fit, *samples.held_out]))
-    streams = 2 if config.streams() in TWO_STREAMS else 1
-    itemsize = samples.model.dtype.itemsize
-    states = 2 * streams * rows * max((m for _, m in shapes), default=0) * itemsize
+    states = bytes_of_states(samples, candidates, config)
     metrics = sum(8 * m * m for _, m in shapes) if config.loss_aware else 0
     widest, outputs = max(shapes, default=(0, 0))
     return peak_memory() + states + metrics + (FOLDS + 3) * 8 * widest * (widest + outputs)

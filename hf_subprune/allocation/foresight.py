@@ -1,4 +1,4 @@
-"""How long a run takes, foretold from two forwards and one product of matrices on this machine.
+"""How long a run takes, and how much it holds, foretold from few forwards and products of matrices on this machine.
 
 What a run does is forwards over its samples, products of what its blocks read (moments) and factorisations of these.
 How many of each a stage comes to is a constant here, counted on the demo's encoder and on SmolLM2-135M in CPU seconds
@@ -7,20 +7,23 @@ of one process, so that the figures are right to a factor, not to a second.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..blocks import Block
-from ..config import PruneConfig
-from ..data.batches import Samples, brief
+from ..config import TWO_STREAMS, PruneConfig
+from ..data.batches import Samples, brief, entries
 from ..models.linears import linear_of, matrix_shape
 from ..models.running import Batch, call, hooked, input_device, on_device
 from ..runs.stages import CHECKING, FINDING, LOSSES, MEASURING, ORIGINAL, SENSITIVITIES, SHARING, SOLVING, expect
+from .losses import STANDING_FOR_ALL
 
 # Forwards over all samples that a stage comes to, whatever else it does.
 _FORWARDS = {ORIGINAL: 0.3, SENSITIVITIES: 0.6, LOSSES: 1.2, SHARING: 0.03, CHECKING: 0.03, MEASURING: 0.35}
@@ -30,8 +33,6 @@ _TRIALS = 45.0
 _PASSES = {"layer": 1.0, "seq": 2.0, "asym": 2.0, "residual": 2.0}
 # Products of two square matrices of a block's columns that its curve takes, a greedy selection, and all else of it.
 _PRODUCTS_A_CURVE, _PRODUCTS_A_SELECTION, _PRODUCTS_BESIDES = 4.0, 4.5, 1.5
-# Blocks of a kind that curves are made of.
-_CURVES = 5
 # Columns of the matrices whose product is timed, and tokens of the forward that is.
 _TIMED, _TIMED_TOKENS = 512, 512
 # Forwards that are timed, of which the first takes longer.
@@ -91,9 +92,9 @@ def stage_seconds(
         return sum(products * shapes[path][0] ** 3 * double for path in some)
 
     seconds = {stage: forwards * forward for stage, forwards in _FORWARDS.items()}
-    if not config.loss_aware:
+    if not (config.loss_aware and (curves or config.importance == "greedy")):
         seconds[SENSITIVITIES] = 0.0
-    looked_at = _looked_at(consumers)
+    looked_at = _looked_at(consumers) if config.is_even() else list(consumers)
     made = moments(looked_at) + solutions(looked_at, _PRODUCTS_A_CURVE)
     seconds[LOSSES] = seconds[LOSSES] + made if curves else 0.0
     products = _PRODUCTS_A_SELECTION * (config.importance == "greedy") + _PRODUCTS_BESIDES
@@ -103,10 +104,11 @@ def stage_seconds(
 
 
 def _looked_at(consumers: Mapping[str, str]) -> list[str]:
+    """Of each kind as many as stand for all, where layers are alike."""
     kinds: dict[str, list[str]] = {}
     for path, kind in consumers.items():
         kinds.setdefault(kind, []).append(path)
-    return [path for paths in kinds.values() for path in paths[:_CURVES]]
+    return [path for paths in kinds.values() for path in paths[:STANDING_FOR_ALL]]
 
 
 def _forwards(samples: Samples, consumers: Iterable[str]) -> tuple[dict[str, int], float]:
@@ -114,14 +116,41 @@ def _forwards(samples: Samples, consumers: Iterable[str]) -> tuple[dict[str, int
     batches = sorted([*samples.fit, *samples.held_out], key=entries)
     batch = brief(batches[len(batches) // 2], _TIMED_TOKENS)
     share = sum(map(entries, batches)) / entries(batch)
-    rows = dict.fromkeys(consumers, 0)
-
-    def counted(path: str, x: torch.Tensor) -> None:
-        rows[path] += x.numel() // x.shape[-1] if x.ndim < 4 else x.numel() // x.shape[1]
-
-    with hooked(samples.model, inputs=[(path, partial(counted, path)) for path in rows]):
+    with _counted(samples, consumers) as rows:
         spent = _timed_forward(samples.model, batch)
     return {path: round(share * count / _TIMES) for path, count in rows.items()}, share * spent
+
+
+@contextmanager
+def _counted(samples: Samples, consumers: Iterable[str]) -> Iterator[dict[str, int]]:
+    """Rows that each consumer reads in the forwards within."""
+    rows = dict.fromkeys(consumers, 0)
+
+    def count(path: str, x: torch.Tensor) -> None:
+        rows[path] += x.numel() // x.shape[-1] if x.ndim < 4 else x.numel() // x.shape[1]
+
+    with hooked(samples.model, inputs=[(path, partial(count, path)) for path in rows]):
+        yield rows
+
+
+def rows_an_entry(samples: Samples, consumers: Iterable[str]) -> dict[str, float]:
+    """Rows that each consumer reads for each entry of a batch: those of a small forward; of texts, a row a token."""
+    batch = samples.short_probe
+    if not any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in batch.values()):
+        return dict.fromkeys(consumers, 1.0)
+    with _counted(samples, consumers) as rows:
+        call(samples.model, on_device(samples.model, batch))
+    return {path: count / entries(batch) for path, count in rows.items()}
+
+
+def bytes_of_states(samples: Samples, candidates: Iterable[Block], config: PruneConfig) -> int:
+    """At most: what is kept of all samples between the layers, twice while a layer runs."""
+    rows = rows_an_entry(samples, [block.consumer for block in candidates])
+    outputs = {path: matrix_shape(samples.model.get_submodule(path))[1] for path in rows}
+    widest = max((rows[path] * outputs[path] for path in rows), default=0.0)
+    streams = 2 if config.streams() in TWO_STREAMS else 1
+    total = sum(map(entries, [*samples.fit, *samples.held_out]))
+    return math.ceil(2 * streams * total * widest) * samples.model.dtype.itemsize
 
 
 def _timed_forward(model: Any, batch: Batch) -> float:
@@ -135,11 +164,6 @@ def _timed_forward(model: Any, batch: Batch) -> float:
             torch.accelerator.synchronize()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def entries(batch: Mapping[str, Any]) -> int:
-    """Numbers in a batch, of its largest tensor: tokens, pixels."""
-    return max(value.numel() for value in batch.values() if isinstance(value, torch.Tensor))
 
 
 def _double(device: torch.device) -> torch.dtype:

@@ -15,7 +15,7 @@ from ..collection.walk import SurveyWalk
 from ..config import TWO_STREAMS
 from ..data.batches import tokens_in
 from ..models.linears import matrix_shape
-from ..runs.processes import from_all, is_mine
+from ..runs.processes import from_all, from_process, is_mine
 from ..runs.stages import LOSSES, steps
 from ..runs.store import Store
 from ..runs.workspace import Workspace
@@ -27,7 +27,7 @@ from .propagation import TRIAL_FRACTIONS, Points, Propagation, Quality, correcte
 from .survey import Survey
 
 # Blocks of a family that gets one width whose curves are made, each in the middle of its part of the depth.
-_STANDING_FOR_ALL = 5
+STANDING_FOR_ALL = 5
 # Rows that curves are made of for each column of the widest block, and at least, if there are as many.
 _ROWS_A_COLUMN = 2
 _FEWEST_ROWS = 4096
@@ -87,8 +87,9 @@ def with_losses(
     factors = fill_in([block for block in survey.candidates if block.name in found.curves], found.factors)
     predicted = {name: corrected(curve.points, factors[name]) for name, curve in found.curves.items()}
     losses = {name: tuple(point for point in points if point[0]) for name, points in predicted.items()}
-    if trials is not None and trials.evaluation is None and survey.may_leave_out():
-        absent = work.once("absent", lambda: _absent(survey, trials, predicted, work))
+    if trials is not None and trials.batches and survey.may_leave_out():
+        # Drifts differ a little from process to process, and what is chosen by them must not.
+        absent = from_process(0, work.once("absent", lambda: _absent(survey, trials, predicted, work)))
         losses |= {name: ((0, loss), *losses[name]) for name, loss in absent.items()}
     losses |= found.points
     by_name = {block.name: block for block in survey.candidates}
@@ -153,7 +154,7 @@ def _looked_at(survey: Survey) -> set[str]:
     if not all(families.even for families in survey.families):
         return {block.name for block in survey.candidates}
     families = [family for one in survey.families for family in one.of(survey.candidates)]
-    return {name for family in families for name in spread(family, _STANDING_FOR_ALL, ends=False)}
+    return {name for family in families for name in spread(family, STANDING_FOR_ALL, ends=False)}
 
 
 def _of_nearest(survey: Survey, points: Mapping[str, Points]) -> dict[str, Points]:

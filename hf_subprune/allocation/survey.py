@@ -47,7 +47,7 @@ class Survey:
 
     Args:
         samples: The batches, and their model, as it was when it was surveyed and is to be when a size is chosen.
-        configs: The sizes; they differ in size only.
+        configs: The sizes; they differ in size, budget, layout and rounding only.
         probe: A small batch, on the model's device.
         found: All blocks and refusals.
         blocks: That the configs let us prune, in forward order.

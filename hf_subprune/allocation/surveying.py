@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..blocks import Block, Discovery, choose_blocks, groups_of, removed_blocks, some_of
-from ..collection.block_moments import FOLDS
+from ..collection.block_moments import FOLDS, dtype_of_sums
 from ..collection.planning import plan
 from ..collection.segments import Plan
-from ..collection.sensitivity import Means, activation_gradients, output_metrics, tokens_at_once
-from ..config import TWO_STREAMS, PruneConfig
+from ..collection.sensitivity import Means, activation_gradients, entries_at_once, output_metrics
+from ..config import PruneConfig
 from ..data.batches import Samples
 from ..data.trial import blamed_on_data
 from ..discovery.discover import discover
@@ -31,7 +31,7 @@ from ..runs.store import Store
 from ..runs.workspace import Workspace
 from ..storage.layout import choose_layout
 from .families import Families, even_families, narrow_width, prove_stock
-from .foresight import foretell, foretell_roughly
+from .foresight import bytes_of_states, foretell, foretell_roughly, rows_an_entry
 from .losses import with_losses
 from .propagation import Quality
 from .survey import Survey
@@ -45,7 +45,7 @@ Found = tuple[Discovery, list[Block], list[Target], list[Families], list[Block],
 
 # Bytes of activations that a backward holds at most, by a rough estimate; beyond that, segments run once more in it.
 _GRAPH_BYTES = 128 * 2**20
-# What a layer keeps of each token for its backward, in multiples of what its consumers read.
+# What a layer keeps of each row for its backward, in multiples of what its consumers read.
 _KEPT = 5
 
 
@@ -59,7 +59,7 @@ def take_survey(
 
     Args:
         samples: The batches, and their model in a `session`, which is left as it is.
-        configs: The sizes; they differ in size only.
+        configs: The sizes; they differ in size, budget, layout and rounding only.
         evaluation: As for `prune`.
         work: What is found is kept there, and read again when a run that was stopped is started again with the same
             model, data and config.
@@ -80,11 +80,10 @@ def take_survey(
         found, blocks, targets, families, candidates, segments = work.once(
             "blocks", lambda: find(samples, configs, probe, work)
         )
-        targets = from_process(0, targets)  # latencies differ from process to process
         needs_curves = leave_a_choice(configs, families, candidates)
         foretell(samples, candidates, first, needs_curves)
         needs_metrics = first.loss_aware and bool(candidates) and (needs_curves or first.importance == "greedy")
-        needed = _scratch_bytes(samples, candidates, first) if needs_metrics else 0
+        needed = _scratch_bytes(samples, candidates, first, metrics=needs_metrics)
         work.check_space(needed, "what the run keeps of each layer")
         begin(ORIGINAL)
         with work.clock("evaluation"):
@@ -107,7 +106,8 @@ def take_survey(
             continued=continued(samples.model, begun),
         )
         with work.clock("sensitivity"):
-            survey = _with_sensitivities(survey, needs_metrics, first.importance == "activation_gradient", work)
+            needs_gradients = bool(candidates) and first.importance == "activation_gradient"
+            survey = _with_sensitivities(survey, needs_metrics, needs_gradients, work)
         grouped = any(b.queries is not None for b in candidates)  # these are looked at before they are pruned
         shared = first.streams() == "layer" and (needs_curves or len(configs) > 1 or grouped)
         keep = shared and work.holds(sum(_moment_bytes(samples, block) for block in candidates))
@@ -127,11 +127,13 @@ def leave_a_choice(configs: Sequence[PruneConfig], families: Sequence[Families],
 
 
 def looked_at_again(survey: Survey) -> Survey:
-    """The survey with sensitivities of the model as it is now."""
+    """The survey with those sensitivities that solving reads, of the model as it is now."""
+    first = survey.configs[0]
+    greedy, by_gradients = (first.importance == name for name in ("greedy", "activation_gradient"))
     return replace(
         survey,
-        metrics=_sensitivities(survey, Store()) if survey.metrics else survey.metrics,
-        gradients=_activation_gradients(survey) if survey.gradients else {},
+        metrics=_sensitivities(survey, Store()) if first.loss_aware and greedy else Means(),
+        gradients=_activation_gradients(survey) if by_gradients else {},
     )
 
 
@@ -155,7 +157,7 @@ def find(samples: Samples, configs: Sequence[PruneConfig], probe: Batch, work: W
         found = discover(model, probe)
         blocks = choose_blocks(found.blocks, found.refusals, configs[0])
     with work.clock("targets"):
-        targets = resolve(samples, blocks, configs)
+        targets = from_process(0, resolve(samples, blocks, configs))  # latencies differ from process to process
         families = _families(model, blocks, targets, configs, probe)
     sizes = list(zip(targets, families, strict=True))
     candidates = [b for b in blocks if any(_may_shrink(b, target, tied) for target, tied in sizes)]
@@ -217,19 +219,16 @@ def _owners(blocks: Sequence[Block], curves: bool) -> dict[str, int]:
     return {block.name: turn % processes() for turn, some in enumerate(turns) for block in some}
 
 
-def _scratch_bytes(samples: Samples, candidates: Sequence[Block], config: PruneConfig) -> int:
-    """At most: what is kept of the calibration samples (twice, while a layer runs), sensitivities, new weights."""
+def _scratch_bytes(samples: Samples, candidates: Sequence[Block], config: PruneConfig, *, metrics: bool) -> int:
+    """At most: states of the samples, sensitivities where there are any, new weights."""
     shapes = [matrix_shape(samples.model.get_submodule(block.consumer)) for block in candidates]
-    itemsize = samples.model.dtype.itemsize
-    rows = sum(next(iter(batch.values())).numel() for batch in (*samples.fit, *samples.held_out))
-    streams = 2 if config.streams() in TWO_STREAMS else 1
-    states = 2 * rows * max(m for _, m in shapes) * itemsize * streams
-    return states + sum(8 * m * m + 2 * n * m * itemsize for n, m in shapes)
+    itemsize, known = samples.model.dtype.itemsize, 8 * metrics
+    return bytes_of_states(samples, candidates, config) + sum(known * m * m + 2 * n * m * itemsize for n, m in shapes)
 
 
 def _moment_bytes(samples: Samples, block: Block) -> int:
     n, _ = matrix_shape(samples.model.get_submodule(block.consumer))
-    return (FOLDS + 1) * n * n * 8
+    return (FOLDS + 1) * n * n * dtype_of_sums(n).itemsize
 
 
 def _with_sensitivities(survey: Survey, metrics: bool, gradients: bool, work: Workspace) -> Survey:
@@ -267,10 +266,11 @@ def _recomputed(survey: Survey) -> list[str]:
 
     As few of them as leave the rest a graph of `_GRAPH_BYTES`.
     """
-    consumers: list[Any] = [survey.model.get_submodule(block.consumer) for block in survey.candidates]
-    read = sum(matrix_shape(consumer)[0] * consumer.weight.element_size() for consumer in consumers)
     paths = [segment.path for segment in survey.plan.segments if segment.path]
     if is_offloaded(survey.model):
         return paths
-    tokens = tokens_at_once(survey.samples) or 1
-    return paths[int(len(paths) * _GRAPH_BYTES / (_KEPT * tokens * read)) :]
+    rows, held = rows_an_entry(survey.samples, [block.consumer for block in survey.candidates]), 0.0
+    for path, count in rows.items():
+        consumer: Any = survey.model.get_submodule(path)
+        held += _KEPT * count * matrix_shape(consumer)[0] * consumer.weight.element_size()
+    return paths[int(len(paths) * _GRAPH_BYTES / max(held * entries_at_once(survey.samples), 1)) :]

@@ -59,7 +59,7 @@ def bench_quality(
     Returns:
         One row per config: `keep`, `importance`, `reweight`, `variant`, `block_error` (mean relative error of the
         pruned blocks on held-out rows), `drift` (see `evaluation.drift.Drift`), `metrics` (with `trial`; see
-        `report.TaskMetric`), `seconds` of selection and calibration.
+        `report.records.TaskMetric`), `seconds` of selection and calibration.
     """
     rows = []
     for config in configs:

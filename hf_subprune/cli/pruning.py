@@ -138,13 +138,13 @@ def prune(
         raise ValueError("--data-free generates with the model in memory: leave --split, --column and --offload out.")
     if out is None and not dry_run:
         raise ValueError("Give --out DIR, the folder for the pruned model.")
-    _check_together(configs, offload, push, loading)
+    _check_together(configs, offload, dry_run, push, loading)
     folder = out or Path()
     asked = _Asked(model, configs, folder, data, split, column, loading, max_shard_size, push)
     if dry_run:
         _dry_run(asked, quiet, as_json)
         return
-    with running(_stages(asked, offload), quiet):
+    with running(_stages(asked), quiet):
         from ..report.saving import check_shard_size
 
         check_shard_size(max_shard_size)
@@ -160,8 +160,12 @@ def prune(
     _give(reports, pushed, as_json)
 
 
-def _check_together(configs: Sequence[PruneConfig], offload: bool, push: str | None, loading: dict[str, Any]) -> None:
+def _check_together(
+    configs: Sequence[PruneConfig], offload: bool, dry_run: bool, push: str | None, loading: dict[str, Any]
+) -> None:
     """Refuse options that do not go together."""
+    if dry_run and (offload or len(configs) > 1):
+        raise ValueError("--dry-run runs the model in memory, for one size: leave --offload out, and give one --keep.")
     if len(configs) > 1 and offload:
         raise ValueError("--offload takes one size: give one value of --keep.")
     if len(configs) > 1 and push is not None:
@@ -187,7 +191,7 @@ def _dry_run(asked: _Asked, quiet: bool, as_json: bool) -> None:
         give(foreseen.table())
 
 
-def _stages(asked: _Asked, offload: bool) -> Sequence[str]:
+def _stages(asked: _Asked) -> Sequence[str]:
     configs = asked.configs
     made_up = () if asked.data else (GENERATING,)
     if len(configs) > 1:

@@ -75,6 +75,11 @@ class BlockMoments:
         return relative_error(held_out.moments(W, torch.float32), columns, V, shift)  # reported, in a few digits
 
 
+def dtype_of_sums(n: int) -> torch.dtype:
+    """Of the second moments of so many inputs."""
+    return torch.float64 if n <= _DOUBLE_UP_TO else torch.float32
+
+
 def accumulator(n: int, m: int | None, intercept: bool, device: torch.device, keep_rows: bool) -> MomentAccumulator:
-    dtype = torch.float64 if n <= _DOUBLE_UP_TO else torch.float32
-    return MomentAccumulator(n, m, intercept=intercept, dtype=dtype, device=device, keep_rows=keep_rows)
+    """Of the moments of so many inputs, and of as many targets, if they are summed."""
+    return MomentAccumulator(n, m, intercept=intercept, dtype=dtype_of_sums(n), device=device, keep_rows=keep_rows)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..blocks import Block
-from ..data.batches import Samples, cut_to_logits
+from ..data.batches import Samples, cut_to_logits, entries
 from ..data.padding import token_mask
 from ..data.probe import is_divisible, samples_in
 from ..evaluation.outputs import compared_output
@@ -124,12 +124,11 @@ def activation_gradients(
     return {total.blocks[0].name: total.total / max(total.rows, 1) for total in sums}
 
 
-def tokens_at_once(samples: Samples) -> int:
-    """Tokens of the largest piece of a batch that one backward is of, padding among them; 0 without token ids."""
-    model, batches = samples.model, [batch for batch in samples.fit if "input_ids" in batch]
+def entries_at_once(samples: Samples) -> int:
+    """Entries of the largest piece of a batch that one backward is of, padding among them."""
+    model, batches = samples.model, samples.fit
     parts = (batch for part in range(_rounds(model, batches)) for _, batch in _parts(model, batches, part))
-    pieces = (piece for batch in parts for piece in cut_to_logits(model, batch))
-    return max((piece["input_ids"].numel() for piece in pieces), default=0)
+    return max((entries(piece) for batch in parts for piece in cut_to_logits(model, batch)), default=0)
 
 
 def _run_backwards(

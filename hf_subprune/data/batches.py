@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..models.running import Batch
 from ..runs.memory import ran_out_of_memory
-from ..runs.processes import own_share
+from ..runs.processes import own_share, processes
 from .padding import spoken_frames, token_mask
 from .probe import MOST_TOKENS, is_divisible, probe_of, samples_in
 
@@ -132,6 +132,11 @@ def tokens_in(batches: Sequence[Batch]) -> int | None:
     return sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
 
 
+def entries(batch: Batch) -> int:
+    """Numbers in a batch, of its largest tensor: tokens, pixels."""
+    return max(value.numel() for value in batch.values() if isinstance(value, torch.Tensor))
+
+
 def _padded(model: PreTrainedModel, batches: list[Batch]) -> float:
     """What part of the batches' tokens or frames is padding."""
     tokens = tokens_in(batches)
@@ -211,13 +216,19 @@ class FittingBatches:
         """What `attempt` returns for batches that fit; what it changed is undone when it fails.
 
         Raises:
-            RuntimeError: there is no memory for a single sample.
+            RuntimeError: there is no memory for a single sample, or in one of several processes, which cannot start
+                anew without the others.
         """
         try:
             return attempt(self.samples)
         except (RuntimeError, MemoryError) as failure:
             if not ran_out_of_memory(failure):
                 raise
+            if processes() > 1:
+                raise RuntimeError(
+                    f"One of {processes()} processes ran out of memory with batches of {self.size} samples: give a "
+                    "smaller `batch_size`."
+                ) from failure
 
         def smaller(size: int) -> _T:
             self.samples = self._whole.in_batches_of(size)

@@ -13,13 +13,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..models.precision import fast_products
-from ..models.running import on_device, undisturbed
+from ..models.running import Batch, on_device, undisturbed
 from .features import decoder_start, text_config
 from .padding import spoken_frames
 
 logger = logging.get_logger(__name__)
-
-Batch = dict[str, torch.Tensor]
 
 # Tokens that are generated for what is no sound (an image), and at most for a second of one: people say half as much.
 _GENERATED = 64

@@ -107,7 +107,7 @@ def batch_some(model: PreTrainedModel, data: Any, config: PruneConfig, processin
     Args:
         model: As in `read`.
         data: As in `read`.
-        config: `samples`, `max_length`, `batch_size` and `seed` are read.
+        config: `samples`, `held_out`, `max_length`, `packing`, `batch_size`, `skip_unreadable` and `seed` are read.
         processing_class: As in `read`.
 
     Raises:

@@ -69,11 +69,11 @@ def compare(
         original: Before pruning.
         pruned: After.
         data: As for `prune`.
-        config: Its `samples`, `max_length`, `batch_size` and `seed` are used.
+        config: As for `data.reading.batch_some`.
         processing_class: As for `prune`.
 
     Raises:
-        TypeError, ValueError: as `calibration.batch_some`.
+        TypeError, ValueError: as `data.reading.batch_some`.
     """
     batches = batch_some(original, data, config, processing_class)
     start = time.perf_counter()

@@ -161,9 +161,10 @@ def _fitted(fit: _Residual, expert: int, W: torch.Tensor, shrinkage: float | str
             sums = MomentAccumulator(*W.shape, intercept=False, device=W.device)
             sums.update(rows[inside], targets[inside])
             folds.append(sums.moments())
-    columns = torch.arange(len(W), device=W.device)
+    columns, mending = torch.arange(len(W), device=W.device), 1.0
     if shrinkage == "auto":
         if len(folds) < 2:
             return W
-        shrinkage = cross_fit(folds, W, columns).shrinkage
-    return reweight(combine(folds), W, columns, float(shrinkage)).V.float() if folds else W
+        found = cross_fit(folds, W, columns)
+        shrinkage, mending = found.shrinkage, found.mending
+    return reweight(combine(folds), W, columns, float(shrinkage), mending).V.float() if folds else W

@@ -73,7 +73,7 @@ def eliminate(
         scale: `(n,)`, factors that `H` (both sides) and `C` are multiplied by on reading.
         smallest: Take the smallest gain instead of the largest.
         draw: When given, each step looks at so many random columns only.
-        tuning: `panel`, `first_pool` and `pool` are read.
+        tuning: All but `double_below`, `jointly` and `epsilon` are read.
 
     Returns:
         `(steps,)` int64 pivots and their `(steps,)` float64 gains.

@@ -71,8 +71,9 @@ class MomentAccumulator:
 
     Args:
         n: Number of consumer inputs.
-        m: Number of targets, when targets are passed to `update` (variant `asym`); `None` when the target is the
-            input times the consumer's weight (`layer`, `seq`), which needs no sums of its own.
+        m: Number of targets, when targets are passed to `update` (variants `asym` and `residual`, whole experts);
+            `None` when the target is the input times the consumer's weight (`layer`, `seq`), which needs no sums of
+            its own.
         intercept: Whether moments are centred.
         dtype: Of the sums; float64 holds them to 1e-15 relative, float32 to about 1e-6.
         device: Where the sums live.

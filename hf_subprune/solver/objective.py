@@ -18,7 +18,7 @@ class Objective:
     """`F(S) = tr(C_S' H_SS^-1 C_S)` of sets S of units. It grows with S.
 
     Args:
-        H: `(n, n)` symmetric positive semi-definite, with the shrinkage that reweighting will use already added.
+        H: `(n, n)` symmetric positive semi-definite, with the shrinkage of selection already added.
         C: `(n, m)`, likewise; times a root of `M` where a metric `M` weighs errors.
         groups: `(units, c)` int64, columns of each unit; single columns when `None`.
         sets: Units come in this many sets of equal size, one after the other, of each of which equally many are

@@ -190,12 +190,7 @@ class CrossFit:
     grid: tuple[float, ...]
 
 
-def cross_fit(
-    folds: Sequence[Moments],
-    W: torch.Tensor,
-    columns: torch.Tensor,
-    grid: Sequence[float] = SHRINKAGE_GRID,
-) -> CrossFit:
+def cross_fit(folds: Sequence[Moments], W: torch.Tensor, columns: torch.Tensor) -> CrossFit:
     """Choose shrinkage and mending that do best on rows not fitted on, from the folds' moments alone.
 
     The values of `_FIRST_TRIED` are tried, then the neighbours of the best until none is better: the error falls and
@@ -206,13 +201,12 @@ def cross_fit(
         folds: Moments of two or more disjoint parts of the calibration rows.
         W: `(n, m)`, the original weight.
         columns: `(k,)` int64, the kept columns.
-        grid: Values of lambda to choose from, ascending.
 
     Raises:
-        ValueError: fewer than two folds, or an empty grid.
+        ValueError: fewer than two folds.
     """
-    if len(folds) < 2 or not grid:
-        raise ValueError(f"Cross-fitting takes two or more folds and a grid, got {len(folds)} and {len(grid)}.")
+    if len(folds) < 2:
+        raise ValueError(f"Cross-fitting takes two or more folds, got {len(folds)}.")
     dtype = torch.float32 if len(columns) > _DOUBLE_BELOW else torch.float64
     W = W.to(device=folds[0].H.device, dtype=dtype)
     kept = [restrict(fold, columns, dtype) for fold in folds]
@@ -227,11 +221,11 @@ def cross_fit(
     def try_out(values: Sequence[float]) -> None:
         found.update((value, _least(torch.stack([part.left(value) for part in parts]).sum(0))) for value in values)
 
-    try_out([value for value in grid if value in _FIRST_TRIED] or grid[:1])
+    try_out(_FIRST_TRIED)
     while True:
         best = min(found, key=found.__getitem__)
-        place = grid.index(best)
-        untried = [value for value in grid[max(place - 1, 0) : place + 2] if value not in found]
+        place = SHRINKAGE_GRID.index(best)
+        untried = [value for value in SHRINKAGE_GRID[max(place - 1, 0) : place + 2] if value not in found]
         if not untried:
             break
         try_out(untried)

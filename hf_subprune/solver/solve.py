@@ -32,9 +32,6 @@ class BlockSolution:
         shrinkage: lambda of the reweighting; infinity when the weights stay as they are, or none is left.
         fitted_error: Relative error on all rows fitted on.
         method: How units were chosen: `"greedy"`, `"backward"`, `"stochastic"`, or the name of an importance.
-        swaps: Number of exchanges made by swap refinement.
-        swap_gain: What they added to the objective, as a fraction of the objective.
-        jitter: Relative amount added to the diagonal for the factorisation to succeed.
         guarantee: Part of what any choice of as many units could capture that the kept ones capture at least
             (`certificates`); `None` for importances that do not maximise the objective.
     """
@@ -46,9 +43,6 @@ class BlockSolution:
     shrinkage: float
     fitted_error: float
     method: str
-    swaps: int
-    swap_gain: float
-    jitter: float
     guarantee: float | None
 
 
@@ -58,8 +52,6 @@ class Choice:
 
     kept: torch.Tensor
     method: str
-    swaps: int = 0
-    swap_gain: float = 0.0
     guarantee: float | None = None
 
 
@@ -80,8 +72,7 @@ def choose(problem: Problem, k: int, settings: Settings) -> Choice:
         ranked = scores(problem, settings.importance, settings.generator())
         return Choice(highest(ranked, k, problem.sets), settings.importance)
     best = select(objective_of(problem, settings), k, settings)
-    gain = best.swap_gain / best.objective if best.objective > 0 else 0.0
-    return Choice(best.kept, best.method, best.swaps, gain, best.guarantee)
+    return Choice(best.kept, best.method, best.guarantee)
 
 
 def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = None) -> BlockSolution:
@@ -130,9 +121,6 @@ def solve(problem: Problem, k: int, settings: Settings, chosen: Choice | None = 
         shrinkage=shrinkage,
         fitted_error=relative_error(total, columns, new.V, new.bias_shift),
         method=choice.method,
-        swaps=choice.swaps,
-        swap_gain=choice.swap_gain,
-        jitter=new.jitter,
         guarantee=choice.guarantee,
     )
 
@@ -154,7 +142,7 @@ def _whole(problem: Problem) -> BlockSolution:
     every = torch.arange(problem.units, device=problem.W.device)
     columns = columns_of(every, problem.groups)
     zero = torch.zeros_like(problem.folds[0].target_mean)
-    return BlockSolution(every, columns, problem.W[columns], zero, math.inf, 0.0, "all", 0, 0.0, 0.0, 1.0)
+    return BlockSolution(every, columns, problem.W[columns], zero, math.inf, 0.0, "all", 1.0)
 
 
 def _certified(problem: Problem, chosen: Choice, settings: Settings) -> Choice:

@@ -105,8 +105,9 @@ def of_the_whole(
         original: To compare with.
         reference: What it puts out on samples held out, unless `drifted` is given.
         config: What was asked for.
-        work: As for `outcome`, and so is `drifted`.
+        work: As for `outcome`.
         timed: Seconds of its forwards, and inside of the original's.
+        drifted: Of its output, where that was measured before.
     """
     model = samples.model
     with work.clock("layout"):

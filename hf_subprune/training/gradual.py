@@ -1,7 +1,8 @@
 """Prune a model in steps between which it trains: masks at full size, surgery once at the end."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..discovery.discover import called
 from ..evaluation.drift import Drift, drift
 from ..evaluation.outputs import model_outputs
 from ..models.forms import apart
+from ..models.precision import precise_products
 from ..models.running import undisturbed
 from ..report.records import BlockReport
 from ..report.report import PruneReport
@@ -72,11 +74,17 @@ class GradualPruning:
 
     def _take_survey(self) -> None:
         """Find the blocks, and the widths that they are to reach, of the model as it is now."""
-        with undisturbed(self.model), apart(self.model.modules()):
+        with self._alone(), apart(self.model.modules()):
             survey = take_survey(self.samples, [self.config], None, Workspace())
             self.blocks, self.targets = survey.blocks, whole_heads(survey, self.config)
-        # Training makes moments out of date, and what was predicted of the model before it.
-        self._survey = replace(survey, stored=None, outputs=None, curves={}, losses={}, query_losses={})
+        # Training makes moments and sensitivities out of date, and what was predicted of the model before it.
+        self._survey = replace(survey.solved(), rest=None, curves={}, losses={}, query_losses={})
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The model within as nothing else disturbs it, and in the precision that all pruning is in."""
+        with undisturbed(self.model), precise_products(self.model.parameters()):
+            yield
 
     @property
     def kept_fraction(self) -> float:
@@ -117,7 +125,7 @@ class GradualPruning:
         if not shrinking:
             return False
         work, held_out = Workspace(), self.samples.own_held_out
-        with undisturbed(self.model), apart(self.model.modules()), work.undone_on_failure():
+        with self._alone(), apart(self.model.modules()), work.undone_on_failure():
             reference = model_outputs(self.model, held_out)
             survey = replace(looked_at_again(self._survey), present=dict(self.kept))
             solved = solve(survey, Widths(self.config, shrinking, widths), work, install=mask)
@@ -159,7 +167,7 @@ class GradualPruning:
         pruned = [b for b in self.blocks if len(self.kept[b.name]) < b.units]
         start = time.perf_counter()
         work, solved = Workspace(), Solved(reports={b.name: self._report(b) for b in pruned})
-        with undisturbed(self.model), apart(self.model.modules()), work.undone_on_failure():
+        with self._alone(), apart(self.model.modules()), work.undone_on_failure():
             work.undo.callback(undo_all, solved.edits)
             for block in pruned:
                 solved.edits[block.name] = shrink(self.model, block, self.kept[block.name])

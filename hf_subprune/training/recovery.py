@@ -108,8 +108,9 @@ def recover(
             LoRA.
         lora: Train low-rank adapters, which are merged afterwards, instead of the weights: `True`, a rank, or a
             `peft.LoraConfig`. Needs PEFT (`pip install 'hf_subprune[lora]'`).
-        config: `samples`, `held_out`, `max_length`, `batch_size`, `shrinkage` and `seed` are read as by `prune`, so
-            that the same config holds out the same samples.
+        config: What it says of data is read as by `prune` (`samples`, `held_out`, `max_length`, `packing`,
+            `batch_size`, `skip_unreadable`, `seed`, and `shrinkage`, which says how few samples will do), so that the
+            same config holds out the same samples.
 
     Raises:
         ValueError: `steps` or `learning_rate` is not positive, the models' outputs do not have the same shapes, or a

@@ -188,3 +188,10 @@ def test_a_dry_run_says_what_a_run_would_do_and_leaves_nothing(folder, texts, tm
     assert foreseen["parameters"]["before"] == report.parameters.before
     assert foreseen["parameters"]["after"] == pytest.approx(report.parameters.after, rel=0.01)
     assert all(seconds >= 0 for seconds in foreseen["seconds"].values()) and foreseen["memory"] > 0
+
+
+@pytest.mark.parametrize("words", [["--offload"], ["--keep", 0.25]])
+def test_a_dry_run_of_what_it_would_not_say_is_refused(folder, texts, words, capsys):
+    asked = ["prune", folder, "--data", texts, "--keep", 0.5, "--dry-run", *words]
+    result = CliRunner().invoke(app, [str(word) for word in asked])
+    assert result.exit_code and "--dry-run" in str(result.exception or result.output)

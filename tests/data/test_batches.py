@@ -8,7 +8,7 @@ from tiny import tiny
 
 from hf_subprune import PruneConfig, prune, prune_checkpoint
 from hf_subprune.coverage.tiny import tiny_model
-from hf_subprune.data.batches import brief
+from hf_subprune.data.batches import FittingBatches, brief
 from hf_subprune.data.reading import read
 from hf_subprune.pruning import prune_sizes
 
@@ -110,6 +110,18 @@ def test_no_room_for_one_sample_changes_nothing(room_for):
     with pytest.raises(RuntimeError, match="No executable batch size"):
         prune(model, batches, PruneConfig(**QUICK))
     assert_unchanged(model, before)
+
+
+def test_one_of_several_processes_does_not_start_anew_alone(room_for, monkeypatch):
+    model = tiny("llama")
+    batches = read(model, ready_batches(model), PruneConfig(**QUICK))
+    monkeypatch.setattr("hf_subprune.data.batches.processes", lambda: 2)
+
+    def attempt(samples):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(RuntimeError, match=r"One of 2 processes ran out of memory.*smaller `batch_size`"):
+        FittingBatches(batches).run(attempt)
 
 
 def test_checkpoints_are_pruned_in_batches_that_fit(tmp_path, room_for):

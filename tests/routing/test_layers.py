@@ -12,7 +12,7 @@ from hf_subprune.coverage.tiny import tiny_model
 from hf_subprune.data.reading import read
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.pruning import prune_sizes
-from hf_subprune.routing.choice import choose_experts, fit_experts
+from hf_subprune.routing.choice import _fitted, choose_experts, fit_experts
 from hf_subprune.routing.layers import exact_layers, routed_layers, unrouted, verify_routed
 from hf_subprune.routing.tokens import tokens_of
 from hf_subprune.surgery.edits import assign, shrink
@@ -141,6 +141,26 @@ def test_experts_that_stay_make_up_for_those_that_go(family):
     assert torch.equal(torch.cat([routed_output(model, batch) for batch in held_out]), whole)
 
 
+def test_experts_make_up_for_no_noise():
+    random = torch.Generator().manual_seed(0)
+    W = torch.randn(32, 8, generator=random)
+    rows, unseen = torch.randn(2, 60, 32, generator=random)
+    missing, noise = torch.randn(2, 60, 8, generator=random) * 3
+
+    class Residual:
+        fold = torch.arange(60) % 2
+
+        def __init__(self):
+            self.missing = missing
+
+        def rows(self, expert):
+            return torch.arange(60), rows
+
+    V = _fitted(Residual(), 0, W, "auto")
+    error = (unseen @ W + noise - unseen @ V).square().sum()
+    assert error < 1.05 * noise.square().sum()
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen2_moe"])
 def test_the_config_says_how_many_experts_are_left(family, tmp_path):
     model = tiny_model(family, "main")
@@ -164,6 +184,7 @@ def test_neurons_go_from_the_experts_that_stay(tmp_path):
     assert [block.units_after for block in report.blocks if block.kind == "experts"] == [3, 3]
     inside = [block for block in report.blocks if block.stack is not None]
     assert len(inside) == 6 and all(block.units_after < 96 for block in inside)
+    assert report.latency is not None and "latency_ratio" not in report.intervals  # that of the second step alone
     assert_reloads(model, tmp_path)
 
 

@@ -13,6 +13,7 @@ from hf_subprune.data.reading import read
 from hf_subprune.discovery.discover import discover
 from hf_subprune.discovery.probe_inputs import probe_inputs
 from hf_subprune.models.running import floating_tensors
+from hf_subprune.solving.loop import solve
 from hf_subprune.surgery.masking import Mask, mask
 from hf_subprune.training.gradual import GradualPruning
 
@@ -168,6 +169,22 @@ def test_one_step_to_the_end_selects_and_weighs_as_prune_does():
     }
     batch = batches(model)[0]
     assert torch.allclose(outputs(model, batch), outputs(other, batch), atol=1e-5)
+
+
+def test_steps_are_in_full_precision_whatever_training_is_in(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "hf_subprune.training.gradual.solve",
+        lambda *args, **kwargs: found.append(torch.get_float32_matmul_precision()) or solve(*args, **kwargs),
+    )
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        _, gradual = started("bert")
+        gradual.step(0.5)
+        assert found == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_failing_step_leaves_the_model_as_it_was(monkeypatch):
