@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_subprune.collection import sensitivity
 from hf_subprune.collection.planning import plan
-from hf_subprune.collection.sensitivity import activation_gradients, output_metrics, tokens_at_once
+from hf_subprune.collection.sensitivity import activation_gradients, entries_at_once, output_metrics
 from hf_subprune.coverage.tiny import tiny_model
 from hf_subprune.data import batches as batching
 from hf_subprune.data.batches import Samples
@@ -189,7 +189,7 @@ def test_tokens_that_a_backward_is_of_are_those_whose_logits_are_made_at_once(mo
     blocks, seen = discover(model, samples.fit[0]).blocks[:1], []
     model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
     output_metrics(samples, blocks)
-    assert {tokens_at_once(samples)} == {at_once * 64} == set(seen)
+    assert {entries_at_once(samples)} == {at_once * 64} == set(seen)
 
 
 def test_an_encoder_that_has_rows_enough_runs_no_more_for_its_decoder(monkeypatch):
