@@ -215,6 +215,14 @@ def test_models_that_cannot_be_pruned_are_refused():
     compiled.base_model.encoder.compile()
     with pytest.raises(ValueError, match="encoder' is compiled: load the model anew, prune it"):
         prune(compiled, [])
+    compiled = tiny("bert")
+    compiled.forward = torch.compile(compiled.forward)
+    with pytest.raises(ValueError, match=r"'Bert.*' is compiled"):
+        prune(compiled, [])
+    compiled = tiny("bert")
+    compiled.base_model.encoder.layer[1] = torch.compile(compiled.base_model.encoder.layer[1])
+    with pytest.raises(ValueError, match=r"encoder\.layer\.1' is compiled"):
+        prune(compiled, [])
     with torch.inference_mode(), pytest.raises(ValueError, match="load and prune the model outside of it"):
         prune(tiny("bert"), [])
     with torch.inference_mode():

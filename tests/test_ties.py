@@ -253,6 +253,19 @@ def test_a_part_of_a_tie_cannot_be_pruned(settings):
         prune(model, ready_batches(model), PruneConfig(**QUICK, **settings))
 
 
+def test_of_a_tie_the_last_layer_can_go_and_the_others_keep_theirs():
+    model = tiny("t5")
+    names = [b.name for b in discover(model).blocks if b.tie and b.name.startswith("encoder")]
+    config = {**QUICK, "budget": "uniform", "keep": 0.5}
+    report = prune(model, ready_batches(model), PruneConfig(**config, remove=(names[-1],)))
+    blocks = {b.name: b for b in report.blocks}
+    assert all(b.units_after == len(b.kept_units) for b in report.blocks)
+    assert blocks[names[-1]].units_after == 0 < blocks[names[0]].units_after == 2
+    assert report.parameters.after == model.num_parameters()
+    with pytest.raises(ValueError, match=f"`remove` names {names[0]}, which must keep a unit"):
+        prune(tiny("t5"), ready_batches(tiny("t5")), PruneConfig(**config, remove=(names[0],)))
+
+
 def test_a_tie_can_be_left_whole_by_its_pattern():
     model = tiny("mpnet")
     report = prune(model, ready_batches(model), PruneConfig(**QUICK, exclude=tuple(TIES["mpnet"])))
@@ -260,10 +273,10 @@ def test_a_tie_can_be_left_whole_by_its_pattern():
 
 
 def test_layers_that_share_a_bias_are_tied_without_a_check_of_each():
-    config = T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=10, num_heads=4, vocab_size=100)
+    config = T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=16, num_heads=4, vocab_size=100)
     model = T5Model(config).eval()
     forwards = []
     model.register_forward_pre_hook(lambda *_: forwards.append(None))
     blocks = discover(model).blocks
-    assert len(forwards) < len(blocks) == 50
+    assert len(forwards) < len(blocks) == 80
     assert {block.tie for block in blocks} > {"encoder.block.*.layer.0.SelfAttention"}

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from ..blocks import Block
+from ..blocks import Block, place_of
 from ..config import PruneConfig
 from ..runs.processes import from_all, is_mine
 from ..runs.workspace import Workspace
@@ -65,7 +65,14 @@ def units_by_loss(
         offered: Blocks that may lose query heads.
     """
     families = survey.families_of(config)
-    found = _of_least_loss(survey, target, config, families, offered)
+    try:
+        found = _of_least_loss(survey, target, config, families, offered)
+    except ValueError:  # what the config can say is out of reach
+        if config.layout == "stock" or not families.even:
+            raise
+        gone = [block for block in survey.blocks if block.name in families.gone]
+        families = Families.single(survey.blocks).without(gone)
+        found = _of_least_loss(survey, target, config, families, offered)
     kinds = {block.kind for block in found[0] if block.name not in families.gone}
     if not families.even or len(kinds) < 2:
         return found
@@ -90,9 +97,22 @@ def _of_least_loss(
         kept_units = {name: kept for name, (_, kept) in chosen.items()}
         left = [block for block in to_prune if block.name not in families.gone]
         heads = [(b.name, b.sets, kept_units[b.name]) for b in left if b.kind == "attention"]
-        if not (families.even and heads) or _loads(survey, left, kept_units):
+        if not (families.even and heads) or _loads(survey, *_with_gone(survey, left, kept_units, families)):
             return to_prune, kept_units
         families = replace(families, refused=families.refused | set(heads))
+
+
+def _with_gone(
+    survey: Survey, left: Sequence[Block], kept: Mapping[str, int], families: Families
+) -> tuple[list[Block], dict[str, int]]:
+    """Blocks and their widths, and those that are gone at the width of one at the same place: the config says both."""
+    like = {place_of(block)[:2]: block for block in left}
+    blocks, widths = list(left), dict(kept)
+    for block in (block for block in survey.blocks if block.name in families.gone):
+        if one := like.get(place_of(block)[:2]):
+            blocks.append(block if block.queries is None or one.sets == block.sets else block.queries)
+            widths[block.name] = kept[one.name]
+    return blocks, widths
 
 
 def alternatives(

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..models.precision import fast_products
-from ..models.running import goes_on_with_text, input_device, undisturbed
+from ..models.running import generating_plainly, goes_on_with_text, input_device, undisturbed
 from .features import text_config
 from .reading import longest_text
 
@@ -27,7 +27,7 @@ def generated_text(
     Every text begins with what the tokenizer puts in front of one, as a rule the token that says so; where it puts
     nothing there, with a token drawn evenly from the vocabulary (as in LLM-QAT, arXiv 2305.17888). From there on each
     token is drawn from the model's own distribution, at temperature 1 and without special tokens, so that no text ends
-    early.
+    early, whatever its `generation_config` says.
 
     On such text heads seem to do less than on real text: `units=("mlp",)` and `variant="layer"` are the safer choice.
 
@@ -40,10 +40,13 @@ def generated_text(
         seed: Of every draw: the same one gives the same texts, on the same device and with the same `batch_size`.
 
     Raises:
-        TypeError: `tokenizer` is none.
+        TypeError: `tokenizer` is none, or a number is not whole.
         ValueError: the model does not go on with text, or a number is too small.
     """
     _check(model, tokenizer)
+    for name, value in {"samples": samples, "max_length": max_length, "batch_size": batch_size}.items():
+        if not isinstance(value, int):
+            raise TypeError(f"`{name}` is a number of texts or tokens, a whole one, not {value!r}.")
     prefix = _prefix(tokenizer)
     begun = max(1, len(prefix))
     length = longest_text(model, tokenizer, max_length)
@@ -68,7 +71,7 @@ def generated_text(
     )
     generator: Any = model
     texts: list[str] = []
-    with undisturbed(model), fast_products(model.parameters()):
+    with undisturbed(model), generating_plainly(model), fast_products(model.parameters()):
         torch.manual_seed(seed)
         while len(texts) < samples:
             rows = min(batch_size, samples - len(texts))

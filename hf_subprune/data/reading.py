@@ -282,7 +282,11 @@ def _check_ids(batch: Batch) -> None:
         ids = batch[name]
         if ids.is_floating_point():
             raise ValueError(f"{name} of the calibration data must be whole numbers, token ids; found {ids.dtype}.")
-        if ids.numel() and (least := int(ids.min())) < 0:
+        if not ids.numel():
+            raise ValueError(
+                f"{name} of the calibration data has no token, in shape {tuple(ids.shape)}: leave such batches out."
+            )
+        if (least := int(ids.min())) < 0:
             raise ValueError(
                 f"{name} of the calibration data holds {least}, but token ids are 0 or more: pad with a token's id "
                 "and mask the padding in the attention mask; -100 belongs into labels alone."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from ..blocks import Block, Bypass
 from ..models.linears import is_linear
 from ..models.paths import Modules, is_inside
 from ..models.running import hooked, undisturbed
-from .settling import Trials, numbers
+from .settling import Trials
 from .ties import alike
 
 
@@ -55,16 +56,28 @@ def with_removal(
         return tuple(blocks)
     found = _bypasses(model, inputs, trials.modules, offered)
     offered = [replace(block, removable=True, bypasses=found[block.name]) for block in offered]
-    number = numbers(offered)
+    number = _numbers(offered)
     for part in (0, 1):  # some of each kind of layer are left, which may need what the others hand on
         while gone := [block for block in offered if number[block.name] % 2 == part]:
             error = trials.failure(gone, {block.name: torch.empty(0, dtype=torch.long) for block in gone})
             if error is None:
                 break
             culprit = next(block for block in gone if block.name == error.block)
-            offered = [block for block in offered if alike(block) != alike(culprit)]
+            same = [block for block in offered if alike(block) == alike(culprit)]
+            staying = same if len(same) == 1 else same[:-1]  # the last of them hands on to no other
+            offered = [block for block in offered if block not in staying]
     removable = {block.name: block for block in offered}
     return tuple(removable.get(block.name, block) for block in blocks)
+
+
+def _numbers(blocks: Sequence[Block]) -> dict[str, int]:
+    """By name, how many blocks like it come before each block, of its tie as well: one of these may go alone."""
+    numbers: dict[str, int] = {}
+    seen: Counter[tuple] = Counter()
+    for block in blocks:
+        numbers[block.name] = seen[alike(block)]
+        seen[alike(block)] += 1
+    return numbers
 
 
 def _bypasses(

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..data.batches import Samples
 from ..data.features import most_positions
-from ..models.running import goes_on_with_text, input_device, is_offloaded, undisturbed
+from ..models.running import generating_plainly, goes_on_with_text, input_device, is_offloaded, undisturbed
 from ..report.records import Continuation
 from ..runs.memory import is_of_the_machine
 
@@ -54,7 +54,7 @@ def continued(model: PreTrainedModel, begun: torch.Tensor | None) -> torch.Tenso
     begun = begun.to(input_device(model))
     generator: Any = model
     try:
-        with undisturbed(model), torch.no_grad():
+        with undisturbed(model), generating_plainly(model), torch.no_grad():
             ids = generator.generate(begun, attention_mask=torch.ones_like(begun), generation_config=config)
     except Exception as error:
         if is_of_the_machine(error):

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .offload import device_of, stored
@@ -44,6 +44,16 @@ def encoder_of(model: nn.Module) -> str | None:
     both = isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
     encoder = model.get_encoder() if both else None  # type: ignore[operator]
     return next((path for path, module in model.named_modules() if path and module is encoder), None)
+
+
+@contextmanager
+def generating_plainly(model: PreTrainedModel) -> Iterator[None]:
+    """Within it `generate` does what it is given: what that leaves open is not filled in from the model's settings."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def goes_on_with_text(model: PreTrainedModel) -> bool:

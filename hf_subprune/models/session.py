@@ -104,9 +104,7 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
             f"{type(model).__name__} is quantized ({getattr(method, 'value', method)}): prune the full-precision "
             "checkpoint, then quantize the pruned one."
         )
-    if compiled := [
-        name or type(model).__name__ for name, module in model.named_modules() if module._compiled_call_impl
-    ]:
+    if compiled := [name or type(model).__name__ for name, module in model.named_modules() if _is_compiled(module)]:
         raise ValueError(f"{some_of(compiled)} is compiled: load the model anew, prune it, and call `compile` then.")
     if computed := [name for name, module in model.named_modules() if _computes_weight(module)]:
         raise ValueError(
@@ -129,6 +127,13 @@ def check_prunable(model: Any, offloaded: bool = False) -> None:
             f"Parameters hold NaN: {some_of(missing)}. Nothing that is computed with them means anything: load the "
             "weights anew, or train again from before they did."
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By its own `compile`, by `torch.compile` of its forward, or by that of the module, which then holds it."""
+    forward = module.__dict__.get("forward")
+    by_compile = module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
+    return by_compile or "_orig_mod" in module._modules
 
 
 def _computes_weight(module: Any) -> bool:

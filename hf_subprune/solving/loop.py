@@ -108,10 +108,12 @@ class _Loop:
                 moments |= walk.moments(segment.blocks)
                 walk.finish(segment)
         with self.work.clock("selection"):
-            chosen = None
-            if is_mine(self.survey.owners[group.blocks[0].name]):
-                chosen = choose_units(self.survey, group.blocks, moments, self.widths.kept[group.blocks[0].name])
-            self._solve(group.blocks, moments, chosen)
+            by_width: dict[int, list[Block]] = {}  # what is to go altogether has another width
+            for block in group.blocks:
+                by_width.setdefault(self.widths.kept[block.name], []).append(block)
+            for width, blocks in by_width.items():
+                mine = is_mine(self.survey.owners[blocks[0].name])
+                self._solve(blocks, moments, choose_units(self.survey, blocks, moments, width) if mine else None)
             self._install()
         release_memory()
 

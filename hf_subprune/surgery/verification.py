@@ -80,7 +80,8 @@ def verify(
     Args:
         model: The model, unshrunk; unchanged on return and on error.
         blocks: The blocks to shrink, in the order of the forward.
-        kept: Units to keep, strictly increasing, by block name; one entry for each of `blocks`, equal within a tie.
+        kept: Units to keep, strictly increasing, by block name; one entry for each of `blocks`, equal within a tie but
+            for blocks that keep none.
         inputs: Keyword arguments of the forward, a small batch.
         tolerance: Largest difference allowed, relative to the largest absolute value of the tensor compared.
         to_consumer: Stop each forward behind the last block's consumer and compare no more than that; faster.
@@ -95,7 +96,8 @@ def verify(
         ValueError: blocks of one tie are to keep different units.
     """
     choices = [blocks for group in groups_of(blocks) for blocks in group.choices]
-    for first, *others in choices:
+    for choice in choices:
+        first, *others = [block for block in choice if len(kept[block.name])] or choice
         for block in others:
             if list(kept[block.name]) != list(kept[first.name]):
                 raise ValueError(

@@ -87,7 +87,7 @@ def recover(
     steps: int = 200,
     learning_rate: float | None = None,
     lora: Any = None,
-    config: PruneConfig | None = None,
+    config: PruneConfig | Mapping[str, Any] | None = None,
 ) -> Recovery:
     """Distil the original model into the pruned one, on samples without labels.
 
@@ -113,14 +113,19 @@ def recover(
             same config holds out the same samples.
 
     Raises:
-        ValueError: `steps` or `learning_rate` is not positive, the models' outputs do not have the same shapes, or a
-            model cannot be trained as it is (quantized, adapters, frozen), or the data does not fit. Nothing was
-            changed.
+        TypeError: `steps` or `learning_rate` is no number.
+        ValueError: `steps`, `learning_rate` or the rank of `lora` is not positive, the models' outputs do not have the
+            same shapes, or a model cannot be trained as it is (quantized, adapters, frozen), or the data does not fit.
+            Nothing was changed.
         ImportError: `lora` without PEFT.
         FloatingPointError: a loss is not finite; the weights are put back.
     """
-    config = config or PruneConfig()
+    config = PruneConfig.of(config)
     learning_rate = learning_rate if learning_rate is not None else 1e-3 if lora else 1e-4
+    if not isinstance(steps, int) or not isinstance(learning_rate, int | float):
+        raise TypeError(f"`steps` must be an int and `learning_rate` a float; got {steps!r} and {learning_rate!r}.")
+    if isinstance(lora, int) and lora < 0:
+        raise ValueError(f"`lora` is the rank of adapters, 1 or more, or True; got {lora}.")
     if steps < 1 or not 0 < learning_rate < math.inf:
         raise ValueError(f"`steps` and `learning_rate` must be positive; got {steps} and {learning_rate}.")
     check_prunable(model)

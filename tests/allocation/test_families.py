@@ -143,6 +143,14 @@ def test_a_sublayer_that_is_asked_to_go_is_gone_and_the_rest_shares_what_is_left
     assert 0.9 * report.allocation.limit < report.allocation.reached <= report.allocation.limit
 
 
+@pytest.mark.parametrize(("keep", "gone"), [(0.3, "model.layers.1.self_attn"), (0.2, "model.layers.1.mlp")])
+def test_a_size_is_reached_without_a_sublayer_as_with_it(keep, gone):
+    model = tiny("llama", intermediate_size=200)
+    report = prune(model, ready_batches(model), PruneConfig(**QUICK, keep=keep, remove=(gone,)))
+    assert report.parameters.after == model.num_parameters()
+    assert 0.8 * report.allocation.limit < report.allocation.reached <= report.allocation.limit
+
+
 def test_a_whole_layer_that_goes_leaves_a_stock_model(tmp_path):
     model = tiny("llama")
     batches = ready_batches(model)

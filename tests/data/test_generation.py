@@ -5,7 +5,7 @@ import torch
 from small_models import SIZES
 from small_texts import WORDS, make_tokenizer
 from tiny import tiny
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_subprune import PruneConfig, generated_text, prune
 
@@ -35,6 +35,24 @@ def test_the_same_seed_gives_the_same_texts_and_nothing_is_disturbed(llama, toke
     assert torch.equal(torch.get_rng_state(), state) and llama.generation_config.to_dict() == config
     assert llama.training
     llama.eval()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "num_return_sequences": 2},
+        {"min_p": 0.9},
+        {"max_time": 0.0},
+        {"return_dict_in_generate": True},
+    ],
+)
+def test_the_models_settings_of_generation_do_not_count(llama, tokenizer, settings):
+    expected, own = generated_text(llama, tokenizer, samples=3, max_length=8), llama.generation_config
+    llama.generation_config = GenerationConfig(**settings)
+    try:
+        assert generated_text(llama, tokenizer, samples=3, max_length=8) == expected
+    finally:
+        llama.generation_config = own
 
 
 def test_tokens_are_drawn_from_the_models_distribution(tokenizer):
@@ -91,3 +109,5 @@ def test_numbers_and_tokenizers_that_make_no_text_are_refused(llama, tokenizer):
     for wrong in ({"samples": 0}, {"batch_size": 0}, {"max_length": 1}):
         with pytest.raises(ValueError, match="must be 1 or more, and texts longer than the 1 tokens"):
             generated_text(llama, tokenizer, **wrong)
+    with pytest.raises(TypeError, match=r"`samples` is a number of texts or tokens, a whole one, not 6\.5"):
+        generated_text(llama, tokenizer, samples=6.5)

@@ -161,6 +161,7 @@ def test_blank_texts_cannot_be_compared_on(bert, tokenizer):
         (Dataset.from_dict({"label": TEXTS}), ValueError, "no text column"),
         ([{"input_ids": torch.full((4, 4), 99)}], ValueError, r"token id 99, but BertModel embeds 43 tokens"),
         ([{"input_ids": torch.full((4, 4), -100)}], ValueError, "input_ids .* holds -100, but token ids are 0"),
+        ([{"input_ids": torch.ones(4, 0, dtype=torch.long)}], ValueError, r"input_ids .* no token, in shape \(2, 0\)"),
         ([{"input_ids": torch.ones(4, 4)}], ValueError, "input_ids .* whole numbers.*found torch.float32"),
         ([[3, 4, 5]] * 4, TypeError, "item of type list.*{'input_ids': ids}"),
         (torch.full((4, 4), 3), TypeError, "item of type Tensor.*{'input_ids': ids}"),

@@ -152,11 +152,19 @@ def test_padding_has_no_part_in_the_loss():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"steps": 0}, "got 0 and"), ({"learning_rate": -1.0}, "and -1.0")]
+    ("arguments", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "got 0 and"),
+        ({"learning_rate": -1.0}, ValueError, "and -1.0"),
+        ({"lora": -1}, ValueError, "`lora` is the rank of adapters.*got -1"),
+        ({"steps": 2.5}, TypeError, "`steps` must be an int.*got 2.5"),
+        ({"learning_rate": "1e-3"}, TypeError, "`learning_rate` a float.*'1e-3'"),
+        ({"config": {"sample": 3}}, ValueError, "sample"),
+    ],
 )
-def test_bad_arguments_are_refused(arguments, message):
+def test_bad_arguments_are_refused(arguments, error, message):
     model = tiny("bert")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         recover(model, tiny("bert"), batches(model), **arguments)
 
 
