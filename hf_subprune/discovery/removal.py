@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..blocks import Block, Bypass
+from ..blocks import Block, Bypass, groups_of
 from ..models.linears import is_linear
 from ..models.paths import Modules, is_inside
 from ..models.running import hooked, undisturbed
+from ..surgery.verification import EquivalenceError
 from .settling import Trials
 from .ties import alike
 
@@ -56,18 +57,31 @@ def with_removal(
         return tuple(blocks)
     found = _bypasses(model, inputs, trials.modules, offered)
     offered = [replace(block, removable=True, bypasses=found[block.name]) for block in offered]
+    offered = _without_needed(offered, trials)
     number = _numbers(offered)
     for part in (0, 1):  # some of each kind of layer are left, which may need what the others hand on
         while gone := [block for block in offered if number[block.name] % 2 == part]:
-            error = trials.failure(gone, {block.name: torch.empty(0, dtype=torch.long) for block in gone})
+            error = _failure_without(trials, gone)
             if error is None:
                 break
             culprit = next(block for block in gone if block.name == error.block)
-            same = [block for block in offered if alike(block) == alike(culprit)]
-            staying = same if len(same) == 1 else same[:-1]  # the last of them hands on to no other
-            offered = [block for block in offered if block not in staying]
+            offered = [block for block in offered if alike(block) != alike(culprit)]
     removable = {block.name: block for block in offered}
     return tuple(removable.get(block.name, block) for block in blocks)
+
+
+def _without_needed(blocks: Sequence[Block], trials: Trials) -> list[Block]:
+    """The blocks but those of a tie that hand on to the last one of it what that cannot do without."""
+    needed: list[Block] = []
+    for group in groups_of(blocks):
+        others = group.blocks[:-1]
+        if group.share == "units" and others and _failure_without(trials, others):
+            needed += others
+    return [block for block in blocks if block not in needed]
+
+
+def _failure_without(trials: Trials, gone: Sequence[Block]) -> EquivalenceError | None:
+    return trials.failure(gone, {block.name: torch.empty(0, dtype=torch.long) for block in gone})
 
 
 def _numbers(blocks: Sequence[Block]) -> dict[str, int]:
