@@ -296,6 +296,10 @@ class PruneConfig:
         """The variant whose moments are collected: `"residual"` is `"layer"` where no new weights mend anything."""
         return "layer" if self.variant == "residual" and not self.reweight else self.variant
 
+    def reads_sensitivities(self, curves: bool) -> bool:
+        """Whether errors are weighed by what the output is sensitive to: in curves, and in greedy selection."""
+        return self.loss_aware and (curves or self.importance == "greedy")
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _RULES:
             raise AttributeError(f"PruneConfig has no field {name!r}. Fields: {', '.join(_RULES)}.")

@@ -92,7 +92,7 @@ def stage_seconds(
         return sum(products * shapes[path][0] ** 3 * double for path in some)
 
     seconds = {stage: forwards * forward for stage, forwards in _FORWARDS.items()}
-    if not (config.loss_aware and (curves or config.importance == "greedy")):
+    if not config.reads_sensitivities(curves):
         seconds[SENSITIVITIES] = 0.0
     looked_at = _looked_at(consumers) if config.is_even() else list(consumers)
     made = moments(looked_at) + solutions(looked_at, _PRODUCTS_A_CURVE)

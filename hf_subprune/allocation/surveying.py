@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from accelerate.utils import send_to_device
@@ -82,8 +83,8 @@ def take_survey(
         )
         needs_curves = leave_a_choice(configs, families, candidates)
         foretell(samples, candidates, first, needs_curves)
-        needs_metrics = first.loss_aware and bool(candidates) and (needs_curves or first.importance == "greedy")
-        needed = _scratch_bytes(samples, candidates, first, metrics=needs_metrics)
+        needs_metrics = bool(candidates) and first.reads_sensitivities(needs_curves)
+        needed = partial(_scratch_bytes, samples, candidates, first, metrics=needs_metrics)
         work.check_space(needed, "what the run keeps of each layer")
         begin(ORIGINAL)
         with work.clock("evaluation"):
@@ -129,11 +130,10 @@ def leave_a_choice(configs: Sequence[PruneConfig], families: Sequence[Families],
 def looked_at_again(survey: Survey) -> Survey:
     """The survey with those sensitivities that solving reads, of the model as it is now."""
     first = survey.configs[0]
-    greedy, by_gradients = (first.importance == name for name in ("greedy", "activation_gradient"))
     return replace(
         survey,
-        metrics=_sensitivities(survey, Store()) if first.loss_aware and greedy else Means(),
-        gradients=_activation_gradients(survey) if by_gradients else {},
+        metrics=_sensitivities(survey, Store()) if first.reads_sensitivities(curves=False) else Means(),
+        gradients=_activation_gradients(survey) if first.importance == "activation_gradient" else {},
     )
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -54,7 +55,7 @@ class Samples:
         """Batches as they are, to fit on, of which none is held out."""
         return cls(list(batches), [], sum(map(samples_in, batches)), 0, source="batches", model=model)
 
-    @property
+    @cached_property
     def probe(self) -> Batch:
         """Two samples, for what is found out on few of them: see `probe_of`."""
         return probe_of(self.model, self.fit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,13 +11,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..blocks import Block, Bypass, groups_of
+from ..blocks import Block, Bypass
 from ..models.linears import is_linear
 from ..models.paths import Modules, is_inside
 from ..models.running import hooked, undisturbed
 from ..surgery.verification import EquivalenceError
-from .settling import Trials
-from .ties import alike
+from .settling import Trials, numbers
+from .ties import alike, by_choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +57,7 @@ def with_removal(
     found = _bypasses(model, inputs, trials.modules, offered)
     offered = [replace(block, removable=True, bypasses=found[block.name]) for block in offered]
     offered = _without_needed(offered, trials)
-    number = _numbers(offered)
+    number = numbers([block] for block in offered)  # of a tie, one may go alone
     for part in (0, 1):  # some of each kind of layer are left, which may need what the others hand on
         while gone := [block for block in offered if number[block.name] % 2 == part]:
             error = _failure_without(trials, gone)
@@ -73,25 +72,14 @@ def with_removal(
 def _without_needed(blocks: Sequence[Block], trials: Trials) -> list[Block]:
     """The blocks but those of a tie that hand on to the last one of it what that cannot do without."""
     needed: list[Block] = []
-    for group in groups_of(blocks):
-        others = group.blocks[:-1]
-        if group.share == "units" and others and _failure_without(trials, others):
+    for *others, _ in by_choice(blocks):
+        if others and _failure_without(trials, others):
             needed += others
     return [block for block in blocks if block not in needed]
 
 
 def _failure_without(trials: Trials, gone: Sequence[Block]) -> EquivalenceError | None:
     return trials.failure(gone, {block.name: torch.empty(0, dtype=torch.long) for block in gone})
-
-
-def _numbers(blocks: Sequence[Block]) -> dict[str, int]:
-    """By name, how many blocks like it come before each block, of its tie as well: one of these may go alone."""
-    numbers: dict[str, int] = {}
-    seen: Counter[tuple] = Counter()
-    for block in blocks:
-        numbers[block.name] = seen[alike(block)]
-        seen[alike(block)] += 1
-    return numbers
 
 
 def _bypasses(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
@@ -84,7 +84,7 @@ class _Settling:
 
     def __init__(self, trials: Trials, blocks: list[Block]) -> None:
         self.trials = trials
-        self.number = numbers(blocks)
+        self.number = numbers(by_choice(blocks))
         self.kept = {
             block.name: _half(block, i, self.number[block.name])
             for i, tie in enumerate(by_choice(blocks))
@@ -222,13 +222,13 @@ class _Settling:
         return (type(self.trials.modules[owner]), block.kind, tuple(block.columns.shape), *pieces)
 
 
-def numbers(blocks: list[Block]) -> dict[str, int]:
-    """By name, how many blocks like it come before each block; a tie counts as one."""
+def numbers(together: Iterable[Sequence[Block]]) -> dict[str, int]:
+    """By name, how many blocks like it come before each block; those given together count as one."""
     numbers: dict[str, int] = {}
     seen: Counter[tuple] = Counter()
-    for tie in by_choice(blocks):
-        numbers |= {block.name: seen[alike(tie[0])] for block in tie}
-        seen[alike(tie[0])] += 1
+    for some in together:
+        numbers |= {block.name: seen[alike(some[0])] for block in some}
+        seen[alike(some[0])] += 1
     return numbers
 
 

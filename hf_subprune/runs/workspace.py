@@ -57,10 +57,10 @@ class Workspace:
         """Whether what takes so many bytes may stay in memory from one stage to another."""
         return self.folder is None and size <= _HELD_BYTES
 
-    def check_space(self, needed: int, what: str) -> None:
-        """Raise `OSError` where files of so many bytes would find no room."""
+    def check_space(self, needed: Callable[[], int], what: str) -> None:
+        """Raise `OSError` where files of so many bytes would find no room; how many is asked where there are files."""
         if self.folder is not None:
-            check_space(self.folder, needed, what)
+            check_space(self.folder, needed(), what)
 
     def once(self, name: str, compute: Callable[[], _T]) -> _T:
         """What `compute` returns, or returned before the run was stopped.

@@ -74,7 +74,7 @@ class GradualPruning:
 
     def _take_survey(self) -> None:
         """Find the blocks, and the widths that they are to reach, of the model as it is now."""
-        with self._alone(), apart(self.model.modules()):
+        with self._alone():
             survey = take_survey(self.samples, [self.config], None, Workspace())
             self.blocks, self.targets = survey.blocks, whole_heads(survey, self.config)
         # Training makes moments and sensitivities out of date, and what was predicted of the model before it.
@@ -82,8 +82,8 @@ class GradualPruning:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """The model within as nothing else disturbs it, and in the precision that all pruning is in."""
-        with undisturbed(self.model), precise_products(self.model.parameters()):
+        """The model within as nothing else disturbs it, its experts apart, in the precision that all pruning is in."""
+        with undisturbed(self.model), precise_products(self.model.parameters()), apart(self.model.modules()):
             yield
 
     @property
@@ -125,7 +125,7 @@ class GradualPruning:
         if not shrinking:
             return False
         work, held_out = Workspace(), self.samples.own_held_out
-        with self._alone(), apart(self.model.modules()), work.undone_on_failure():
+        with self._alone(), work.undone_on_failure():
             reference = model_outputs(self.model, held_out)
             survey = replace(looked_at_again(self._survey), present=dict(self.kept))
             solved = solve(survey, Widths(self.config, shrinking, widths), work, install=mask)
@@ -167,7 +167,7 @@ class GradualPruning:
         pruned = [b for b in self.blocks if len(self.kept[b.name]) < b.units]
         start = time.perf_counter()
         work, solved = Workspace(), Solved(reports={b.name: self._report(b) for b in pruned})
-        with self._alone(), apart(self.model.modules()), work.undone_on_failure():
+        with self._alone(), work.undone_on_failure():
             work.undo.callback(undo_all, solved.edits)
             for block in pruned:
                 solved.edits[block.name] = shrink(self.model, block, self.kept[block.name])

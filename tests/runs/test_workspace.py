@@ -95,8 +95,8 @@ def test_nothing_large_stays_in_memory_and_nothing_at_all_where_there_are_files(
 
 def test_stores_and_room_are_in_files_only_where_there_are_any(tmp_path):
     assert type(Workspace().store("walk")) is Store
-    Workspace().check_space(2**80, "this")
+    Workspace().check_space(lambda: 2**80, "this")
     store = Workspace(tmp_path / "run").store("walk")
     assert isinstance(store, Files) and store.folder == tmp_path / "run" / "walk" and store.folder.is_dir()
     with pytest.raises(OSError, match=r"This can take up to .* GB"):
-        Workspace(tmp_path).check_space(2**80, "this")
+        Workspace(tmp_path).check_space(lambda: 2**80, "this")
